@@ -1,0 +1,45 @@
+# Everything runs in a virtual environment of its own, made from PYTHON (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+LINTERS := $(VENV)/.linters
+PARALLEL ?= 2
+# one torch thread per test process: two processes with two threads each fight for two cores
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-all lint gpu clean
+
+quickstart: $(INSTALLED)
+	@OMP_NUM_THREADS= $(VENV)/bin/llama-adapter quickstart
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -n $(PARALLEL) -m "not slow"
+
+test-all: $(INSTALLED)
+	$(RUN) -m pytest -n $(PARALLEL) -m slow
+	$(RUN) -m tests.version_matrix
+
+lint: $(LINTERS)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+# for a GPU machine without network: uses the machine's own Python and packages
+gpu:
+	$(PYTHON) -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(INSTALLED): setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@echo "Installing into $(VENV) (torch is a large download the first time) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+$(LINTERS): $(INSTALLED)
+	@$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
