@@ -1,0 +1,305 @@
+"""LLaMA 1, 2, 3, 3.1 and 3.2, with the adapter's prompt segment as one more term of attention.
+
+One file for every size and generation: grouped-query attention, rotary scaling and tied embeddings
+follow from `LlamaConfig`. Parameter names are Meta's. The model is stateless: prompts and caches
+are arguments, so an adapter can be switched, mixed within a batch or trained without touching it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapter_kernels import (
+    apply_rotary,
+    rms_norm,
+    swiglu,
+    write_cache,
+    zero_init_attention,
+    zero_init_attention_decode,
+    zero_init_attention_varlen,
+)
+from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
+from llama_adapter.cache import KVCache, Span
+from llama_adapter.config import LlamaConfig
+
+# up to this many new tokens per sequence take the decoding kernel, longer chunks the varlen one
+DECODE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer of one forward call shares.
+
+    Attributes:
+        cos, sin: (B, T, D/2) float32, or (T, D/2) without a cache, of the tokens' positions.
+        prompts: projected prompts, or None for the base model.
+        cache, span: where keys and values go and which are seen; None attends to the call's own.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    prompts: Prompts | None
+    cache: KVCache | None
+    span: Span | None
+
+
+def rotary_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * theta^(-2i/D), with LLaMA 3.1's scaling of the frequencies.
+
+    Args:
+        config: rope_theta, rope_scaling and head_dim.
+        positions: (...,) integer token positions.
+
+    Returns:
+        cos and sin, (..., D/2) float32.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    frequency = config.rope_theta ** -(exponent / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        # turns made within the original context: slow ones are stretched, fast ones kept
+        turns = scaling.original_context * frequency / (2 * math.pi)
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        keep = ((turns - scaling.low_freq_factor) / span).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / scaling.factor)
+    angle = positions.float()[..., None] * frequency
+    return angle.cos(), angle.sin()
+
+
+class Linear(nn.Linear):
+    """The model's one linear map, y = W x; every projection of tokens and prompts passes here.
+
+    LLaMA-Adapter V2's bias and scale belong in this call.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as allocated: `Llama` initialises or a checkpoint assigns it."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., C)."""
+        return rms_norm(x, self.weight, eps=self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise x + residual; returns the norm and the sum."""
+        return rms_norm(x, self.weight, eps=self.eps, residual=residual)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with the zero-initialised prompt segment (equations 2 to 8)."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.kv_heads = config.n_heads, config.kv_heads
+        self.head_dim = config.head_dim
+        self.wq = Linear(config.dim, self.n_heads * self.head_dim)
+        self.wk = Linear(config.dim, self.kv_heads * self.head_dim)
+        self.wv = Linear(config.dim, self.kv_heads * self.head_dim)
+        self.wo = Linear(self.n_heads * self.head_dim, config.dim)
+
+    def project_prompt(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (..., P, G, D) of prompt rows (..., P, C).
+
+        The layer's own frozen projections (equations 3 and 4), without norm and without rotary
+        embedding: a prompt has no position.
+        """
+        prompt = prompt.to(self.wk.weight.dtype)
+        heads = (self.kv_heads, self.head_dim)
+        return self.wk(prompt).unflatten(-1, heads), self.wv(prompt).unflatten(-1, heads)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Attend from (B, T, C) normed tokens; returns (B, T, C)."""
+        q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.wk(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.wv(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        q, k = apply_rotary(q, k, step.cos, step.sin, interleaved=True)
+        segment = self._prompt_arguments(step.prompts)
+        if step.cache is None or step.span is None:
+            out = zero_init_attention(q, k, v, **segment)
+        else:
+            out = self._attend_cached(q, k, v, segment, step.cache, step.span)
+        return self.wo(out.flatten(-2))
+
+    def _prompt_arguments(self, prompts: Prompts | None) -> dict[str, Tensor | None]:
+        prompt = None if prompts is None else prompts.layers.get(self.layer)
+        if prompts is None or prompt is None:
+            return {}
+        return {
+            "prompt_k": prompt.k,
+            "prompt_v": prompt.v,
+            "gate": prompt.gate,
+            "adapter_index": prompts.adapter_index,
+            "prompt_lengths": prompts.prompt_lengths,
+        }
+
+    def _attend_cached(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segment: dict[str, Tensor | None],
+        cache: KVCache,
+        span: Span,
+    ) -> Tensor:
+        layer, tokens = self.layer, q.shape[1]
+        write_cache(k, v, cache.k[layer], cache.v[layer], positions=span.positions)
+        if tokens <= DECODE_TOKENS:
+            return zero_init_attention_decode(
+                q, cache.k[layer], cache.v[layer], **segment, cache_lengths=span.cache_lengths
+            )
+        k_pages, v_pages = cache.pages(layer)
+        out = zero_init_attention_varlen(
+            q.flatten(0, 1),
+            k_pages,
+            v_pages,
+            **segment,
+            cu_seqlens_q=span.cu_seqlens_q,
+            cu_seqlens_k=span.cu_seqlens_k,
+            max_seqlen_q=tokens,
+            max_seqlen_k=span.longest,
+            page_table=cache.page_table,
+        )
+        return out.unflatten(0, q.shape[:2])
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.dim, config.hidden_dim)
+        self.w2 = Linear(config.hidden_dim, config.dim)
+        self.w3 = Linear(config.dim, config.hidden_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+class Block(nn.Module):
+    """One transformer layer: attention, then feed-forward, each on a normed residual stream."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """Map the residual stream (B, T, C) to the next one."""
+        attended = self.attention(self.attention_norm(x), step)
+        normed, x = self.ffn_norm.add(attended, x)
+        return x + self.feed_forward(normed)
+
+
+class Llama(nn.Module):
+    """The lean LLaMA. Source: Touvron et al. 2023; the LLaMA 3 family's model cards."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        """Create the model with random weights N(0, 0.02) and unit norms."""
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        if not config.tied_embeddings:
+            self.output = Linear(config.dim, config.vocab_size)
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """(vocabulary, C) weight of the logits."""
+        tied = self.config.tied_embeddings
+        return self.tok_embeddings.weight if tied else self.output.weight
+
+    def project(self, adapter: Adapter) -> Prompts:
+        """Keys, values and gate multipliers of every adapted layer, differentiable in the adapter.
+
+        Args:
+            adapter: prompts (L, P, C) and gates (L, H) for this model.
+
+        Returns:
+            Prompts that live as long as the caller wants: one step in training (the projection is
+            part of the graph), as long as the adapter is loaded at inference.
+        """
+        multipliers = adapter.multipliers()
+        layers = {}
+        for row, layer in enumerate(adapter.layers):
+            attention: Attention = self.layers[layer].attention  # pyright: ignore
+            k, v = attention.project_prompt(adapter.prompts[row])
+            layers[layer] = LayerPrompt(k, v, multipliers[row])
+        return Prompts(layers)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        prompts: Prompts | None = None,
+        *,
+        cache: KVCache | None = None,
+        new_lengths: list[int] | None = None,
+    ) -> Tensor:
+        """Final normed hidden states; `forward` without the projection to logits.
+
+        Args:
+            tokens: (B, T) int64 token ids, right-padded where rows differ in length.
+            prompts: an adapter's projection, or None for the base model.
+            cache: continues the cached sequences and appends to them; None starts at position 0.
+            new_lengths: with a cache, real tokens of each row; the padding is not kept.
+
+        Returns:
+            (B, T, C) in the model's dtype; rows at padded positions mean nothing.
+
+        Raises:
+            ValueError: tokens is not (B, T), the cache is full, new_lengths has no cache.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
+        if new_lengths is not None and cache is None:
+            raise ValueError("new_lengths must be None without a cache")
+        batch, count = tokens.shape
+        span = None if cache is None else cache.span(count)
+        positions = torch.arange(count, device=tokens.device) if span is None else span.positions
+        cos, sin = rotary_angles(self.config, positions)
+        step = Step(cos, sin, prompts, cache, span)
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, step)
+        if cache is not None:
+            cache.advance([count] * batch if new_lengths is None else new_lengths)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states (..., C) to logits (..., vocabulary)."""
+        return F.linear(hidden, self.output_weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        prompts: Prompts | None = None,
+        *,
+        cache: KVCache | None = None,
+        new_lengths: list[int] | None = None,
+    ) -> Tensor:
+        """Logits (B, T, vocabulary) of the next token; arguments and errors as `hidden`."""
+        hidden = self.hidden(tokens, prompts, cache=cache, new_lengths=new_lengths)
+        return self.logits(hidden)
