@@ -1,0 +1,105 @@
+"""What is installed here, which backend runs where, and what is wrong with it."""
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+import adapter_kernels
+
+PACKAGE = "llama-adapter-kernels"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _packages(problems: list[str]) -> Iterator[tuple[str, str]]:
+    yield "python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"
+    seen = set()
+    for line in importlib.metadata.requires(PACKAGE) or []:
+        need = Requirement(line)
+        wanted = not need.marker or need.marker.evaluate({"extra": ""})
+        offered = need.marker is not None and need.marker.evaluate({"extra": "hf"})
+        if need.name in seen or not (wanted or offered):
+            continue
+        seen.add(need.name)
+        found = _version(need.name)
+        absent = "not installed" if wanted else "not installed (optional)"
+        yield need.name, found or absent
+        remedy = f"pip install '{need.name}{need.specifier}'"
+        if found is None and wanted:
+            problems.append(f"{need.name} is missing: {remedy}")
+        elif found is not None and not need.specifier.contains(found, prereleases=True):
+            problems.append(f"{need.name} {found} does not fit {need.specifier}: {remedy}")
+
+
+def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
+    yield "cpu", f"{torch.get_num_threads()} threads, backend: reference"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = f"torch is built for CUDA {built}, no usable GPU" if built else "torch is a CPU build"
+        yield "cuda", f"none ({why})"
+        return
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        free, total = torch.cuda.mem_get_info(index)
+        memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        yield f"cuda:{index}", f"{name}, sm_{major}{minor}, {memory}, backend: reference"
+        if (major, minor) < (8, 0):
+            problems.append(f"cuda:{index} is sm_{major}{minor}: bfloat16 needs sm_80 or newer")
+
+
+def _imports(problems: list[str]) -> None:
+    """Known ways in which an environment breaks the imports of this package and its neighbours."""
+    if importlib.util.find_spec("torchvision") is not None:
+        try:
+            importlib.import_module("torchvision")
+        except (ImportError, RuntimeError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            problems.append(
+                f"torchvision does not fit torch {torch.__version__} ({reason}), which breaks "
+                "transformers: pip uninstall torchvision"
+            )
+    kernels = importlib.util.find_spec("kernels")
+    if kernels is not None and kernels.origin is not None:
+        here = Path(adapter_kernels.__file__).parents[1]
+        if Path(kernels.origin).parent == here:
+            problems.append(f"{kernels.origin} must not exist: it hides Hugging Face's `kernels`")
+
+
+def report() -> tuple[list[tuple[str, str]], list[str]]:
+    """Look at the environment.
+
+    Returns:
+        Facts as (name, value) pairs, and problems with their remedies, one line each.
+    """
+    problems: list[str] = []
+    version = _version(PACKAGE)
+    facts = [("llama-adapter", version or "not installed")]
+    if version is None:
+        problems.append(f"{PACKAGE} is not installed here: pip install .")
+        return [*facts, *_devices(problems)], problems
+    facts += [*_packages(problems), *_devices(problems)]
+    _imports(problems)
+    return facts, problems
+
+
+def main() -> int:
+    """Print the report; returns 0 when nothing is wrong, 1 otherwise."""
+    facts, problems = report()
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        print(f"{name:<{width}}  {value}")
+    for problem in problems:
+        print(f"problem: {problem}")
+    print("everything needed is here" if not problems else f"{len(problems)} problem(s) found")
+    return 1 if problems else 0
