@@ -1,0 +1,208 @@
+"""The loss of a language model's head, without its logits in memory.
+
+In reading order: the equation and its analytic backward in plain torch, the torch.library ops, the
+public function. Rows whose label is ignored are never multiplied with the weight; the others go
+through in chunks. The gradient of x is taken while a chunk's logits exist, so that a frozen head
+costs two products; only the gradient of the weight computes them again.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import LIBRARY, choose_backend
+from .checks import FLOATS, check_device, check_dtype, check_shape, check_values
+
+# a chunk's logits fit in a cache, but a product of fewer rows would mostly read the weight
+CHUNK_ELEMENTS = 2**20
+CHUNK_ROWS = 128
+
+
+def _labelled(labels: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
+    """Mark the rows that count."""
+    return (labels != ignore_index) & (labels >= 0) & (labels < vocabulary)
+
+
+def _chunks(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, ...]:
+    """Split the indices of the rows that count; their number is known on the host only."""
+    rows = _labelled(labels, vocabulary, ignore_index).nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return ()
+    return rows.split(max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary))
+
+
+def linear_cross_entropy_reference(
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (loss, lse, dx) of each row, 0 where its label is ignored.
+
+    With z = x weight^T and lse = log sum exp(z):
+        loss = lse - z[label]        dx = d loss / d x = (exp(z - lse) - onehot(label)) weight
+    The products are in the dtype of x, the rest in at least float32; dx has size 0 if not needed.
+    """
+    loss = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    lse = torch.zeros_like(loss)
+    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
+    for rows in _chunks(labels, weight.shape[0], ignore_index):
+        label = labels[rows].unsqueeze(1)
+        logits = (x[rows] @ weight.t()).to(loss.dtype)
+        picked = logits.gather(1, label)
+        peak = logits.amax(1, keepdim=True)
+        total = logits.sub_(peak).exp_().sum(1, keepdim=True)
+        chunk_lse = peak + total.log()
+        lse[rows] = chunk_lse.squeeze(1)
+        loss[rows] = (chunk_lse - picked).squeeze(1)
+        if need_dx:
+            dlogits = logits.div_(total).scatter_add_(1, label, -torch.ones_like(picked))
+            dx[rows] = (dlogits.to(x.dtype) @ weight).to(x.dtype)
+    return loss, lse, dx
+
+
+def linear_cross_entropy_dweight_reference(
+    dloss: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    """Return dweight = (exp(z - lse) - onehot(label))^T (dloss * x), accumulated like lse."""
+    dweight = torch.zeros_like(weight, dtype=lse.dtype)
+    for rows in _chunks(labels, weight.shape[0], ignore_index):
+        chunk, scale = x[rows], dloss[rows].unsqueeze(1)
+        dlogits = (chunk @ weight.t()).to(lse.dtype).sub_(lse[rows].unsqueeze(1)).exp_()
+        dlogits.scatter_add_(1, labels[rows].unsqueeze(1), dlogits.new_full(scale.shape, -1.0))
+        dweight.addmm_(dlogits.t(), scale * chunk)
+    return dweight.to(weight.dtype)
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, need_dx: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return loss, torch.empty_like(loss), torch.empty_like(x) if need_dx else x.new_empty(0)
+
+
+def _dweight_fake(
+    dloss: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    return torch.empty_like(weight)
+
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY.define(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, int ignore_index, bool need_dx) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    "linear_cross_entropy_dweight(Tensor dloss, Tensor x, Tensor weight, Tensor labels, "
+    "Tensor lse, int ignore_index) -> Tensor",
+    tags=_TAGS,
+)
+for _name, _function, _fake in (
+    ("linear_cross_entropy", linear_cross_entropy_reference, _forward_fake),
+    ("linear_cross_entropy_dweight", linear_cross_entropy_dweight_reference, _dweight_fake),
+):
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adapter_kernels::{_name}", _fake, lib=LIBRARY)
+_forward_op = torch.ops.adapter_kernels.linear_cross_entropy.default
+_dweight_op = torch.ops.adapter_kernels.linear_cross_entropy_dweight.default
+
+
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor, int, bool],
+    output: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    x, weight, labels, ignore_index, need_dx = inputs
+    _, lse, dx = output
+    assert need_dx or not x.requires_grad
+    frozen = not weight.requires_grad
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, dx)
+    ctx.save_for_backward(dx, *(() if frozen else (x, weight, labels, lse)))
+    ctx.ignore_index = ignore_index
+
+
+def _backward(
+    ctx: Any,
+    dloss: Tensor | None,
+    _dlse: Tensor | None,
+    _ddx: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy is differentiable once: call backward without create_graph"
+        )
+    need_dx, need_dweight, *_ = ctx.needs_input_grad
+    dx, *rest = ctx.saved_tensors
+    if dloss is None:
+        return None, None, None, None, None
+    dweight = _dweight_op(dloss, *rest, ctx.ignore_index) if need_dweight else None
+    dx = (dloss.unsqueeze(1) * dx).to(dx.dtype) if need_dx else None
+    return dx, dweight, None, None, None
+
+
+torch.library.register_autograd(
+    "adapter_kernels::linear_cross_entropy", _backward, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross entropy of labels under softmax(x weight^T), without storing the logits.
+
+        loss[i] = log sum_v exp(x[i] . weight[v]) - x[i] . weight[labels[i]]
+
+    Rows whose label is `ignore_index` cost nothing and count for nothing: "mean" divides by the
+    number of the others. A batch without a single label has the loss 0, with gradients of zero.
+    Products are in the dtype of x, everything after them in float32. Differentiable in x and
+    weight; no gradient is computed for a frozen one. Where x has a gradient it is computed with
+    the loss, and kept instead of x. At most max(2^20, 128 V) logits exist at a time.
+
+    Args:
+        x: (..., C), float16, bfloat16 or float32.
+        weight: (V, C), like x.
+        labels: (...), int64, from 0 to V - 1, or `ignore_index`.
+        ignore_index: the label of rows that do not count.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        The loss in nats, float32: a scalar, or (...) for "none", 0 where ignored.
+
+    Raises:
+        ValueError: a shape, dtype, device or reduction is not as above, or, on the CPU, a label is
+            out of range (on CUDA its row is ignored).
+
+    Source: Wijmans et al., Cut Your Losses in Large-Vocabulary Language Models.
+    """
+    check_dtype("x", x, FLOATS)
+    if x.dim() == 0:
+        raise ValueError("x must have shape (..., C), got ()")
+    check_shape("weight", weight, "(V, C)", (None, x.shape[-1]))
+    check_dtype("weight", weight, (x.dtype,))
+    check_device("weight", weight, "x", x)
+    check_shape("labels", labels, "that of x without its last dimension", tuple(x.shape[:-1]))
+    check_dtype("labels", labels, (torch.int64,))
+    check_device("labels", labels, "x", x)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    vocabulary = weight.shape[0]
+    check_values(
+        "labels",
+        labels,
+        f"from 0 to {vocabulary - 1} or ignore_index {ignore_index}",
+        lambda label: ((label >= 0) & (label < vocabulary)) | (label == ignore_index),
+    )
+    choose_backend("linear_cross_entropy", None, x.device, ("reference",))
+    need_dx = torch.is_grad_enabled() and x.requires_grad
+    rows, flat = x.reshape(labels.numel(), x.shape[-1]), labels.reshape(-1)
+    loss, _, _ = _forward_op(rows, weight, flat, ignore_index, need_dx)
+    if reduction == "none":
+        return loss.view(labels.shape)
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / _labelled(flat, vocabulary, ignore_index).sum().clamp(min=1)

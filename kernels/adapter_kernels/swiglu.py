@@ -1,0 +1,100 @@
+"""The gated activation of LLaMA's feed-forward layer.
+
+In reading order: the equation and its analytic backward in plain torch, the torch.library ops, the
+public function. Only the two inputs are kept for the backward, which recomputes the activation.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .backend import LIBRARY, choose_backend
+from .checks import FLOATS, check_device, check_dtype, check_shape
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """Return silu(gate) * up, computed in at least float32."""
+    precise = torch.promote_types(gate.dtype, torch.float32)
+    return functional.silu(gate.to(precise)).mul_(up).to(gate.dtype)
+
+
+def swiglu_backward_reference(
+    dout: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (dgate, dup), of size 0 where not needed.
+
+    With s = sigmoid(gate):
+        dgate = dout * up * s * (1 + gate * (1 - s))        dup = dout * gate * s
+    """
+    dtype = gate.dtype
+    gate = gate.to(torch.promote_types(dtype, torch.float32))
+    dgate, dup = up.new_empty(0), up.new_empty(0)
+    if need_dgate:
+        # silu_backward(d, z) is d * s * (1 + z * (1 - s)) in one pass
+        dgate = torch.ops.aten.silu_backward(dout * up.to(gate.dtype), gate).to(dtype)
+    if need_dup:
+        dup = functional.silu(gate).mul_(dout).to(dtype)
+    return dgate, dup
+
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY.define("swiglu(Tensor gate, Tensor up) -> Tensor", tags=_TAGS)
+LIBRARY.define(
+    "swiglu_backward(Tensor dout, Tensor gate, Tensor up, bool need_dgate, bool need_dup) "
+    "-> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+for _name, _function in (
+    ("swiglu", swiglu_reference),
+    ("swiglu_backward", swiglu_backward_reference),
+):
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adapter_kernels::{_name}", _function, lib=LIBRARY)
+_forward_op = torch.ops.adapter_kernels.swiglu.default
+_backward_op = torch.ops.adapter_kernels.swiglu_backward.default
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    if torch.is_grad_enabled():
+        raise RuntimeError("swiglu is differentiable once: call backward without create_graph")
+    need_dgate, need_dup = ctx.needs_input_grad
+    dgate, dup = _backward_op(dout, *ctx.saved_tensors, need_dgate, need_dup)
+    return dgate if need_dgate else None, dup if need_dup else None
+
+
+torch.library.register_autograd(
+    "adapter_kernels::swiglu", _backward, setup_context=_setup_context, lib=LIBRARY
+)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Multiply one projection by the SiLU of another, the activation of LLaMA's feed-forward layer.
+
+        out = silu(gate) * up        silu(z) = z * sigmoid(z)
+
+    Computed in float32 and rounded once; differentiable in both arguments.
+
+    Args:
+        gate: (..., F), float16, bfloat16 or float32: the product with w1.
+        up: like gate: the product with w3.
+
+    Returns:
+        out, like gate.
+
+    Raises:
+        ValueError: a shape, dtype or device is not as above.
+
+    Source: Shazeer, GLU Variants Improve Transformer, equation 5.
+    """
+    check_dtype("gate", gate, FLOATS)
+    check_shape("up", up, "that of gate", tuple(gate.shape))
+    check_dtype("up", up, (gate.dtype,))
+    check_device("up", up, "gate", gate)
+    choose_backend("swiglu", None, gate.device, ("reference",))
+    return _forward_op(gate, up)
