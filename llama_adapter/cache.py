@@ -20,7 +20,7 @@ class Span:
         cache_lengths: (B,) int32, cached tokens including the new ones.
         cu_seqlens_q: (B+1,) int32, starts of the sequences in B*T packed queries.
         cu_seqlens_k: (B+1,) int32, running sum of `cache_lengths`.
-        longest: host bound on `cache_lengths`.
+        longest: the greatest of `cache_lengths`, on the host.
     """
 
     positions: Tensor
@@ -70,7 +70,8 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         table = torch.arange(batch * pages, dtype=torch.int32, device=device)
         self.page_table = table.view(batch, pages)
-        self._longest = 0
+        # the same on the host, where it is read without waiting for the device
+        self._host_lengths = [0] * batch
 
     @property
     def capacity(self) -> int:
@@ -88,7 +89,7 @@ class KVCache:
         Raises:
             ValueError: they do not fit.
         """
-        longest = self._longest + tokens
+        longest = max(self._host_lengths) + tokens
         if longest > self.capacity:
             raise ValueError(
                 f"cache capacity must be at least {longest} tokens for {tokens} more, "
@@ -116,4 +117,4 @@ class KVCache:
         if len(counts) != len(self.lengths):
             raise ValueError(f"counts must have {len(self.lengths)} entries, got {len(counts)}")
         self.lengths += torch.tensor(counts, dtype=torch.int32).to(self.lengths.device)
-        self._longest += max(counts)
+        self._host_lengths = [a + b for a, b in zip(self._host_lengths, counts, strict=True)]

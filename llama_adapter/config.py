@@ -68,6 +68,8 @@ class LlamaConfig:
             raise ValueError(
                 f"n_kv_heads must divide n_heads = {self.n_heads}, got {self.n_kv_heads}"
             )
+        if self.head_dim < 2:
+            raise ValueError(f"head_dim must be at least 2, got {self.head_dim}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
 
@@ -79,7 +81,8 @@ class LlamaConfig:
     @property
     def head_dim(self) -> int:
         """D, width of one head."""
-        return self.attention_head_dim or self.dim // self.n_heads
+        given = self.attention_head_dim
+        return self.dim // self.n_heads if given is None else given
 
     @property
     def hidden_dim(self) -> int:

@@ -7,6 +7,7 @@ are arguments, so an adapter can be switched, mixed within a batch or trained wi
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,8 @@ def rotary_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tenso
         cos and sin, (..., D/2) float32.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    frequency = config.rope_theta ** -(exponent / config.head_dim)
+    # this form, not a negative exponent: one bit here turns position 100,000 by 0.001
+    frequency = 1.0 / config.rope_theta ** (exponent / config.head_dim)
     scaling = config.rope_scaling
     if scaling is not None:
         # turns made within the original context: slow ones are stretched, fast ones kept
@@ -135,7 +137,7 @@ class Attention(nn.Module):
             out = self._attend_cached(q, k, v, segment, step.cache, step.span)
         return self.wo(out.flatten(-2))
 
-    def _prompt_arguments(self, prompts: Prompts | None) -> dict[str, Tensor | None]:
+    def _prompt_arguments(self, prompts: Prompts | None) -> dict[str, Any]:
         prompt = None if prompts is None else prompts.layers.get(self.layer)
         if prompts is None or prompt is None:
             return {}
@@ -152,7 +154,7 @@ class Attention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        segment: dict[str, Tensor | None],
+        segment: dict[str, Any],
         cache: KVCache,
         span: Span,
     ) -> Tensor:
@@ -212,15 +214,19 @@ class Llama(nn.Module):
     """The lean LLaMA. Source: Touvron et al. 2023; the LLaMA 3 family's model cards."""
 
     def __init__(self, config: LlamaConfig) -> None:
-        """Create the model with random weights N(0, 0.02) and unit norms."""
+        """Create the model with weights N(0, 0.02) and unit norms; on the meta device, bare."""
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        embeddings = torch.empty(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(embeddings, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tied_embeddings:
             self.output = Linear(config.dim, config.vocab_size)
+        # on the meta device random numbers mean nothing, and asking for them loads a compiler (4 s)
         for parameter in self.parameters():
+            if parameter.is_meta:
+                continue
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
             else:
@@ -245,8 +251,8 @@ class Llama(nn.Module):
         multipliers = adapter.multipliers()
         layers = {}
         for row, layer in enumerate(adapter.layers):
-            attention: Attention = self.layers[layer].attention  # pyright: ignore
-            k, v = attention.project_prompt(adapter.prompts[row])
+            block = cast(Block, self.layers[layer])
+            k, v = block.attention.project_prompt(adapter.prompts[row])
             layers[layer] = LayerPrompt(k, v, multipliers[row])
         return Prompts(layers)
 
@@ -270,13 +276,23 @@ class Llama(nn.Module):
             (B, T, C) in the model's dtype; rows at padded positions mean nothing.
 
         Raises:
-            ValueError: tokens is not (B, T), the cache is full, new_lengths has no cache.
+            ValueError: tokens is not (B, T), the cache is full or of another B, new_lengths are not
+                B numbers up to T or have no cache.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must have shape (B, T), got {tuple(tokens.shape)}")
         if new_lengths is not None and cache is None:
             raise ValueError("new_lengths must be None without a cache")
         batch, count = tokens.shape
+        if cache is not None and len(cache.lengths) != batch:
+            raise ValueError(
+                f"tokens must have {len(cache.lengths)} rows, one per cached sequence, got {batch}"
+            )
+        wanted = [count] * batch if new_lengths is None else new_lengths
+        if len(wanted) != batch or not all(0 <= length <= count for length in wanted):
+            raise ValueError(
+                f"new_lengths must be {batch} numbers from 0 to {count}, got {new_lengths}"
+            )
         span = None if cache is None else cache.span(count)
         positions = torch.arange(count, device=tokens.device) if span is None else span.positions
         cos, sin = rotary_angles(self.config, positions)
@@ -285,7 +301,7 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x, step)
         if cache is not None:
-            cache.advance([count] * batch if new_lengths is None else new_lengths)
+            cache.advance(wanted)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,65 @@
+"""Base models and adapters on disk: `load_base` reads a base, adapter_file.py the adapter's file.
+
+Every format has a file of its own with its key map as a table; callers see one `Base`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama_adapter.checkpoints.meta import is_meta, read_meta
+from llama_adapter.model import Llama
+from llama_adapter.tokenizer import Tokenizer
+
+__all__ = ["Base", "load_base"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model.
+
+    Attributes:
+        model: frozen, in evaluation mode.
+        tokenizer: the model's own.
+        name: the folder's name, for messages and fingerprints.
+    """
+
+    model: Llama
+    tokenizer: Tokenizer
+    name: str
+
+
+def load_base(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Base:
+    """Read a base model from a folder in Meta's format.
+
+    Args:
+        folder: holds consolidated.*.pth, params.json and tokenizer.model.
+        dtype: of the loaded weights, a floating one; None keeps the files' own.
+        device: where the weights go.
+
+    Returns:
+        The base, frozen and in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the folder or a file in it does not exist.
+        ValueError: the folder is of another kind, a file is damaged or does not fit the others,
+            or the device is not there.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"base model folder {folder} does not exist")
+    if not folder.is_dir() or not is_meta(folder):
+        raise ValueError(
+            f"base model {folder} must be a folder in Meta's format: consolidated.00.pth, "
+            "params.json and tokenizer.model"
+        )
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} is not available: torch {torch.__version__} sees no GPU")
+    model, tokenizer = read_meta(folder, dtype=dtype, device=device)
+    return Base(model, tokenizer, folder.resolve().name)

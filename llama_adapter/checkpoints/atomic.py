@@ -1,0 +1,49 @@
+"""How a file is replaced so that a kill at any moment leaves the old one or the new one, whole.
+
+A temporary file beside the target is written, synced and renamed over it, then the folder itself
+is synced. A kill can leave a temporary file behind; it is never mistaken for the target.
+"""
+
+import os
+import secrets
+from pathlib import Path
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`, completely or not at all.
+
+    Args:
+        path: the file to create or replace; its folder must exist.
+        data: the whole content, in bytes.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: the system refused to write; the old file is untouched.
+    """
+    path = Path(path)
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder {folder} does not exist: cannot write {path.name} into it")
+    temporary = folder / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    # the rename itself is durable only once the folder is; Windows has no such call
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
