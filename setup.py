@@ -30,7 +30,7 @@ setup(
         "llama_adapter": "llama_adapter",
         "adapter_kernels": "kernels/adapter_kernels",
     },
-    package_data={"llama_adapter": ["assets/README.md", "assets/*/*"]},
+    package_data={"llama_adapter": ["assets/README.md", "assets/*.json", "assets/*/*"]},
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',

@@ -1,0 +1,152 @@
+"""Where a training run stands, as files from which it continues exactly.
+
+A checkpoint is one safetensors file, `step-00000120.safetensors`: tensors by name, and in its
+metadata plain values as JSON and a SHA-256 of both. A file whose hash does not match is never used.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from llama_adapter.checkpoints.atomic import write_atomically
+
+FORMAT = "llama-adapter training state 1"
+_LENGTH_BYTES = 8
+_NAME = re.compile(r"step-(\d{8,})\.safetensors")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run needs to continue.
+
+    Attributes:
+        step: optimiser steps done; with the seed and the data it fixes the place in the epoch.
+        tensors: parameters, optimiser state and random states, by name, of any shape and dtype.
+        values: plain data that JSON can hold.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+
+
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    """The file of the checkpoint after `step` steps."""
+    return Path(folder) / f"step-{step:08d}.safetensors"
+
+
+def list_checkpoints(folder: str | Path) -> dict[int, Path]:
+    """Checkpoint files of a folder by step, ascending; empty where there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return {}
+    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def save_train_state(folder: str | Path, state: TrainState, keep: int) -> Path:
+    """Write a checkpoint, completely or not at all, then remove the ones it makes superfluous.
+
+    Args:
+        folder: an existing folder for checkpoints.
+        state: what to write.
+        keep: checkpoints to keep, this one included; those of later steps, from a continued run
+            whose latest file was refused, do not count and are removed.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: keep is less than 1.
+        OSError: the system refused to write; the other checkpoints are untouched.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    values = json.dumps({"step": state.step, "values": dict(state.values)})
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors.items()}
+    metadata = {"format": FORMAT, "state": values, "sha256": _content_hash(values, tensors)}
+    path = checkpoint_path(folder, state.step)
+    write_atomically(path, safetensors.save(tensors, metadata))
+    checkpoints = list_checkpoints(folder)
+    kept = [step for step in checkpoints if step <= state.step][-keep:]
+    for step, file in checkpoints.items():
+        if step not in kept:
+            file.unlink()
+    return path
+
+
+def read_train_state(path: str | Path) -> TrainState:
+    """Read one checkpoint.
+
+    Args:
+        path: a file that `save_train_state` wrote.
+
+    Returns:
+        Its state, tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged or of another format.
+    """
+    data = Path(path).read_bytes()
+    try:
+        tensors = safetensors.load(data)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {path} is truncated or damaged ({error})") from None
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
+    metadata = header.get("__metadata__") or {}
+    if metadata.get("format") != FORMAT:
+        got = metadata.get("format")
+        raise ValueError(f"checkpoint {path} must have the format {FORMAT!r}, got {got!r}")
+    values = metadata.get("state", "")
+    if metadata.get("sha256") != _content_hash(values, tensors):
+        raise ValueError(f"checkpoint {path} is damaged (its content does not match its hash)")
+    content = json.loads(values)
+    return TrainState(content["step"], tensors, content["values"])
+
+
+def load_latest(folder: str | Path) -> TrainState | None:
+    """Read the newest checkpoint that is whole; warn, by name, about each newer one that is not.
+
+    Args:
+        folder: a folder for checkpoints, which need not exist yet.
+
+    Returns:
+        The state, or None where the folder has no checkpoint.
+
+    Raises:
+        ValueError: there are checkpoints, and none is whole.
+    """
+    refused: list[str] = []
+    for path in reversed(list_checkpoints(folder).values()):
+        try:
+            state = read_train_state(path)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            warnings.warn(f"{reason}: using {path.name} instead", stacklevel=2)
+        return state
+    if refused:
+        raise ValueError(f"no checkpoint can be used: {'; '.join(refused)}")
+    return None
+
+
+def _content_hash(values: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(values.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

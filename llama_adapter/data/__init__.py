@@ -1,0 +1,1 @@
+"""Instruction data: records, the papers' prompt template, tokenised examples and label masks."""

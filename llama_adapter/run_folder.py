@@ -1,0 +1,268 @@
+"""What a training run leaves behind, and in what order, so that a kill at any moment loses nothing.
+
+    config.json environment.json skipped.jsonl metrics.jsonl events.out.tfevents.* loss.png
+    checkpoints/step-*.safetensors adapter.safetensors best.safetensors
+
+metrics.jsonl is the record of truth: one line per optimiser step and one per validation. When a run
+continues from a checkpoint, the lines beyond it are cut off and written anew.
+"""
+
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+
+from llama_adapter.checkpoints.atomic import TEMPORARY_SUFFIX, write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+PACKAGES = ("llama-adapter-kernels", "torch", "triton", "numpy", "safetensors", "sentencepiece")
+# fields that may differ between a run and its continuation: none of them changes a step's numbers
+FREE_FIELDS = ("output", "max_steps", "save_every", "keep_checkpoints")
+
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """One run's folder: checked when made, written from `open` to `close`.
+
+    Attributes:
+        path: the folder.
+        rows: every line of metrics.jsonl so far.
+    """
+
+    def __init__(self, path: str | Path, config: Mapping[str, Any], resume: bool) -> None:
+        """Check that the run may use the folder; nothing is written.
+
+        Args:
+            path: a folder that is empty or absent, or with `resume` one that holds this run.
+            config: the run's fields as plain data, nested ones as mappings.
+            resume: whether to continue what the folder holds; an empty one starts a new run.
+
+        Raises:
+            ValueError: the folder is in use and resume is False, is no run folder, or holds a run
+                with another configuration, whose field is named.
+        """
+        self.path = Path(path)
+        self.rows: list[Row] = []
+        self._config = json.loads(json.dumps(config, default=str))
+        self._metrics: IO[str] | None = None
+        self._events: SummaryWriter | None = None
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"output must be a folder, got the file {self.path}")
+        held = self._held_files()
+        if held and not resume:
+            raise ValueError(
+                f"output folder {self.path} is not empty: give another one, or resume the run in "
+                "it (--resume)"
+            )
+        if held:
+            self._check_same_run()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the training checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """File of the final adapter."""
+        return self.path / "adapter.safetensors"
+
+    @property
+    def best_adapter(self) -> Path:
+        """File of the adapter with the lowest validation loss."""
+        return self.path / "best.safetensors"
+
+    @property
+    def curve(self) -> Path:
+        """Picture of the loss curve."""
+        return self.path / "loss.png"
+
+    def _held_files(self) -> list[Path]:
+        """What the folder holds, but for the remains of a write that a kill cut short."""
+        if not self.path.is_dir():
+            return []
+        return [path for path in self.path.iterdir() if path.suffix != TEMPORARY_SUFFIX]
+
+    def _check_same_run(self) -> None:
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise ValueError(f"cannot resume {self.path}: it holds no run (config.json is missing)")
+        try:
+            before = _flatten(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, AttributeError):
+            raise ValueError(f"cannot resume {self.path}: config.json is not readable") from None
+        now = _flatten(self._config)
+        for name in [*now, *(name for name in before if name not in now)]:
+            if name not in FREE_FIELDS and before.get(name) != now.get(name):
+                raise ValueError(
+                    f"cannot resume {self.path}: {name} was {before.get(name)!r}, "
+                    f"is now {now.get(name)!r}"
+                )
+
+    def open(self, step: int, environment: Mapping[str, Any]) -> None:
+        """Create or take over the folder, and cut the metrics back to `step`.
+
+        Args:
+            step: the step that the run continues from; 0 starts anew.
+            environment: for environment.json, see `describe_environment`.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        # half a second to import, and no business of whoever only reads the configuration
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        # the configuration comes first: what it marks as a run can be continued
+        self._write_json("config.json", self._config)
+        self.checkpoints.mkdir(exist_ok=True)
+        for folder in (self.path, self.checkpoints):
+            for remains in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+                remains.unlink()
+        self._write_json("environment.json", environment)
+        metrics = self.path / "metrics.jsonl"
+        self.rows = [row for row in _read_rows(metrics) if row["step"] <= step] if step else []
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        write_atomically(metrics, text.encode())
+        self._metrics = metrics.open("a", encoding="utf-8")
+        # tells TensorBoard to drop what an interrupted run logged beyond this step
+        self._events = SummaryWriter(self.path, purge_step=step + 1 if step else 0)
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        write_atomically(self.path / name, (json.dumps(content, indent=2) + "\n").encode())
+
+    def write_skipped(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """List the records that are not used, one JSON object a line, in skipped.jsonl."""
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(self.path / "skipped.jsonl", text.encode())
+
+    def log(self, row: Row) -> None:
+        """Append one line to metrics.jsonl, at once, and its numbers to the TensorBoard events.
+
+        Args:
+            row: "step", and any other numbers by name.
+
+        Raises:
+            RuntimeError: the folder is not open.
+        """
+        if self._metrics is None or self._events is None:
+            raise RuntimeError("the run folder must be open before anything is logged")
+        row = {**row, "time": round(time.time(), 3)}
+        self.rows.append(row)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for name, value in row.items():
+            if name not in ("step", "time"):
+                self._events.add_scalar(name, value, row["step"], walltime=row["time"])
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk; before a checkpoint, which counts on its lines."""
+        if self._metrics is not None and self._events is not None:
+            os.fsync(self._metrics.fileno())
+            self._events.flush()
+
+    def close(self) -> None:
+        """Close the metrics and the events; harmless when they are not open."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+        self._metrics = self._events = None
+
+    def draw_curve(self) -> None:
+        """Draw training and validation loss over the steps into loss.png."""
+        # as with TensorBoard: slow to import
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, label, marker in (("loss", "training", ""), ("val_loss", "held out", "o")):
+            points = [(row["step"], row[name]) for row in self.rows if name in row]
+            if points:
+                steps, losses = zip(*points, strict=True)
+                axes.plot(steps, losses, label=label, marker=marker, markersize=4, linewidth=1)
+        axes.set(xlabel="step", ylabel="loss, nats per token")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        picture = io.BytesIO()
+        # without a display: a Figure of its own draws with Agg and touches no global state
+        figure.savefig(picture, format="png", dpi=120)
+        write_atomically(self.curve, picture.getvalue())
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested fields as `adapter.prompt_length`, so that an error can name them."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Lines of a metrics file up to the first that a kill left torn."""
+    rows: list[Row] = []
+    if not path.is_file():
+        return rows
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or "step" not in row:
+            break
+        rows.append(row)
+    return rows
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, threads and the source's git commit; no paths, no host names.
+
+    Args:
+        device: where the run computes.
+
+    Returns:
+        Plain data for environment.json.
+    """
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "device": torch.cuda.get_device_name(device) if cuda else str(device),
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "commit": _git_commit(Path(__file__).resolve().parents[1]),
+    }
+
+
+def _git_commit(root: Path) -> str | None:
+    """Commit of the checkout the package runs from, or None outside of one."""
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

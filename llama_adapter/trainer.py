@@ -1,0 +1,183 @@
+"""One optimiser step: exact gradient accumulation, and one optimiser per named parameter group.
+
+The base is frozen. A batch says which groups it trains; the others are left alone, and the state of
+all of them can be taken out by name and put back.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adapter_kernels import linear_cross_entropy
+from llama_adapter.adapter import Adapter
+from llama_adapter.data.examples import IGNORE_INDEX, Batch, Example, collate
+from llama_adapter.model import Llama
+
+_NAMED_RECORDS = 8
+
+
+class Trainer:
+    """One adapter, and one AdamW per group of its parameters.
+
+    A group that a batch does not name gets no gradient, no step and no decay from it.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        adapter: Adapter,
+        *,
+        micro_batch_size: int,
+        weight_decay: float = 0.02,
+        betas: tuple[float, float] = (0.9, 0.95),
+        clip: float | None = None,
+    ) -> None:
+        """Prepare to train.
+
+        Args:
+            model: the base, frozen.
+            adapter: float32, on the model's device.
+            micro_batch_size: examples per forward pass.
+            weight_decay: of every group; prompts and gates are decayed alike, as in the official
+                recipe.
+            betas: AdamW's.
+            clip: largest norm of the gradient of all groups of a batch together, or None.
+
+        Raises:
+            ValueError: the base is not frozen, or a parameter of the adapter is not float32.
+        """
+        unfrozen = [name for name, value in model.named_parameters() if value.requires_grad]
+        if unfrozen:
+            raise ValueError(f"model must be frozen, {unfrozen[0]} requires a gradient")
+        for name, value in adapter.named_parameters():
+            if value.dtype != torch.float32:
+                raise ValueError(f"adapter must be float32, {name} is {value.dtype}")
+        self.model, self.adapter = model, adapter
+        self.micro_batch_size, self.clip = micro_batch_size, clip
+        self.groups = adapter.groups()
+        self.optimisers = {
+            name: torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=weight_decay)
+            for name, parameters in self.groups.items()
+        }
+
+    def loss_sum(self, examples: Sequence[Example]) -> Tensor:
+        """Cross entropy in nats summed over the examples' labels, differentiable in the adapter."""
+        tokens, labels = collate(examples, self.model.output_weight.device)
+        hidden = self.model.hidden(tokens, self.model.project(self.adapter))
+        return linear_cross_entropy(
+            hidden[:, :-1],
+            self.model.output_weight,
+            labels[:, 1:],
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+
+    def step(self, batch: Batch, lr: float) -> tuple[float, float]:
+        """Take one optimiser step.
+
+        The loss is the mean over all labels of the batch, however it is cut into micro-batches, so
+        accumulation is exact. (The official code averages each micro-batch by itself, which weighs
+        a label by the company it is in.) A batch without any label has the loss 0.
+
+        Args:
+            batch: examples, and the groups that they train.
+            lr: learning rate of those groups.
+
+        Returns:
+            The loss in nats per label and the norm of its gradient.
+
+        Raises:
+            ValueError: the batch names no group, or one that the adapter does not have.
+            FloatingPointError: the loss or the gradient is not finite; nothing was changed.
+        """
+        unknown = [name for name in batch.train_groups if name not in self.groups]
+        if unknown or not batch.train_groups:
+            raise ValueError(
+                f"train_groups must name some of {tuple(self.groups)}, got {batch.train_groups}"
+            )
+        for name, parameters in self.groups.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in batch.train_groups)
+                parameter.grad = None
+        losses = []
+        micro_batches = self._micro_batches(batch.examples)
+        for examples in micro_batches:
+            # gradients of the sum, divided afterwards: a mean's could vanish in float16
+            loss = self.loss_sum(examples)
+            loss.backward()
+            losses.append(loss.detach())
+        trained = [p for name in batch.train_groups for p in self.groups[name]]
+        count = max(1, sum(example.n_labels for example in batch.examples))
+        gradients = [p.grad.div_(count) for p in trained if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss = float(torch.stack(losses).double().sum()) / count
+        if not math.isfinite(loss):
+            wrong = next(i for i, part in enumerate(losses) if not math.isfinite(float(part)))
+            raise FloatingPointError(f"the loss is {loss} in {_name(micro_batches[wrong])}")
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(f"the gradient is not finite in {_name(batch.examples)}")
+        if self.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
+        for name in batch.train_groups:
+            for options in self.optimisers[name].param_groups:
+                options["lr"] = lr
+            self.optimisers[name].step()
+        return loss, float(norm)
+
+    def _micro_batches(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        # neighbours in length share a micro-batch, which saves padding and changes no sum
+        ordered = sorted(examples, key=lambda example: len(example.tokens))
+        size = self.micro_batch_size
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    @torch.no_grad()
+    def validate(self, examples: Sequence[Example]) -> float:
+        """Loss in nats per label over all `examples`, at least one of which has labels."""
+        total = sum(float(self.loss_sum(part)) for part in self._micro_batches(examples))
+        return total / sum(example.n_labels for example in examples)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters, optimiser state by group name, and random states, by name."""
+        found = {f"adapter.{name}": value for name, value in self.adapter.state_dict().items()}
+        for group, optimiser in self.optimisers.items():
+            for index, state in optimiser.state_dict()["state"].items():
+                for key, value in state.items():
+                    found[f"optimiser.{group}.{index}.{key}"] = value
+        found["random.cpu"] = torch.get_rng_state()
+        if self.model.output_weight.is_cuda:
+            found["random.cuda"] = torch.cuda.get_rng_state(self.model.output_weight.device)
+        return found
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` returned.
+
+        Args:
+            tensors: by name, on any device.
+
+        Raises:
+            RuntimeError: a parameter is missing, surplus or of another shape.
+        """
+        prefix = "adapter."
+        self.adapter.load_state_dict(
+            {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+        )
+        for group, optimiser in self.optimisers.items():
+            states: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith(f"optimiser.{group}."):
+                    index, key = name.split(".")[2:]
+                    states.setdefault(int(index), {})[key] = value
+            options = optimiser.state_dict()["param_groups"]
+            optimiser.load_state_dict({"state": states, "param_groups": options})
+        torch.set_rng_state(tensors["random.cpu"])
+        if "random.cuda" in tensors and self.model.output_weight.is_cuda:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.model.output_weight.device)
+
+
+def _name(examples: Sequence[Example]) -> str:
+    """Records by their index in the file, a few of many."""
+    shown = ", ".join(str(index) for index in sorted(e.index for e in examples)[:_NAMED_RECORDS])
+    rest = len(examples) - _NAMED_RECORDS
+    return f"records {shown}" + (f" and {rest} more" if rest > 0 else "")

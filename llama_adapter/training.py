@@ -1,0 +1,385 @@
+"""Fine-tuning an adapter on instruction data: the papers' recipe, and how a run continues exactly.
+
+The recipe is that of LLaMA-Adapter, section 4.1, with schedule, decay and scaling of the learning
+rate as in its official training code. One step of it is in trainer.py.
+"""
+
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from llama_adapter.adapter import Adapter
+from llama_adapter.assets import BASE
+from llama_adapter.checkpoints import Base, load_base
+from llama_adapter.checkpoints.adapter_file import save_adapter
+from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint
+from llama_adapter.checkpoints.train_state import TrainState, load_latest, save_train_state
+from llama_adapter.config import AdapterConfig
+from llama_adapter.data.examples import Batch, Dataset, Example, load_dataset
+from llama_adapter.run_folder import Row, RunFolder, describe_environment
+from llama_adapter.trainer import Trainer
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, recipe: bool = False
+) -> Any:
+    """A field; `recipe` marks what decides the result, as against where and how it is computed."""
+    return field(default=default, metadata={"help": help, "choices": choices, "recipe": recipe})
+
+
+def _recipe(default: Any, help: str) -> Any:
+    return _option(default, help, recipe=True)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tuning options; the defaults are the papers' recipe."""
+
+    data: Path = field(metadata={"help": "instruction file: Alpaca JSON, or .jsonl"})
+    output: Path = field(metadata={"help": "run folder to create"})
+    base: Path | None = field(
+        default=None,
+        metadata={"help": "folder of the base model; default: the bundled one", "recipe": False},
+    )
+    dtype: str | None = _option(None, "dtype of the base; default: the files' own", DTYPES)
+    device: str | None = _option(None, "where to compute; default: the GPU, if there is one")
+    val_data: Path | None = field(
+        default=None,
+        metadata={"help": "file to validate on, in place of part of the data", "recipe": False},
+    )
+    val_size: int | None = _option(None, "records held out; default: the val fraction")
+    val_fraction: float = _option(0.02, "part of the records held out")
+    strict: bool = _option(False, "refuse data with a record that cannot be used")
+    max_length: int = _recipe(512, "tokens kept per record, within the model's context")
+    epochs: int = _recipe(5, "passes over the data")
+    warmup_epochs: float = _recipe(2.0, "epochs of linear warm-up, before the cosine")
+    max_steps: int | None = _option(None, "stop after so many steps of the unchanged schedule")
+    batch_size: int = _recipe(64, "records per optimiser step")
+    micro_batch_size: int = _option(4, "records per forward pass; changes memory, not results")
+    base_lr: float = _recipe(9e-3, "learning rate per 256 records of a batch")
+    lr: float | None = _recipe(None, "learning rate; default: base lr * batch size / 256")
+    min_lr: float = _recipe(0.0, "learning rate that the cosine ends at")
+    weight_decay: float = _recipe(0.02, "AdamW's decay, of prompts and gates alike")
+    betas: tuple[float, float] = _recipe((0.9, 0.95), "AdamW's two decay rates")
+    clip: float | None = _recipe(None, "largest norm of the gradient; default: no limit")
+    seed: int = _option(0, "of the prompts' initial values, the held-out choice and the order")
+    save_every: int = _option(50, "optimiser steps between checkpoints")
+    keep_checkpoints: int = _option(2, "checkpoints kept")
+    threads: int | None = _option(None, "CPU threads; default: torch's choice")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+        for name in ("base_lr", "min_lr", "weight_decay", "lr", "val_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, got {value}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be from 0 to below 1, got {self.val_fraction}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            limit = f"from 0 to epochs = {self.epochs}"
+            raise ValueError(f"warmup_epochs must be {limit}, got {self.warmup_epochs}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be from 0 to below 1, got {self.betas}")
+        for name in ("clip", "threads", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.val_data is not None and self.val_size is not None:
+            raise ValueError("val_size must be left out where val_data is given")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+
+    @property
+    def peak_lr(self) -> float:
+        """lr, or base_lr * batch_size / 256: 2.25e-3 for the papers' batch of 64."""
+        return self.base_lr * self.batch_size / 256 if self.lr is None else self.lr
+
+
+def learning_rate(config: FinetuneConfig, epoch: float) -> float:
+    """Linear warm-up, then a cosine, by fractional epoch e.
+
+        peak * e / w                                             for e < w
+        min + (peak - min) / 2 * (1 + cos(pi (e - w) / (E - w)))  from there on
+
+    Args:
+        config: peak_lr, min_lr, warmup_epochs w and epochs E.
+        epoch: e, from 0 to E: optimiser steps done, over the steps of one epoch.
+
+    Returns:
+        The learning rate of the next step. The first one is 0, as in the official recipe.
+    """
+    peak, warmup = config.peak_lr, config.warmup_epochs
+    if epoch < warmup:
+        return peak * epoch / warmup
+    progress = (epoch - warmup) / max(config.epochs - warmup, 1e-9)
+    return config.min_lr + (peak - config.min_lr) / 2 * (1 + math.cos(math.pi * min(progress, 1)))
+
+
+def epoch_batches(
+    examples: Sequence[Example], batch_size: int, seed: int, epoch: int, groups: tuple[str, ...]
+) -> list[Batch]:
+    """One epoch's batches: a permutation that depends on the seed and the epoch alone.
+
+    Args:
+        examples: the training examples.
+        batch_size: examples per batch; the last batch takes what is left.
+        seed: of the run.
+        epoch: from 0.
+        groups: the parameter groups that the batches train.
+
+    Returns:
+        Every example exactly once.
+    """
+    order = list(range(len(examples)))
+    # a string seeds by its hash, which does not change between Python versions
+    random.Random(f"order {seed} {epoch}").shuffle(order)
+    parts = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+    return [Batch(tuple(examples[i] for i in part), groups) for part in parts]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished run.
+
+    Attributes:
+        adapter: the final adapter, as in the folder's adapter.safetensors.
+        folder: the run folder.
+        dataset: what was trained on, held out and set aside.
+    """
+
+    adapter: Adapter
+    folder: RunFolder
+    dataset: Dataset
+
+    @property
+    def adapter_path(self) -> Path:
+        """File of the final adapter."""
+        return self.folder.adapter
+
+    @property
+    def curve_path(self) -> Path:
+        """Picture of the loss curve."""
+        return self.folder.curve
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of every step, of resumed runs from the first one on."""
+        return [row["loss"] for row in self.folder.rows if "loss" in row]
+
+    @property
+    def val_losses(self) -> dict[int, float]:
+        """Loss on the held-out records by step: at the start, after each epoch, at the end."""
+        return {row["step"]: row["val_loss"] for row in self.folder.rows if "val_loss" in row}
+
+
+def finetune(
+    config: FinetuneConfig,
+    *,
+    base: Base | None = None,
+    resume: bool = False,
+    progress: bool | None = None,
+    on_step: Callable[[Row], None] | None = None,
+) -> FinetuneResult:
+    """Train an adapter for a frozen base on instruction data.
+
+    Prompts and gates are float32 whatever the base's dtype. Records that cannot be used are listed
+    in the run folder and warned of.
+
+    Args:
+        config: the recipe, the data and the run folder.
+        base: a loaded base, frozen, in place of config.base, dtype and device.
+        resume: continue what config.output holds; on the CPU, with as many threads, the losses are
+            bitwise those of an uninterrupted run. An empty or absent folder starts a new run.
+        progress: show the progress bar on stderr; None shows it on a terminal.
+        on_step: called with every line of metrics.jsonl as it is written.
+
+    Returns:
+        The adapter, the run folder and the data.
+
+    Raises:
+        FileNotFoundError: a data file or the base does not exist.
+        ValueError: the data, the run folder or the base cannot be used; the message says why.
+        FloatingPointError: the loss or its gradient became NaN or infinite; names step and records.
+        KeyboardInterrupt: interrupted; everything written is whole, the message says how to resume.
+    """
+    folder = RunFolder(config.output, asdict(config), resume)
+    if base is None:
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = None if config.dtype is None else getattr(torch, config.dtype)
+        base = load_base(config.base or BASE, dtype=dtype, device=device)
+    dataset = load_dataset(
+        config.data,
+        base.tokenizer,
+        min(config.max_length, base.model.config.max_seq_len),
+        val_data=config.val_data,
+        val_size=config.val_size,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        strict=config.strict,
+    )
+    for line in dataset.warnings:
+        warnings.warn(line, stacklevel=2)
+    device = base.model.output_weight.device
+    with _settings(config, device):
+        generator = torch.Generator().manual_seed(config.seed)
+        adapter = Adapter(config.adapter, base.model.config, generator=generator).to(device)
+        trainer = Trainer(
+            base.model,
+            adapter,
+            micro_batch_size=config.micro_batch_size,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+            clip=config.clip,
+        )
+        run = _Run(config, trainer, dataset, folder, fingerprint(base.model, base.name))
+        state = load_latest(folder.checkpoints) if resume else None
+        if state is not None:
+            run.restore(state)
+        try:
+            folder.open(run.step, describe_environment(device))
+            folder.write_skipped(dataset.skipped_lines())
+            run.train(progress, on_step)
+        finally:
+            folder.close()
+    return FinetuneResult(adapter.requires_grad_(True), folder, dataset)
+
+
+@contextmanager
+def _settings(config: FinetuneConfig, device: torch.device) -> Iterator[None]:
+    """The run's threads and random state, and the caller's again afterwards."""
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.set_num_threads(config.threads or threads)
+            torch.manual_seed(config.seed)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Run:
+    """The loop over steps, and what a checkpoint of it holds."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        trainer: Trainer,
+        dataset: Dataset,
+        folder: RunFolder,
+        base: Fingerprint,
+    ) -> None:
+        self.config, self.trainer, self.dataset = config, trainer, dataset
+        self.folder, self.base = folder, base
+        self.per_epoch = math.ceil(len(dataset.train) / config.batch_size)
+        self.step = 0
+        self.saved = 0
+        self.best: float | None = None
+
+    def restore(self, state: TrainState) -> None:
+        """Continue from a checkpoint, if it belongs to this data and this base."""
+        where = f"cannot resume {self.folder.path}"
+        for file, digest in self.dataset.digests.items():
+            if state.values["digests"].get(file) != digest:
+                raise ValueError(f"{where}: the content of {file} has changed since the run began")
+        before = state.values["base"]
+        before = Fingerprint(before["name"], before["shape"], tuple(before["samples"]))
+        difference = before.difference(self.base)
+        if difference:
+            raise ValueError(f"{where}: it began with another base model ({difference})")
+        self.trainer.load_tensors(state.tensors)
+        self.step = self.saved = state.step
+        self.best = state.values["best"]
+
+    def save(self) -> None:
+        """Write a checkpoint, after the metrics up to it."""
+        values = {"digests": self.dataset.digests, "base": asdict(self.base), "best": self.best}
+        self.folder.sync()
+        state = TrainState(self.step, self.trainer.tensors(), values)
+        save_train_state(self.folder.checkpoints, state, self.config.keep_checkpoints)
+        self.saved = self.step
+
+    def train(self, progress: bool | None, on_step: Callable[[Row], None] | None) -> None:
+        """Run all steps that are left, then write the adapter and the loss curve."""
+        total = self.config.epochs * self.per_epoch
+        if self.config.max_steps is not None:
+            total = min(total, self.config.max_steps)
+        hidden = None if progress is None else not progress
+        bar = tqdm(total=total, initial=self.step, unit="step", disable=hidden)
+        try:
+            for row in self._rows(total):
+                self.folder.log(row)
+                if "loss" in row:
+                    speed = f"{row['tokens_per_second']:.0f}"
+                    bar.set_postfix({"loss": f"{row['loss']:.3f}", "tokens/s": speed}, False)
+                    bar.update()
+                if on_step is not None:
+                    on_step(row)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped at step {self.step} of {total}; the same command with --resume "
+                f"continues from step {self.saved}"
+            ) from None
+        finally:
+            bar.close()
+        save_adapter(self.folder.adapter, self.trainer.adapter, self.base)
+        self.folder.draw_curve()
+
+    def _rows(self, total: int) -> Iterator[Row]:
+        """Take the steps; what a row is followed by happens once the row is written."""
+        config = self.config
+        groups = tuple(self.trainer.groups)
+        batches: list[Batch] = []
+        if self.step == 0:
+            yield from self._validation()
+        while self.step < total:
+            epoch, position = divmod(self.step, self.per_epoch)
+            if not batches or position == 0:
+                batches = epoch_batches(
+                    self.dataset.train, config.batch_size, config.seed, epoch, groups
+                )
+            batch, lr = batches[position], learning_rate(config, self.step / self.per_epoch)
+            started = time.perf_counter()
+            try:
+                loss, norm = self.trainer.step(batch, lr)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {self.step + 1}: {error}") from None
+            tokens = sum(len(example.tokens) for example in batch.examples)
+            seconds = time.perf_counter() - started
+            self.step += 1
+            yield {
+                "step": self.step,
+                "epoch": self.step / self.per_epoch,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": norm,
+                "tokens_per_second": round(tokens / seconds, 1),
+            }
+            if self.step % self.per_epoch == 0 or self.step == total:
+                yield from self._validation()
+            if self.step % config.save_every == 0 or self.step == total:
+                self.save()
+
+    def _validation(self) -> Iterator[Row]:
+        if not self.dataset.held_out:
+            return
+        loss = self.trainer.validate(self.dataset.held_out)
+        if self.step and (self.best is None or loss < self.best):
+            self.best = loss
+            save_adapter(self.folder.best_adapter, self.trainer.adapter, self.base)
+        yield {"step": self.step, "epoch": self.step / self.per_epoch, "val_loss": loss}

@@ -1,0 +1,425 @@
+"""The recipe's numbers, what a run learns, and what it leaves behind."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama_adapter.adapter import Adapter
+from llama_adapter.checkpoints import Base
+from llama_adapter.checkpoints.adapter_file import read_adapter
+from llama_adapter.checkpoints.train_state import list_checkpoints
+from llama_adapter.config import AdapterConfig, LlamaConfig
+from llama_adapter.data.examples import Example, encode_record
+from llama_adapter.data.records import Record
+from llama_adapter.model import Llama
+from llama_adapter.tokenizer import Tokenizer
+from llama_adapter.trainer import Trainer
+from llama_adapter.training import FinetuneConfig, epoch_batches, finetune, learning_rate
+
+PAPERS = FinetuneConfig(data=Path("a.json"), output=Path("run"))
+WORDS = ["stone", "river", "green", "light", "under", "seven", "birds", "follow", "quiet", "paper"]
+
+
+def write_data(path: Path, count: int, broken: dict[int, Any] | None = None) -> Path:
+    items: list[Any] = [
+        {"instruction": f"{WORDS[i % 10]} {i}", "input": "", "output": WORDS[i * 7 % 10]}
+        for i in range(count)
+    ]
+    for index, item in (broken or {}).items():
+        items[index] = item
+    path.write_text(json.dumps(items), encoding="utf-8")
+    return path
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def small_config(tiny_tokenizer: Tokenizer) -> LlamaConfig:
+    return LlamaConfig(
+        dim=16,
+        n_layers=4,
+        n_heads=2,
+        n_kv_heads=1,
+        vocab_size=tiny_tokenizer.vocab_size,
+        multiple_of=8,
+        max_seq_len=128,
+    )
+
+
+@pytest.fixture
+def base(small_config: LlamaConfig, tiny_tokenizer: Tokenizer) -> Base:
+    """A random frozen model, as small as runs go, the same in every test."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(17)
+        model = Llama(small_config)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+    return Base(model.requires_grad_(False).eval(), tiny_tokenizer, "small")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., FinetuneConfig]:
+    """A short run over a handful of records, with changes by keyword."""
+
+    def make(count: int = 11, broken: dict[int, Any] | None = None, **changes: Any) -> Any:
+        usual: dict[str, Any] = {
+            "data": write_data(tmp_path / "data.json", count, broken),
+            "output": tmp_path / "run",
+            "epochs": 3,
+            "warmup_epochs": 1.0,
+            "batch_size": 4,
+            "micro_batch_size": 3,
+            "lr": 0.02,
+            "val_size": 2,
+            "adapter": AdapterConfig(prompt_length=3),
+        }
+        return FinetuneConfig(**usual | changes)
+
+    return make
+
+
+def test_the_defaults_are_the_papers_recipe() -> None:
+    assert (PAPERS.epochs, PAPERS.warmup_epochs, PAPERS.batch_size) == (5, 2.0, 64)
+    assert (PAPERS.weight_decay, PAPERS.betas, PAPERS.min_lr) == (0.02, (0.9, 0.95), 0.0)
+    assert (PAPERS.max_length, PAPERS.clip, PAPERS.adapter.prompt_length) == (512, None, 10)
+    assert len(PAPERS.adapter.layers_of(32)) == 30
+
+
+def test_the_learning_rate_scales_with_the_effective_batch() -> None:
+    assert PAPERS.peak_lr == 9e-3 * 64 / 256 == 2.25e-3
+    assert replace(PAPERS, batch_size=32).peak_lr == 1.125e-3
+    assert replace(PAPERS, micro_batch_size=64).peak_lr == 2.25e-3
+    assert replace(PAPERS, lr=0.1).peak_lr == 0.1
+
+
+@pytest.mark.parametrize(
+    ("epoch", "expected"),
+    [
+        (0.0, 0.0),
+        (0.5, 2.25e-3 / 4),
+        (1.0, 2.25e-3 / 2),
+        (1.99, 2.25e-3 * 0.995),
+        (2.0, 2.25e-3),
+        # a quarter, half and three quarters of the cosine: (1 + cos 45, 90, 135 degrees) / 2
+        (2.75, 2.25e-3 * 0.8535533905932737),
+        (3.5, 2.25e-3 * 0.5),
+        (4.25, 2.25e-3 * 0.14644660940672624),
+        (5.0, 0.0),
+    ],
+)
+def test_schedule_of_the_papers(epoch: float, expected: float) -> None:
+    assert math.isclose(learning_rate(PAPERS, epoch), expected, rel_tol=1e-12, abs_tol=1e-18)
+
+
+def test_schedule_with_a_lower_limit_and_without_warmup_or_cosine() -> None:
+    limited = replace(PAPERS, lr=0.1, min_lr=0.02)
+    assert math.isclose(learning_rate(limited, 1.0), 0.05)
+    assert math.isclose(learning_rate(limited, 3.5), 0.06)
+    assert math.isclose(learning_rate(limited, 5.0), 0.02)
+    assert learning_rate(replace(PAPERS, lr=0.1, warmup_epochs=0.0), 0.0) == 0.1
+    assert math.isclose(learning_rate(replace(PAPERS, lr=0.1, warmup_epochs=5.0), 4.5), 0.09)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        ({"save_every": 0}, "save_every must be at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"max_length": 1}, "max_length must be at least 2, got 1"),
+        ({"lr": -0.1}, "lr must be 0 or more and finite, got -0.1"),
+        ({"base_lr": math.nan}, "base_lr must be 0 or more and finite, got nan"),
+        ({"weight_decay": math.inf}, "weight_decay must be 0 or more and finite, got inf"),
+        ({"val_size": -1}, "val_size must be 0 or more and finite, got -1"),
+        ({"val_fraction": 1.0}, "val_fraction must be from 0 to below 1, got 1.0"),
+        ({"epochs": 1}, "warmup_epochs must be from 0 to epochs = 1, got 2.0"),
+        ({"betas": (0.9, 1.0)}, "betas must be from 0 to below 1, got (0.9, 1.0)"),
+        ({"clip": 0.0}, "clip must be positive, got 0.0"),
+        ({"threads": 0}, "threads must be positive, got 0"),
+        ({"max_steps": 0}, "max_steps must be positive, got 0"),
+        (
+            {"val_data": Path("v.json"), "val_size": 3},
+            "val_size must be left out where val_data is given",
+        ),
+        (
+            {"dtype": "float64"},
+            "dtype must be one of ('float32', 'bfloat16', 'float16'), got 'float64'",
+        ),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="must be") as caught:
+        replace(PAPERS, **changes)
+    assert str(caught.value) == message
+
+
+def test_an_epoch_is_a_permutation_of_its_own() -> None:
+    examples = [Example(i, (1, 2), (-100, 2)) for i in range(23)]
+    orders = []
+    for epoch in range(3):
+        batches = epoch_batches(examples, 5, 7, epoch, ("gates",))
+        assert [len(batch.examples) for batch in batches] == [5, 5, 5, 5, 3]
+        assert {batch.train_groups for batch in batches} == {("gates",)}
+        orders.append([example.index for batch in batches for example in batch.examples])
+        assert sorted(orders[-1]) == list(range(23))
+        again = epoch_batches(examples, 23, 7, epoch, ())[0].examples
+        assert [example.index for example in again] == orders[-1]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert [e.index for e in epoch_batches(examples, 23, 8, 0, ())[0].examples] != orders[0]
+
+
+def test_a_run_memorises_a_tiny_task(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, config: Callable[..., FinetuneConfig]
+) -> None:
+    """Four questions with answers that depend on them: none right before, all right after."""
+    layers = AdapterConfig(n_layers=4)
+    run = config(
+        4, epochs=40, warmup_epochs=4.0, micro_batch_size=4, lr=0.3, val_size=0, adapter=layers
+    )
+    items = [
+        {"instruction": f"{WORDS[i]} {i}", "input": "", "output": ("stone", "river")[i % 2]}
+        for i in range(4)
+    ]
+    run.data.write_text(json.dumps(items))
+    result = finetune(run, base=Base(tiny_model, tiny_tokenizer, "tiny"))
+    assert len(result.losses) == 40
+    assert result.losses[-1] < 0.15 * result.losses[0]
+    right = {}
+    with torch.no_grad():
+        for name, adapter in (
+            ("before", Adapter(layers, tiny_model.config)),
+            ("after", result.adapter),
+        ):
+            right[name] = 0
+            for item in items:
+                record = Record(0, item["instruction"], "", item["output"])
+                example = encode_record(record, tiny_tokenizer, 160)
+                logits = tiny_model(torch.tensor([example.tokens]), tiny_model.project(adapter))
+                chosen = logits[0, -example.n_labels - 1 : -1].argmax(-1).tolist()
+                right[name] += tuple(chosen) == example.tokens[-example.n_labels :]
+    assert right == {"before": 0, "after": 4}
+
+
+def test_a_run_leaves_config_metrics_checkpoints_adapter_and_curve(
+    base: Base, config: Callable[..., FinetuneConfig]
+) -> None:
+    run = config(save_every=4)
+    seen: list[dict[str, Any]] = []
+    before = {name: value.clone() for name, value in base.model.named_parameters()}
+    result = finetune(run, base=base, on_step=seen.append)
+
+    rows = read_metrics(run.output)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 10))
+    assert [row["loss"] for row in steps] == result.losses
+    for row in steps:
+        assert row["epoch"] == row["step"] / 3
+        assert row["lr"] == learning_rate(run, (row["step"] - 1) / 3)
+        assert math.isfinite(row["grad_norm"])
+        assert row["tokens_per_second"] > 0
+    validations = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    assert list(validations) == [0, 3, 6, 9]
+    assert validations == result.val_losses
+    assert all(math.isfinite(loss) for loss in validations.values())
+    assert [{**row, "time": 0} for row in seen] == [
+        {**row, "time": 0} for row in json.loads(json.dumps(rows))
+    ]
+
+    assert json.loads((run.output / "config.json").read_text()) == json.loads(
+        json.dumps(asdict(run), default=str)
+    )
+    assert list(list_checkpoints(run.output / "checkpoints")) == [8, 9]
+    for name in ("adapter.safetensors", "best.safetensors", "loss.png", "environment.json"):
+        assert (run.output / name).stat().st_size > 0
+    assert (run.output / "skipped.jsonl").read_text() == ""
+    assert list(run.output.glob("events.out.tfevents.*"))
+    assert result.adapter_path == run.output / "adapter.safetensors"
+    assert result.curve_path.read_bytes()[:4] == b"\x89PNG"
+
+    header, tensors = read_adapter(result.adapter_path)
+    assert header.layers == (2, 3)
+    for name, value in result.adapter.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, tensors[name])
+    assert float(result.adapter.gates.detach().abs().min()) > 0
+    for name, value in base.model.named_parameters():
+        assert torch.equal(value, before[name]), name
+
+
+def test_the_best_adapter_is_that_of_the_lowest_validation_loss(
+    base: Base, config: Callable[..., FinetuneConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(epochs=4)
+    # the untrained adapter does not count; the third epoch is no better than the second
+    losses = iter([0.5, 4.0, 2.0, 2.0, 3.0])
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "validate", lambda *_: next(losses))
+        result = finetune(run, base=base)
+    assert result.val_losses == {0: 0.5, 3: 4.0, 6: 2.0, 9: 2.0, 12: 3.0}
+    stopped = finetune(replace(run, output=run.output.parent / "short", max_steps=6), base=base)
+    tensors = read_adapter(run.output / "best.safetensors")[1]
+    for name, value in stopped.adapter.state_dict().items():
+        assert torch.equal(value, tensors[name])
+        assert not torch.equal(value, result.adapter.state_dict()[name])
+
+
+def test_the_result_does_not_depend_on_micro_batches(
+    base: Base, config: Callable[..., FinetuneConfig]
+) -> None:
+    run = config(epochs=2)
+    whole = finetune(replace(run, output=run.output / "a", micro_batch_size=4), base=base)
+    parts = finetune(replace(run, output=run.output / "b", micro_batch_size=1), base=base)
+    assert len(whole.losses) == 6
+    for a, b in zip(whole.losses, parts.losses, strict=True):
+        assert math.isclose(a, b, rel_tol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run_and_the_callers_random_state_is_kept(
+    base: Base, config: Callable[..., FinetuneConfig]
+) -> None:
+    run = config(epochs=1, warmup_epochs=0.0)
+    torch.manual_seed(99)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    first = finetune(replace(run, output=run.output / "a", threads=1), base=base)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    torch.manual_seed(100)
+    second = finetune(replace(run, output=run.output / "b", threads=1), base=base)
+    other = finetune(replace(run, output=run.output / "c", threads=1, seed=1), base=base)
+    assert first.losses == second.losses
+    assert first.losses != other.losses
+    assert torch.equal(first.adapter.prompts, second.adapter.prompts)
+
+
+def test_unusable_records_are_warned_of_listed_and_never_a_nan(
+    base: Base, config: Callable[..., FinetuneConfig]
+) -> None:
+    long = {"instruction": "stone " * 300, "input": "", "output": "x"}
+    run = config(broken={2: "text", 5: {"instruction": "a", "input": "", "output": ""}, 7: long})
+    with pytest.warns(UserWarning, match="3 of 11 records cannot be used: record 2: must be an"):
+        result = finetune(run, base=base)
+    listed = [json.loads(x) for x in (run.output / "skipped.jsonl").read_text().splitlines()]
+    assert [(x["record"], x["reason"]) for x in listed] == [
+        (2, "must be an object, got a string"),
+        (5, "output is empty"),
+        # the model's context is the limit here, not max_length
+        (7, "its prompt fills max_length = 128 tokens and leaves no label"),
+    ]
+    assert {x["file"] for x in listed} == {str(run.data)}
+    assert len(result.dataset.train) + len(result.dataset.held_out) == 8
+    assert all(math.isfinite(loss) for loss in result.losses)
+
+
+def test_strict_makes_them_an_error_before_anything_is_written(
+    base: Base, config: Callable[..., FinetuneConfig]
+) -> None:
+    run = config(broken={2: None}, strict=True)
+    with pytest.raises(ValueError, match="1 of 11 records cannot be used: record 2: must be an o"):
+        finetune(run, base=base)
+    assert not run.output.exists()
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_records(
+    base: Base, config: Callable[..., FinetuneConfig]
+) -> None:
+    # the byte of a sign that only one record holds
+    with torch.no_grad():
+        base.model.tok_embeddings.weight[base.tokenizer.encode("~")[-1]] = math.nan
+    run = config(val_size=0, batch_size=2)
+    outputs = ["river"] * 4 + ["~", "river"]
+    items = [{"instruction": f"stone {i}", "output": output} for i, output in enumerate(outputs)]
+    run.data.write_text(json.dumps(items))
+    message = r"^step [123]: the loss is nan in records (4|[0-3], 4|4, 5)$"
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        finetune(run, base=base)
+    done = [row["step"] for row in read_metrics(run.output)]
+    assert done == list(range(1, int(str(caught.value)[5])))
+    assert not (run.output / "adapter.safetensors").exists()
+
+
+def test_progress_goes_to_stderr_and_only_where_asked(
+    base: Base, config: Callable[..., FinetuneConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = config(epochs=1, warmup_epochs=0.0)
+    finetune(replace(run, output=run.output / "a"), base=base)
+    assert capfd.readouterr() == ("", "")
+    finetune(replace(run, output=run.output / "b"), base=base, progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "3/3" in err
+    assert "loss=" in err
+    assert "tokens/s=" in err
+    # elapsed and left
+    assert "<00:0" in err
+
+
+def test_max_steps_stops_the_unchanged_schedule_and_a_later_run_goes_on(
+    base: Base, config: Callable[..., FinetuneConfig]
+) -> None:
+    run = config()
+    whole = finetune(replace(run, output=run.output / "whole"), base=base)
+    stopped = finetune(replace(run, output=run.output / "parts", max_steps=4), base=base)
+    assert stopped.losses == whole.losses[:4]
+    resumed = finetune(replace(run, output=run.output / "parts"), base=base, resume=True)
+    assert resumed.losses == whole.losses
+    assert torch.equal(resumed.adapter.prompts, whole.adapter.prompts)
+
+
+def test_an_interrupt_says_how_to_go_on_and_leaves_whole_files(
+    base: Base, config: Callable[..., FinetuneConfig]
+) -> None:
+    run = config(save_every=2)
+
+    def interrupt(row: dict[str, Any]) -> None:
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        finetune(run, base=base, on_step=interrupt)
+    assert str(caught.value) == (
+        "stopped at step 5 of 9; the same command with --resume continues from step 4"
+    )
+    assert [row["step"] for row in read_metrics(run.output)] == [0, 1, 2, 3, 3, 4, 5]
+    assert not list(run.output.rglob("*.tmp"))
+    finished = finetune(run, base=base, resume=True)
+    assert finished.losses == finetune(
+        replace(run, output=run.output.parent / "whole"), base=base
+    ).losses  # fmt: skip
+
+
+def test_the_base_is_read_from_its_folder_in_the_dtype_asked_for(
+    base: Base,
+    small_config: LlamaConfig,
+    tiny_tokenizer_path: Path,
+    config: Callable[..., FinetuneConfig],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    torch.save(base.model.state_dict(), folder / "consolidated.00.pth")
+    shape = {
+        name: getattr(small_config, name)
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "max_seq_len")
+    }
+    (folder / "params.json").write_text(json.dumps(shape | {"vocab_size": -1}))
+    (folder / "tokenizer.model").write_bytes(tiny_tokenizer_path.read_bytes())
+    run = config(base=folder, device="cpu", epochs=2)
+    single = finetune(replace(run, output=tmp_path / "single"))
+    expected = finetune(replace(run, output=tmp_path / "given"), base=base)
+    assert single.losses == expected.losses
+    half = finetune(replace(run, output=tmp_path / "half", dtype="bfloat16"))
+    assert half.adapter.prompts.dtype == half.adapter.gates.dtype == torch.float32
+    assert half.losses != expected.losses
+    for a, b in zip(half.losses[:2], expected.losses[:2], strict=True):
+        assert math.isclose(a, b, rel_tol=0.02)

@@ -1,0 +1,57 @@
+"""Run the tests that lean on a neighbour's version against its oldest and newest supported ones.
+
+Each row's packages are installed without their dependencies into a folder of their own, which
+comes first on the path of a fresh pytest process. `make test-all` runs this.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "matrix"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Packages in place of the pinned ones, and the tests that must pass with them."""
+
+    packages: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+MODEL_TESTS = ("tests/llama_adapter/test_model.py", "tests/test_imports.py")
+ROWS = (
+    Row(("transformers==5.10.1", "tokenizers==0.22.2"), MODEL_TESTS),
+    Row(("transformers==5.23.0",), MODEL_TESTS),
+    Row(("safetensors==0.5.3",), ("tests/llama_adapter/checkpoints",)),
+    Row(("sentencepiece==0.2.1",), ("tests/llama_adapter/test_tokenizer.py",)),
+    Row(("numpy==1.26.4",), ("tests/adapter_kernels", "tests/llama_adapter/test_model.py")),
+)
+
+
+def run(row: Row) -> int:
+    """Install one row and run its tests; returns pytest's exit code."""
+    target = FOLDER / "+".join(row.packages).replace("==", "-")
+    if not target.exists():
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*install, "--target", str(target), *row.packages], check=True)
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(target), *([inherited] if inherited else [])])
+    print(f"== {', '.join(row.packages)}", flush=True)
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", *row.tests]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}).returncode
+
+
+def main() -> int:
+    """Run every row; returns 1 if any failed."""
+    failed = [row.packages for row in ROWS if run(row) != 0]
+    for packages in failed:
+        print(f"failed with {', '.join(packages)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
