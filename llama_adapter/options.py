@@ -75,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     hints = typing.get_type_hints(cls)
     for spec in fields(cls):
         hint = hints[spec.name]
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             add_options(parser, hint)
             continue
         kind, default = _without_none(hint), _default(spec)
@@ -138,7 +138,7 @@ def build(cls: type[T], given: dict[str, Any], **fixed: Any) -> T:
         if spec.name in values:
             continue
         if is_dataclass(hints[spec.name]):
-            values[spec.name] = build(hints[spec.name], given)  # pyright: ignore
+            values[spec.name] = build(hints[spec.name], given)
         elif spec.name in given:
             value = given[spec.name]
             values[spec.name] = tuple(value) if isinstance(value, list) else value

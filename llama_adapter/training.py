@@ -46,8 +46,10 @@ def _recipe(default: Any, help: str) -> Any:
 class FinetuneConfig:
     """Fine-tuning options; the defaults are the papers' recipe."""
 
-    data: Path = field(metadata={"help": "instruction file: Alpaca JSON, or .jsonl"})
-    output: Path = field(metadata={"help": "run folder to create"})
+    data: Path = field(
+        metadata={"help": "instruction file: Alpaca JSON, or .jsonl", "recipe": False}
+    )
+    output: Path = field(metadata={"help": "run folder to create", "recipe": False})
     base: Path | None = field(
         default=None,
         metadata={"help": "folder of the base model; default: the bundled one", "recipe": False},

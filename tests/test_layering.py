@@ -11,14 +11,15 @@ ROOT = Path(__file__).parents[1]
 
 # top-level modules of llama_adapter, lowest first; a module may import from lower rows only
 LAYERS = (
-    {"config", "assets"},
+    {"config", "assets", "options"},
     {"adapter", "cache", "tokenizer", "sampling"},
     {"model"},
     {"checkpoints", "multimodal", "hosts", "integrations"},
     {"data", "run_folder"},
+    {"trainer"},
     {"training", "generation"},
     {"evaluation"},
-    {"quickstart", "doctor", "options"},
+    {"quickstart", "doctor"},
     {"cli"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

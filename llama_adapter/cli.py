@@ -1,0 +1,270 @@
+"""The command `llama-adapter`: fine-tune, generate, chat, look at files, check the environment.
+
+Options come from the dataclasses of the library. A request that cannot be carried out ends in one
+line on stderr and exit code 2; `--debug` shows the traceback instead.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_adapter import assets
+from llama_adapter.adapter import Prompts
+from llama_adapter.checkpoints import Base, load_base
+from llama_adapter.checkpoints.adapter_file import load_adapter, read_adapter
+from llama_adapter.data.template import prompt_text
+from llama_adapter.generation import stream
+from llama_adapter.options import Parser, UsageError, add_options, build, read_config
+from llama_adapter.sampling import SamplingConfig
+from llama_adapter.training import DTYPES, FinetuneConfig, finetune
+
+CHAT_HELP = """Type an instruction and press Enter. Each answer stands alone.
+  /input TEXT   text that the next instruction is about
+  /base         answer without the adapter from here on; /adapter switches back
+  /quit         leave (or Ctrl-D)"""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model."""
+
+    base: Path = field(
+        default=assets.BASE, metadata={"help": "folder of the base model; the bundled one"}
+    )
+    adapter: Path | None = field(
+        default=None, metadata={"help": "adapter file; without it the base answers alone"}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "of the base's weights; default: the files' own",
+            "choices": DTYPES,
+        },
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu or cuda; default: the GPU, if there is one"}
+    )
+
+    def load(self) -> tuple[Base, Prompts | None]:
+        """The base, and the adapter's prompts projected once."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        base = load_base(self.base, dtype=dtype, device=device)
+        if self.adapter is None:
+            return base, None
+        adapter = load_adapter(self.adapter, base.model, base.name)
+        with torch.no_grad():
+            return base, base.model.project(adapter)
+
+
+def _given(options: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Option values: the command line's, over those of `--config`."""
+    config = getattr(options, "config", None)
+    return {**(read_config(config, cls) if config else {}), **vars(options)}
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    given = _given(options, FinetuneConfig)
+    config = build(FinetuneConfig, given)
+    result = finetune(config, resume=options.resume, progress=False if options.quiet else None)
+    print(f"adapter     {result.adapter_path}")
+    print(f"loss curve  {result.curve_path}")
+    return 0
+
+
+def _answer(
+    base: Base, prompts: Prompts | None, text: str, sampling: SamplingConfig, echo: bool
+) -> str:
+    """One completion, printed piece by piece where `echo` is set."""
+    pieces = []
+    for piece in stream(base.model, base.tokenizer, [text], sampling, prompts=prompts):
+        pieces.append(piece.text)
+        if echo:
+            print(piece.text, end="", flush=True)
+    if echo:
+        print()
+    return "".join(pieces)
+
+
+def _read_questions(path: Path) -> list[dict[str, str]]:
+    """Objects with an instruction and perhaps an input, from a JSON list."""
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, FloatingPointError) as error:
+        raise UsageError(f"--data {path}: {error}") from error
+    if not isinstance(items, list) or not items:
+        raise UsageError(f"--data {path}: expected a non-empty JSON list")
+    for index, item in enumerate(items):
+        if not isinstance(item, dict) or not isinstance(item.get("instruction"), str):
+            raise UsageError(f"--data {path}: record {index} has no instruction")
+        if not isinstance(item.get("input", ""), str):
+            raise UsageError(f"--data {path}: record {index}: input must be a string")
+    return items
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if (options.instruction is None) == (options.data is None):
+        raise UsageError("give either an instruction or --data")
+    sampling = build(SamplingConfig, vars(options))
+    items = None if options.data is None else _read_questions(options.data)
+    base, prompts = build(ModelOptions, vars(options)).load()
+    if items is None:
+        _answer(base, prompts, prompt_text(options.instruction, options.input), sampling, True)
+        return 0
+    for item in items:
+        text = prompt_text(item["instruction"], item.get("input", ""))
+        answer = _answer(base, prompts, text, sampling, False)
+        line = {"instruction": item["instruction"], "input": item.get("input", "")}
+        print(json.dumps({**line, "output": answer}, ensure_ascii=False), flush=True)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    sampling = build(SamplingConfig, vars(options))
+    base, adapted = build(ModelOptions, vars(options)).load()
+    prompts, given_input = adapted, ""
+    print(f"{base.name}, {'with' if adapted else 'without'} adapter. /help lists commands.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        command, _, rest = line.partition(" ")
+        if command in ("/quit", "/exit"):
+            return 0
+        if command == "/input":
+            given_input = rest.strip()
+        elif command in ("/base", "/adapter"):
+            if command == "/adapter" and adapted is None:
+                print("no adapter is loaded: start with --adapter FILE")
+            prompts = adapted if command == "/adapter" else None
+        elif command.startswith("/"):
+            print(CHAT_HELP)
+        elif line:
+            try:
+                _answer(base, prompts, prompt_text(line, given_input), sampling, True)
+            except ValueError as error:
+                print(error)
+            given_input = ""
+
+
+def _info(options: argparse.Namespace) -> int:
+    path: Path = options.path
+    if path.is_dir():
+        base = load_base(path)
+        count = sum(parameter.numel() for parameter in base.model.parameters())
+        print(f"base model  {base.name}\nshape       {base.model.config.describe()}")
+        print(f"parameters  {count:,}\ntokenizer   {base.tokenizer.vocab_size} pieces")
+        return 0
+    header, tensors = read_adapter(path)
+    count = sum(tensor.numel() for tensor in tensors.values())
+    gates, config = tensors["gates"], header.config
+    print(f"adapter     {path} ({count:,} parameters, {path.stat().st_size:,} bytes)")
+    print(f"base        {header.base.describe()}")
+    print(f"layers      {len(header.layers)}: {', '.join(map(str, header.layers))}")
+    print(f"prompts     {config.prompt_length} per layer, {header.prompt_kind}")
+    print(
+        f"gates       one per {config.gate_scope}, {config.gate_activation}, "
+        f"from {gates.min():.3f} to {gates.max():.3f}"
+    )
+    return 0
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from llama_adapter.quickstart import quickstart
+
+    return quickstart(options.output, steps=options.steps, items=options.items)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from llama_adapter import doctor
+
+    return doctor.main()
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(run=run, parser=parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="llama-adapter", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    tune = _command(commands, "finetune", _finetune, "Train an adapter on instruction data.")
+    tune.add_argument("--config", type=Path, help="JSON file of options; the command line wins")
+    tune.add_argument("--resume", action="store_true", help="continue the run in --output")
+    tune.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_options(tune, FinetuneConfig)
+
+    make = _command(commands, "generate", _generate, "Answer one instruction, or a file of them.")
+    make.add_argument("instruction", nargs="?", help="the instruction")
+    make.add_argument("--input", default="", help="text that the instruction is about")
+    make.add_argument("--data", type=Path, help="JSON list of instructions; prints JSON lines")
+    chat = _command(commands, "chat", _chat, "Answer instructions as they are typed.")
+    for command in (make, chat):
+        add_options(command, ModelOptions)
+        add_options(command, SamplingConfig)
+
+    info = _command(commands, "info", _info, "Say what an adapter file or a model folder is.")
+    info.add_argument("path", type=Path, help="adapter file or folder of a base model")
+
+    quick = _command(
+        commands, "quickstart", _quickstart, "Fine-tune the bundled model, in minutes."
+    )
+    quick.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="folder to create"
+    )
+    quick.add_argument("--steps", type=int, help="stop training early")
+    quick.add_argument("--items", type=int, help="held-out instructions to score (default: all)")
+
+    _command(commands, "doctor", _doctor, "Say what is installed, what runs where, what is wrong.")
+    return parser
+
+
+def _print_warning(message: Warning | str, *rest: Any) -> None:
+    """One line for a person, without the source line that raised it."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: words after the program's name; None takes those of the process.
+
+    Returns:
+        0 on success, 2 for a request that cannot be carried out, 130 after Ctrl-C; `doctor`
+        returns 1 when it finds a problem.
+    """
+    options = _parser().parse(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            return options.run(options)
+    except KeyboardInterrupt as stop:
+        print(f"\nllama-adapter {options.command}: {stop or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output left; a second attempt at flushing must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError, FloatingPointError) as error:
+        if options.debug:
+            raise
+        message = " ".join(str(error).split())
+        print(f"llama-adapter {options.command}: error: {message}", file=sys.stderr)
+        return 2

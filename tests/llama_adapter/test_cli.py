@@ -1,0 +1,223 @@
+"""The command line on a tiny model: every command works, every bad request is one line and 2."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_adapter.adapter import Adapter
+from llama_adapter.checkpoints import load_base
+from llama_adapter.checkpoints.adapter_file import save_adapter
+from llama_adapter.checkpoints.fingerprint import fingerprint
+from llama_adapter.cli import main
+from llama_adapter.config import LlamaConfig
+from llama_adapter.model import Llama
+
+WORDS = ("green", "river", "stone", "paper", "window", "light", "seven", "answer")
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_model: Llama, tiny_tokenizer_path: Path) -> Path:
+    """The tiny model as a Meta folder."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    shutil.copy(tiny_tokenizer_path, folder / "tokenizer.model")
+    torch.save(tiny_model.state_dict(), folder / "consolidated.00.pth")
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps")
+    shape = {name: value for name, value in asdict(tiny_model.config).items() if name in names}
+    shape["max_seq_len"] = tiny_model.config.max_seq_len
+    (folder / "params.json").write_text(json.dumps(shape))
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path, tiny_adapter: Adapter) -> Path:
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, tiny_adapter, fingerprint(load_base(base).model, "tiny"))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "own.json"
+    records = [
+        {"instruction": f"the first of {a} {b}", "input": "", "output": a}
+        for a in WORDS
+        for b in WORDS[:3]
+    ]
+    path.write_text(json.dumps(records))
+    return path
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_finetune_then_generate_and_info(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    recipe = ("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 8, "--val-size", 2)
+    assert run("finetune", "--base", base, "--data", data, "--output", out, *recipe) == 0
+    shown = capsys.readouterr().out
+    assert str(out / "adapter.safetensors") in shown
+    assert str(out / "loss.png") in shown
+
+    words = ("generate", "the first of green river", "--base", base, "--max-new-tokens", 6)
+    assert run(*words, "--temperature", 0, "--adapter", out / "adapter.safetensors") == 0
+    assert capsys.readouterr().out.endswith("\n")
+    assert run("info", out / "adapter.safetensors") == 0
+    shown = capsys.readouterr().out
+    assert "tiny" in shown
+    assert "layers" in shown
+
+
+def test_config_file_repeats_a_run(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ("--epochs", 1, "--warmup-epochs", 0, "--max-steps", 2, "--prompt-length", 3)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("finetune", "--base", base, "--data", data, "--output", first, *recipe) == 0
+    again = ("finetune", "--config", first / "config.json", "--output", second)
+    assert run(*again) == 0
+    one, two = (folder / "adapter.safetensors" for folder in (first, second))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_generate_streams_what_a_file_of_questions_collects(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.json"
+    asked = [{"instruction": "paper window"}, {"instruction": "stone", "input": "seven birds"}]
+    questions.write_text(json.dumps(asked))
+    common = ("--base", base, "--adapter", adapter, "--temperature", 0, "--max-new-tokens", 8)
+    assert run("generate", "--data", questions, *common) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["input"] for line in lines] == ["", "seven birds"]
+    assert run("generate", "stone", "--input", "seven birds", *common) == 0
+    assert capsys.readouterr().out == lines[1]["output"] + "\n"
+
+
+def test_chat_answers_and_switches_the_adapter(
+    base: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    common = ("--base", base, "--temperature", 0, "--max-new-tokens", 8)
+    answers = []
+    for words in (("--adapter", adapter), ()):
+        assert run("generate", "stone", "--input", "seven", *words, *common) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1]
+    typed = "/input seven\nstone\n/base\n/input seven\nstone\n/help\n\n/quit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert run("chat", "--adapter", adapter, *common) == 0
+    shown = capsys.readouterr().out
+    assert shown.index(answers[0]) < shown.rindex(answers[1])
+    assert "/quit" in shown
+
+
+def test_chat_ends_at_end_of_file(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/adapter\n"))
+    assert run("chat", "--base", base) == 0
+    assert "no adapter is loaded" in capsys.readouterr().out
+
+
+def test_info_of_a_base(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info", base) == 0
+    assert "dim 48, 4 layers, 6 heads (2 key/value), vocabulary 353" in capsys.readouterr().out
+
+
+BAD = {
+    "no command": ("", "the following arguments are required: command"),
+    "unknown command": ("tune", "invalid choice: 'tune'"),
+    "no data": ("finetune --output OUT", "--data is required"),
+    "no output": ("finetune --data DATA", "--output is required"),
+    "missing data": ("finetune --data absent.json --output OUT", "absent.json: no such file"),
+    "misspelt option": ("finetune --epoch 3", "unknown argument --epoch, did you mean --epochs?"),
+    "bad value": (
+        "finetune --data DATA --output OUT --epochs 0",
+        "epochs must be at least 1, got 0",
+    ),
+    "bad choice": ("finetune --data DATA --output OUT --gate-scope x", "invalid choice: 'x'"),
+    "missing base": ("finetune --data DATA --output OUT --base nowhere", "nowhere does not exist"),
+    "too many layers": (
+        "finetune --data DATA --output OUT --base BASE --n-layers 9",
+        "n_layers must be at most the model's 4, got 9",
+    ),
+    "used folder": ("finetune --data DATA --output BASE", "is not empty"),
+    "bad config": ("finetune --config DATA --output OUT", "expected a JSON object, got list"),
+    "nothing to answer": ("generate --base BASE", "give either an instruction or --data"),
+    "no adapter": ("generate hi --base BASE --adapter absent", "absent"),
+    "adapter is a text": ("generate hi --base BASE --adapter DATA", "own.json"),
+    "wrong base": ("generate hi --adapter ADAPTER", "was trained on base"),
+    "bad temperature": ("generate hi --base BASE --temperature=-1", "temperature must be"),
+    "bad top p": ("generate hi --base BASE --top-p 0", "top_p must be"),
+    "bad device": ("generate hi --base BASE --device cuda", "device cuda is not available"),
+    "questions no list": ("generate --base BASE --data CONFIG", "expected a non-empty JSON list"),
+    "info of nothing": ("info absent", "absent"),
+    "info of a text": ("info DATA", "own.json"),
+    "info of a folder": ("info EMPTY", "must be a folder in Meta's format"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_one_line_and_exit_code_2(
+    case: str,
+    base: Path,
+    adapter: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    names = {"BASE": base, "ADAPTER": adapter, "DATA": data, "OUT": "out", "EMPTY": "empty"}
+    names["CONFIG"] = "config.json"
+    words, message = BAD[case]
+    try:
+        code = run(*(names.get(word, word) for word in words.split()))
+    except SystemExit as left:
+        code = left.code
+    shown = capsys.readouterr()
+    assert code == 2
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        run("info", tmp_path / "absent", "--debug")
+
+
+def test_closed_pipe_is_quiet(base: Path) -> None:
+    code = "import sys; from llama_adapter.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "info", str(base)]
+    done = subprocess.run(
+        ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "_", *command],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_model_of_another_shape_is_refused(
+    base: Path, adapter: Path, tiny_config: LlamaConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Llama(tiny_config)
+    torch.save(model.state_dict(), base / "consolidated.00.pth")
+    assert run("generate", "hi", "--base", base, "--adapter", adapter) == 2
+    assert "was trained on base" in capsys.readouterr().err
