@@ -83,15 +83,16 @@ def _finetune(options: argparse.Namespace) -> int:
 def _answer(
     base: Base, prompts: Prompts | None, text: str, sampling: SamplingConfig, echo: bool
 ) -> str:
-    """One completion, printed piece by piece where `echo` is set."""
-    pieces = []
+    """One completion without its leading blanks, printed piece by piece where `echo` is set."""
+    answer = ""
     for piece in stream(base.model, base.tokenizer, [text], sampling, prompts=prompts):
-        pieces.append(piece.text)
+        shown = piece.text if answer else piece.text.lstrip()
+        answer += shown
         if echo:
-            print(piece.text, end="", flush=True)
+            print(shown, end="", flush=True)
     if echo:
         print()
-    return "".join(pieces)
+    return answer
 
 
 def _read_questions(path: Path) -> list[dict[str, str]]:

@@ -1,0 +1,1 @@
+"""Scoring: one resumable runner, and the benchmarks that go through it."""
