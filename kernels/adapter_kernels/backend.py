@@ -1,0 +1,48 @@
+"""Which implementation runs an operation: the argument `backend`, and what this build has.
+
+`backend=None` chooses the best implementation present; a name forces one and is an error where it
+is missing. Running the reference on a CUDA tensor warns once per operation, because it is correct
+there but slow.
+"""
+
+import warnings
+
+import torch
+
+# every op of this package is defined in this one namespace: torch.ops.adapter_kernels.*
+LIBRARY = torch.library.Library("adapter_kernels", "DEF")
+
+BACKENDS = ("triton", "hybrid", "reference")
+_warned: set[str] = set()
+
+
+def choose_backend(
+    op: str, requested: str | None, device: torch.device, implemented: tuple[str, ...]
+) -> str:
+    """Name the implementation of `op` that runs on `device`.
+
+    Args:
+        op: the public function's name, for messages.
+        requested: the caller's `backend` argument; None takes the first of `implemented`.
+        device: where the tensors are.
+        implemented: the names `op` has on that device, best first.
+
+    Raises:
+        ValueError: `requested` is no backend, or one that `op` does not have on `device`.
+    """
+    if requested is not None and requested not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {BACKENDS}, got {requested!r}")
+    chosen = implemented[0] if requested is None else requested
+    if chosen not in implemented:
+        raise ValueError(
+            f"backend {chosen!r} is not available for {op} on {device.type}; "
+            f"available: {', '.join(implemented)}"
+        )
+    if chosen == "reference" and device.type == "cuda" and op not in _warned:
+        _warned.add(op)
+        why = "it was asked for" if requested else "no kernel is implemented for it yet"
+        warnings.warn(
+            f"{op} runs its reference implementation on CUDA, which is correct but slow: {why}",
+            stacklevel=3,
+        )
+    return chosen

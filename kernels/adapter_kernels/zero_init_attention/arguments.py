@@ -1,0 +1,218 @@
+"""What the public functions of op.py accept, one check per group of arguments.
+
+Shapes, dtypes, devices and the last dimension's layout are always checked; the values of index
+tensors only where looking at them costs no wait, on the CPU (checks.py).
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapter_kernels.checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_last_contiguous,
+    check_range,
+    check_shape,
+    check_tensor,
+    check_values,
+    contents_checked,
+    dtype_name,
+)
+
+from .layouts import Prompts
+
+MAX_HEAD_DIM = 256
+HEAD_DIM_STEP = 8
+MAX_DECODE_TOKENS = 16
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def cast_together(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors in autocast's dtype where autocast is on, as any matmul would take them."""
+    check_tensor("q", q)
+    device = q.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return q, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if isinstance(x, Tensor) and x.dtype in FLOATS else x for x in (q, *others)
+    )
+
+
+def check_queries(q: Tensor, letters: str, scale: object) -> None:
+    """Raise unless q has the dimensions of `letters` and a supported dtype and width."""
+    check_shape("q", q, letters, (None,) * (letters.count(",") + 1))
+    check_dtype("q", q, FLOATS)
+    head_dim = q.shape[-1]
+    if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"q must have a head dimension D from {HEAD_DIM_STEP} to {MAX_HEAD_DIM} in steps of "
+            f"{HEAD_DIM_STEP}, got {head_dim}"
+        )
+    check_last_contiguous("q", q)
+    if scale is not None and not isinstance(scale, int | float):
+        raise ValueError(f"scale must be a number or None, got {type(scale).__name__}")
+
+
+def check_like_queries(name: str, x: Tensor, q: Tensor, letters: str, *sizes: int | None) -> None:
+    """Raise unless x has these sizes and the dtype and device of q."""
+    check_shape(name, x, letters, sizes)
+    check_device(name, x, "q", q)
+    check_dtype(name, x, (q.dtype,))
+    check_last_contiguous(name, x)
+
+
+def check_index(name: str, x: Tensor, q: Tensor, letters: str, *sizes: int | None) -> None:
+    """Raise unless x is an int32 tensor of these sizes on the device of q."""
+    check_shape(name, x, letters, sizes)
+    check_dtype(name, x, (torch.int32,))
+    check_device(name, x, "q", q)
+
+
+def check_groups(q: Tensor, k: Tensor, name: str) -> None:
+    """Raise unless every key head serves the same number of query heads."""
+    heads, groups = q.shape[-2], k.shape[-2]
+    if groups == 0 or heads % groups:
+        raise ValueError(
+            f"q must have a multiple of the G = {groups} heads of {name}, got H = {heads}"
+        )
+
+
+def check_keys(
+    q: Tensor, k: Tensor, v: Tensor, suffix: str, letters: str, *lead: int | None
+) -> None:
+    """Raise unless k and v have sizes (*lead, G, D) and go with q."""
+    check_like_queries(f"k{suffix}", k, q, letters, *lead, None, q.shape[-1])
+    check_like_queries(f"v{suffix}", v, q, letters, *k.shape)
+    check_groups(q, k, f"k{suffix}")
+
+
+def check_prompts(q: Tensor, prompts: Prompts, batch: int, groups: int | None) -> None:
+    """Raise unless the prompt arguments take one of their three forms, for `batch` sequences.
+
+    `groups` is G; None accepts any that divides H.
+    """
+    k, v, gate, adapter_index, lengths = prompts
+    if k is None or v is None or gate is None:
+        check_no_prompts(prompts)
+        return
+    heads, width = q.shape[-2:]
+    if adapter_index is None:
+        sample = ("(B, P, G, D)", (batch, None, groups, width))
+        check_shape("prompt_k", k, "(P, G, D)", (None, groups, width), sample)
+        sample = [("(B, H)", (batch, heads))] if k.dim() == 4 else []
+        check_shape("gate", gate, "(H,)", (heads,), *sample)
+    else:
+        check_shape("prompt_k", k, "(A, P, G, D)", (None, None, groups, width))
+        check_shape("gate", gate, "(A, H)", (k.shape[0], heads))
+    check_like_queries("prompt_k", k, q, "that of prompt_k", *k.shape)
+    check_like_queries("prompt_v", v, q, "that of prompt_k", *k.shape)
+    check_dtype("gate", gate, (torch.float32,))
+    check_device("gate", gate, "q", q)
+    check_groups(q, k, "prompt_k")
+    if k.shape[-3] == 0:
+        raise ValueError(f"prompt_k must hold at least one prompt row, got shape {tuple(k.shape)}")
+    if adapter_index is not None:
+        check_index("adapter_index", adapter_index, q, "(B,)", batch)
+        check_range("adapter_index", adapter_index, -1, k.shape[0] - 1)
+    if lengths is not None:
+        if adapter_index is None:
+            raise ValueError(
+                "prompt_lengths must come with adapter_index, since it holds the lengths of a "
+                "bank's prompts; got no adapter_index"
+            )
+        check_index("prompt_lengths", lengths, q, "(A,)", k.shape[0])
+        check_range("prompt_lengths", lengths, 0, k.shape[1])
+
+
+def check_no_prompts(prompts: Prompts) -> None:
+    """Raise if only some of the prompt arguments were given."""
+    names = ("prompt_k", "prompt_v", "gate", "adapter_index", "prompt_lengths")
+    given = [name for name, x in zip(names, prompts, strict=True) if x is not None]
+    if given:
+        raise ValueError(
+            "prompt_k, prompt_v and gate must be given together or not at all, got "
+            f"{', '.join(given)} alone"
+        )
+
+
+def check_cu_seqlens(
+    name: str, cu: Tensor, q: Tensor, batch: int | None, total: int | None, longest: int | None
+) -> None:
+    """Raise unless cu starts at 0, never falls, ends at `total`, and no step exceeds `longest`."""
+    check_index(name, cu, q, "(B + 1,)", None if batch is None else batch + 1)
+    if cu.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (B + 1,), got (0,)")
+    if not contents_checked(cu):
+        return
+    starts = cu.tolist()
+    steps = [b - a for a, b in pairwise(starts)]
+    if starts[0] != 0 or min(steps, default=0) < 0:
+        raise ValueError(f"{name} must start at 0 and never decrease, got {starts}")
+    if total is not None and starts[-1] != total:
+        raise ValueError(f"{name} must end at the packed total {total}, got {starts[-1]}")
+    if longest is not None and max(steps, default=0) > longest:
+        raise ValueError(
+            f"{name.replace('cu_seqlens', 'max_seqlen')} must be at least the longest sequence, "
+            f"{max(steps)}, got {longest}"
+        )
+
+
+def check_max_seqlen(name: str, value: object, capacity: int | None = None) -> None:
+    """Raise unless value is a number of tokens, known to the host, that `capacity` can hold."""
+    if not isinstance(value, int | torch.SymInt) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    if capacity is not None and value > capacity:
+        raise ValueError(
+            f"{name} must be at most the {capacity} keys that page_table can name, got {value}"
+        )
+
+
+def page_capacity(q: Tensor, pool: Tensor, page_table: Tensor, batch: int) -> int:
+    """How many keys a row of the table can name; raises unless table and pool are well formed."""
+    if pool.shape[1] == 0:
+        raise ValueError(f"pages must hold at least one key each, got shape {tuple(pool.shape)}")
+    check_index("page_table", page_table, q, "(B, max_pages)", batch, None)
+    return page_table.shape[1] * pool.shape[1]
+
+
+def check_pages(pool: Tensor, page_table: Tensor, lengths: Tensor) -> None:
+    """Raise unless the table names a page of the pool for every key below a sequence's length."""
+    if contents_checked(page_table) and contents_checked(lengths):
+        first_key = torch.arange(page_table.shape[1]) * pool.shape[1]
+        used = page_table[first_key < lengths[:, None]]
+        check_range("page_table", used, 0, pool.shape[0] - 1)
+
+
+def check_cache_lengths(q: Tensor, cache_lengths: Tensor, capacity: int) -> None:
+    """Raise unless every length fits the cache and counts the new tokens of q, or is 0."""
+    batch, tokens = q.shape[:2]
+    if tokens > MAX_DECODE_TOKENS:
+        raise ValueError(
+            f"q must hold at most {MAX_DECODE_TOKENS} new tokens per sequence, got T = {tokens}; "
+            "zero_init_attention_varlen takes longer chunks"
+        )
+    check_index("cache_lengths", cache_lengths, q, "(B,)", batch)
+    check_range("cache_lengths", cache_lengths, 0, capacity)
+    if tokens > 1:
+        expected = f"0 or count the T = {tokens} new tokens"
+        check_values("cache_lengths", cache_lengths, expected, lambda n: (n == 0) | (n >= tokens))
+
+
+def refuse_fp8(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """Raise where an fp8 cache or its scales are given: no implementation here reads them."""
+    check_tensor("k_cache", k_cache)
+    if k_scale is None and v_scale is None and k_cache.dtype not in FP8:
+        return
+    device = str(k_cache.device)
+    if k_cache.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(k_cache.device)
+        device += f" of compute capability {major}.{minor}"
+    raise ValueError(
+        "k_scale and v_scale with a float8_e4m3fn cache need compute capability 8.9 or newer and "
+        f"the triton backend, got a {dtype_name(k_cache.dtype)} cache on {device}"
+    )

@@ -1,0 +1,210 @@
+"""Zero-initialized attention as operations of torch: schemas, shapes of results, autograd.
+
+Dense and packed attention are one operation with one backward; decoding, and the prompt segment
+alone with its backward, are the others. Each takes the name of its backend, a module with the five
+functions of reference_launch.py. Arguments are trusted here: op.py checks them.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from adapter_kernels.backend import LIBRARY
+
+from . import reference_launch
+from .layouts import Layout, Prompts, wide
+
+LAUNCHERS: dict[str, ModuleType] = {"reference": reference_launch}
+
+_PROMPTS = (
+    "Tensor? prompt_k, Tensor? prompt_v, Tensor? gate, Tensor? adapter_index, "
+    "Tensor? prompt_lengths"
+)
+_LAYOUT = (
+    "Tensor? key_starts, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? page_table, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal"
+)
+_ATTENTION = (
+    f"zero_init_attention(Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_LAYOUT}, float scale, "
+    "str backend) -> (Tensor, Tensor)"
+)
+_ATTENTION_BACKWARD = (
+    "zero_init_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, "
+    f"Tensor k, Tensor v, {_PROMPTS}, {_LAYOUT}, float scale, str backend, bool[6] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_DECODE = (
+    f"zero_init_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, {_PROMPTS}, "
+    "Tensor cache_lengths, Tensor? page_table, float scale, str backend) -> Tensor"
+)
+_PROMPT = (
+    f"gated_prompt_attention(Tensor q, {_PROMPTS}, Tensor? cu_seqlens_q, Tensor? out, "
+    "float scale, str backend) -> Tensor"
+)
+_PROMPT_BACKWARD = (
+    f"gated_prompt_attention_backward(Tensor dout, Tensor q, {_PROMPTS}, Tensor? cu_seqlens_q, "
+    "float scale, str backend, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _exact(q: Tensor) -> AbstractContextManager[object]:
+    """Autocast off: it would round the float32 inside an operation."""
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    prompts, layout, (scale, backend) = Prompts(*rest[:5]), Layout(*rest[5:13]), rest[13:]
+    with _exact(q):
+        return LAUNCHERS[backend].attention(q, k, v, prompts, layout, scale)
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *batch, rows, heads, _ = q.shape
+    lse = q.new_empty((*batch, heads, rows), dtype=wide(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+def _attention_backward(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    prompts, layout, (scale, backend, needs) = Prompts(*rest[3:8]), Layout(*rest[8:16]), rest[16:]
+    with _exact(out):
+        return LAUNCHERS[backend].attention_backward(
+            dout, dlse, out, lse, *rest[:3], prompts, layout, scale, tuple(needs)
+        )
+
+
+def _gradients_fake(q: Tensor, inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """A gradient like each input where it is needed, else an empty tensor."""
+    return tuple(
+        x.new_empty(x.shape) if need and x is not None else q.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _attention_backward_fake(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _gradients_fake(out, rest[:6], rest[-1])
+
+
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
+    prompts, (cache_lengths, page_table, scale, backend) = Prompts(*rest[:5]), rest[5:]
+    with _exact(q):
+        return LAUNCHERS[backend].decode(
+            q, k_cache, v_cache, prompts, cache_lengths, page_table, scale
+        )
+
+
+def _prompt(q: Tensor, *rest: Any) -> Tensor:
+    prompts, (cu_seqlens_q, out, scale, backend) = Prompts(*rest[:5]), rest[5:]
+    with _exact(q):
+        return LAUNCHERS[backend].prompt(q, prompts, cu_seqlens_q, out, scale)
+
+
+def _prompt_backward(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    prompts, (cu_seqlens_q, scale, backend, needs) = Prompts(*rest[:5]), rest[5:]
+    with _exact(q):
+        return LAUNCHERS[backend].prompt_backward(
+            dout, q, prompts, cu_seqlens_q, scale, tuple(needs)
+        )
+
+
+def _prompt_backward_fake(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _gradients_fake(q, (q, *rest[:3]), rest[-1])
+
+
+def _like_queries(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _refuse(message: str) -> Callable[..., NoReturn]:
+    """A rule that raises: for what an operation does not do."""
+
+    def rule(*args: Any) -> NoReturn:
+        raise RuntimeError(message)
+
+    return rule
+
+
+for _schema, _function, _fake in (
+    (_ATTENTION, _attention, _attention_fake),
+    (_ATTENTION_BACKWARD, _attention_backward, _attention_backward_fake),
+    (_DECODE, _decode, _like_queries),
+    (_PROMPT, _prompt, _like_queries),
+    (_PROMPT_BACKWARD, _prompt_backward, _prompt_backward_fake),
+):
+    _name = _schema[: _schema.index("(")]
+    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adapter_kernels::{_name}", _fake, lib=LIBRARY)
+    torch.library.register_vmap(
+        f"adapter_kernels::{_name}",
+        _refuse(f"torch.vmap over {_name} is not supported: make the mapped dimension part of B"),
+        lib=LIBRARY,
+    )
+
+attention_op = torch.ops.adapter_kernels.zero_init_attention.default
+attention_backward_op = torch.ops.adapter_kernels.zero_init_attention_backward.default
+decode_op = torch.ops.adapter_kernels.zero_init_attention_decode.default
+prompt_op = torch.ops.adapter_kernels.gated_prompt_attention.default
+prompt_backward_op = torch.ops.adapter_kernels.gated_prompt_attention_backward.default
+
+
+def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[:13])
+    ctx.plain = inputs[13:]
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, *inputs = ctx.saved_tensors
+    if inputs[12] is not None:
+        raise RuntimeError("zero_init_attention_varlen with page_table is forward only")
+    needs = ctx.needs_input_grad[:6]
+    others = (None,) * (len(ctx.needs_input_grad) - 6)
+    if dout is None and dlse is None:
+        return *(None,) * 6, *others
+    dout = torch.zeros_like(out) if dout is None else dout
+    grads = attention_backward_op(dout, dlse, out, lse, *inputs, *ctx.plain, needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *others
+
+
+def _keep_prompt(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.plain = inputs[8:]
+
+
+def _prompt_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad[:4]
+    grads = [None] * 4
+    if any(needs):
+        grads = prompt_backward_op(dout, *ctx.saved_tensors, *ctx.plain, needs)
+    asked = (g if need else None for g, need in zip(grads, needs, strict=True))
+    # `out` was only added to, so its gradient is that of the sum
+    return *asked, None, None, None, dout if ctx.needs_input_grad[7] else None, None, None
+
+
+for _name, _gradients, _keep in (
+    ("zero_init_attention", _attention_gradients, _keep_attention),
+    ("gated_prompt_attention", _prompt_gradients, _keep_prompt),
+    (
+        "zero_init_attention_decode",
+        _refuse("zero_init_attention_decode is forward only: train with zero_init_attention"),
+        None,
+    ),
+    *(
+        (f"{name}_backward", _refuse(f"{name} cannot be differentiated twice"), None)
+        for name in ("zero_init_attention", "gated_prompt_attention")
+    ),
+):
+    torch.library.register_autograd(
+        f"adapter_kernels::{_name}", _gradients, setup_context=_keep, lib=LIBRARY
+    )

@@ -1,0 +1,280 @@
+"""Zero-initialized attention: the public functions, from checked arguments to torch operations.
+
+All four compute the split softmax of LLaMA-Adapter: over the tokens, plus a gate times one over the
+prompt. They differ in how sequences lie in memory. library.py holds the operations they call.
+"""
+
+from torch import Tensor
+
+from adapter_kernels.backend import choose_backend
+from adapter_kernels.checks import check_range, check_tensor
+
+from .arguments import (
+    cast_together,
+    check_cache_lengths,
+    check_cu_seqlens,
+    check_index,
+    check_keys,
+    check_like_queries,
+    check_max_seqlen,
+    check_pages,
+    check_prompts,
+    check_queries,
+    page_capacity,
+    refuse_fp8,
+)
+from .layouts import Prompts
+from .library import attention_op, decode_op, prompt_op
+
+IMPLEMENTED = ("reference",)
+
+
+def zero_init_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None = None,
+    prompt_v: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_starts: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend to the tokens and, gated and with a softmax of its own, to a prompt.
+
+        out[b,i,h] = sum_j softmax_j(scale q.k_j) v_j + gate[h] sum_p softmax_p(scale q.pk_p) pv_p
+
+    A prompt has no position and no mask: every query sees all of it. The gate is the multiplier
+    itself; where an adapter has a tanh, its caller applies it. With gate 0 or adapter_index -1 the
+    result is bitwise that of no prompt. A query that sees no key gets its prompt part alone.
+    Differentiable in q, k, v, prompt_k, prompt_v and gate, once.
+
+    Args:
+        q: (B, T, H, D) queries in float16, bfloat16 or float32; D from 8 to 256 in steps of 8.
+        k, v: (B, S, G, D) keys and values, H a multiple of G; the dtype of q.
+        prompt_k, prompt_v: prompt keys and values, dtype of q: (P, G, D) shared by the batch,
+            (B, P, G, D) one per sample, or a bank (A, P, G, D) with adapter_index.
+        gate: float32, (H,); (B, H) may go with prompts per sample; (A, H) goes with a bank.
+        causal: query i sees keys j <= i + S - T, so the last query sees all.
+        scale: of both scores; None is D ** -0.5.
+        key_starts, key_lengths: (B,) int32; keys outside key_starts <= j < key_lengths are padding,
+            never read. They do not move the causal diagonal.
+        adapter_index: (B,) int32, the bank's row of each sample, -1 for no prompt.
+        prompt_lengths: (A,) int32, the rows of each of the bank's prompts that count.
+        return_lse: also return lse.
+        backend: "triton", "hybrid" or "reference"; None chooses.
+
+    Returns:
+        out (B, T, H, D) in the dtype of q. With return_lse also lse (B, H, T) float32, the natural
+        log of the tokens' sum of exponentials: differentiable, -inf where a query sees no key.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or value than stated here.
+
+    Source: LLaMA-Adapter, section 3.2, equations 5 to 8; the root of D, not of C, per head.
+    """
+    q, k, v, prompt_k, prompt_v = cast_together(q, k, v, prompt_k, prompt_v)
+    prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
+    check_queries(q, "(B, T, H, D)", scale)
+    check_keys(q, k, v, "", "(B, S, G, D)", q.shape[0], None)
+    check_prompts(q, prompts, q.shape[0], k.shape[2])
+    for name, bound in (("key_starts", key_starts), ("key_lengths", key_lengths)):
+        if bound is not None:
+            check_index(name, bound, q, "(B,)", q.shape[0])
+            check_range(name, bound, 0, k.shape[1])
+    chosen = choose_backend("zero_init_attention", backend, q.device, IMPLEMENTED)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bounds = (key_starts, key_lengths)
+    unpacked = (None, None, None, 0, 0)
+    out, lse = attention_op(q, k, v, *prompts, *bounds, *unpacked, causal, scale, chosen)
+    return (out, lse) if return_lse else out
+
+
+def zero_init_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None = None,
+    prompt_v: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = True,
+    scale: float | None = None,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """zero_init_attention over B sequences of any lengths, packed one after another.
+
+    With S_b and T_b the lengths of sequence b, the equation of zero_init_attention holds for each
+    on its own, with the causal diagonal j <= i + S_b - T_b. Lengths of 0 are legal. With page_table
+    the keys come from a paged cache and the function is forward only.
+
+    Args:
+        q: (total_q, H, D) queries in float16, bfloat16 or float32; D from 8 to 256 in steps of 8.
+        k, v: (total_k, G, D), or pages (N, page, G, D) with page_table; the dtype of q.
+        prompt_k, prompt_v, gate, adapter_index, prompt_lengths: as in zero_init_attention, where B
+            is the number of sequences.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; sequence b is rows cu[b] to cu[b + 1] - 1. With
+            page_table, only the differences of cu_seqlens_k count: the keys of each sequence.
+        max_seqlen_q, max_seqlen_k: no length exceeds these.
+        causal, scale, return_lse, backend: as in zero_init_attention.
+        page_table: (B, max_pages) int32, the pages of each sequence in order; entries past its
+            length are never read.
+
+    Returns:
+        out (total_q, H, D) in the dtype of q. With return_lse also lse (H, total_q) float32.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or value than stated here.
+        RuntimeError: a gradient is asked for through page_table.
+
+    Source: LLaMA-Adapter, section 3.2, equations 5 to 8.
+    """
+    q, k, v, prompt_k, prompt_v = cast_together(q, k, v, prompt_k, prompt_v)
+    prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
+    check_queries(q, "(total_q, H, D)", scale)
+    check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, None, q.shape[0], max_seqlen_q)
+    batch = cu_seqlens_q.shape[0] - 1
+    if page_table is None:
+        check_keys(q, k, v, "", "(total_k, G, D)", None)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, batch, k.shape[0], max_seqlen_k)
+    else:
+        check_keys(q, k, v, "", "(N, page, G, D)", None, None)
+        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, batch, None, max_seqlen_k)
+        check_max_seqlen("max_seqlen_k", max_seqlen_k, page_capacity(q, k, page_table, batch))
+        check_pages(k, page_table, cu_seqlens_k.diff())
+    check_prompts(q, prompts, batch, k.shape[-2])
+    chosen = choose_backend("zero_init_attention_varlen", backend, q.device, IMPLEMENTED)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    packed = (cu_seqlens_q, cu_seqlens_k, page_table, max_seqlen_q, max_seqlen_k)
+    out, lse = attention_op(q, k, v, *prompts, None, None, *packed, causal, scale, chosen)
+    return (out, lse) if return_lse else out
+
+
+def zero_init_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prompt_k: Tensor | None = None,
+    prompt_v: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    cache_lengths: Tensor,
+    page_table: Tensor | None = None,
+    scale: float | None = None,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """zero_init_attention of the newest T tokens of B cached sequences; forward only.
+
+    Query i of sequence b is its token cache_lengths[b] - T + i and sees every cached token up to
+    itself; the new keys and values are already written. A length of 0 marks an empty slot, whose
+    output is 0. Safe inside CUDA graphs: lengths stay on the device.
+
+    Args:
+        q: (B, T, H, D) queries in float16, bfloat16 or float32; T up to 16.
+        k_cache, v_cache: (B, S_max, G, D), or pages (N, page, G, D) with page_table; the dtype of
+            q, or float8_e4m3fn with k_scale and v_scale.
+        prompt_k, prompt_v, gate, adapter_index, prompt_lengths: as in zero_init_attention.
+        cache_lengths: (B,) int32, cached tokens of each sequence, the new ones included, or 0.
+        page_table: (B, max_pages) int32, the pages of each sequence in order; entries past its
+            length are never read.
+        scale, backend: as in zero_init_attention.
+        k_scale, v_scale: (G,) float32 factors of an fp8 cache; need compute capability 8.9.
+
+    Returns:
+        out (B, T, H, D) in the dtype of q.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or value than stated here.
+        RuntimeError: a gradient is asked for.
+
+    Source: LLaMA-Adapter, section 3.2, equations 5 to 8, for the word being generated.
+    """
+    refuse_fp8(k_cache, k_scale, v_scale)
+    q, k_cache, v_cache, prompt_k, prompt_v = cast_together(q, k_cache, v_cache, prompt_k, prompt_v)
+    prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
+    check_queries(q, "(B, T, H, D)", scale)
+    batch = q.shape[0]
+    if page_table is None:
+        check_keys(q, k_cache, v_cache, "_cache", "(B, S_max, G, D)", batch, None)
+        check_cache_lengths(q, cache_lengths, k_cache.shape[1])
+    else:
+        check_keys(q, k_cache, v_cache, "_cache", "(N, page, G, D)", None, None)
+        check_cache_lengths(q, cache_lengths, page_capacity(q, k_cache, page_table, batch))
+        check_pages(k_cache, page_table, cache_lengths)
+    check_prompts(q, prompts, batch, k_cache.shape[2])
+    chosen = choose_backend("zero_init_attention_decode", backend, q.device, IMPLEMENTED)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return decode_op(q, k_cache, v_cache, *prompts, cache_lengths, page_table, scale, chosen)
+
+
+def gated_prompt_attention(
+    q: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    gate: Tensor,
+    *,
+    scale: float | None = None,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The prompt's part of zero_init_attention alone, added to the output of any attention.
+
+        result[b,i,h] = out[b,i,h] + gate[h] sum_p softmax_p(scale q.pk_p) pv_p
+
+    The way in for attention that zero_init_attention does not do (sliding windows, dropout, masks)
+    and for a second gated segment in one layer. Differentiable in all five tensors, once.
+
+    Args:
+        q: (B, T, H, D), or (total_q, H, D) with cu_seqlens_q; float16, bfloat16 or float32.
+        prompt_k, prompt_v, gate, adapter_index, prompt_lengths: as in zero_init_attention.
+        scale: of the scores; None is D ** -0.5.
+        cu_seqlens_q: (B + 1,) int32; sequence b is rows cu[b] to cu[b + 1] - 1 of a packed q.
+        out: like q, what to add to, never changed; None is zero.
+        backend: as in zero_init_attention.
+
+    Returns:
+        A new tensor like q, rounded once.
+
+    Raises:
+        ValueError: an argument has another shape, dtype, device or value than stated here.
+
+    Source: LLaMA-Adapter, section 3.2, the first term of equations 7 and 8.
+    """
+    q, prompt_k, prompt_v, out = cast_together(q, prompt_k, prompt_v, out)
+    prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
+    check_queries(q, "(B, T, H, D)" if cu_seqlens_q is None else "(total_q, H, D)", scale)
+    batch = q.shape[0]
+    if cu_seqlens_q is not None:
+        check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, None, q.shape[0], None)
+        batch = cu_seqlens_q.shape[0] - 1
+    for name, x in (("prompt_k", prompt_k), ("prompt_v", prompt_v), ("gate", gate)):
+        check_tensor(name, x)
+    check_prompts(q, prompts, batch, None)
+    if out is not None:
+        check_like_queries("out", out, q, "that of q", *q.shape)
+    chosen = choose_backend("gated_prompt_attention", backend, q.device, IMPLEMENTED)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return prompt_op(q, *prompts, cu_seqlens_q, out, scale, chosen)
