@@ -2,7 +2,7 @@
 
 `backend=None` chooses the best implementation present; a name forces one and is an error where it
 is missing. Running the reference on a CUDA tensor warns once per operation, because it is correct
-there but slow.
+there but slow. A call that torch.compile traces does not warn: it would break the graph.
 """
 
 import warnings
@@ -27,6 +27,9 @@ def choose_backend(
         device: where the tensors are.
         implemented: the names `op` has on that device, best first.
 
+    Returns:
+        One of `implemented`.
+
     Raises:
         ValueError: `requested` is no backend, or one that `op` does not have on `device`.
     """
@@ -38,11 +41,16 @@ def choose_backend(
             f"backend {chosen!r} is not available for {op} on {device.type}; "
             f"available: {', '.join(implemented)}"
         )
-    if chosen == "reference" and device.type == "cuda" and op not in _warned:
+    if chosen == "reference" and device.type == "cuda" and not torch.compiler.is_compiling():
+        _warn_once(op, "it was asked for" if requested else "no kernel is implemented for it yet")
+    return chosen
+
+
+def _warn_once(op: str, why: str) -> None:
+    if op not in _warned:
         _warned.add(op)
-        why = "it was asked for" if requested else "no kernel is implemented for it yet"
+        # the frame that called the public function
         warnings.warn(
             f"{op} runs its reference implementation on CUDA, which is correct but slow: {why}",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return chosen

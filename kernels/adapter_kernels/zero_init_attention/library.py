@@ -59,8 +59,21 @@ def _exact(q: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def _prompts_first(flat: tuple[Any, ...]) -> tuple[Prompts, tuple[Any, ...]]:
+    """The prompt arguments of a schema as a bundle, and what follows them."""
+    count = len(Prompts._fields)
+    return Prompts(*flat[:count]), flat[count:]
+
+
+def _layout_first(flat: tuple[Any, ...]) -> tuple[Layout, tuple[Any, ...]]:
+    """The layout arguments of a schema as a bundle, and what follows them."""
+    count = len(Layout._fields)
+    return Layout(*flat[:count]), flat[count:]
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    prompts, layout, (scale, backend) = Prompts(*rest[:5]), Layout(*rest[5:13]), rest[13:]
+    prompts, rest = _prompts_first(rest)
+    layout, (scale, backend) = _layout_first(rest)
     with _exact(q):
         return LAUNCHERS[backend].attention(q, k, v, prompts, layout, scale)
 
@@ -74,10 +87,11 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
 def _attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    prompts, layout, (scale, backend, needs) = Prompts(*rest[3:8]), Layout(*rest[8:16]), rest[16:]
+    qkv, (prompts, rest) = rest[:3], _prompts_first(rest[3:])
+    layout, (scale, backend, needs) = _layout_first(rest)
     with _exact(out):
         return LAUNCHERS[backend].attention_backward(
-            dout, dlse, out, lse, *rest[:3], prompts, layout, scale, tuple(needs)
+            dout, dlse, out, lse, *qkv, prompts, layout, scale, tuple(needs)
         )
 
 
@@ -96,7 +110,7 @@ def _attention_backward_fake(
 
 
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
-    prompts, (cache_lengths, page_table, scale, backend) = Prompts(*rest[:5]), rest[5:]
+    prompts, (cache_lengths, page_table, scale, backend) = _prompts_first(rest)
     with _exact(q):
         return LAUNCHERS[backend].decode(
             q, k_cache, v_cache, prompts, cache_lengths, page_table, scale
@@ -104,13 +118,13 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
 
 
 def _prompt(q: Tensor, *rest: Any) -> Tensor:
-    prompts, (cu_seqlens_q, out, scale, backend) = Prompts(*rest[:5]), rest[5:]
+    prompts, (cu_seqlens_q, out, scale, backend) = _prompts_first(rest)
     with _exact(q):
         return LAUNCHERS[backend].prompt(q, prompts, cu_seqlens_q, out, scale)
 
 
 def _prompt_backward(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    prompts, (cu_seqlens_q, scale, backend, needs) = Prompts(*rest[:5]), rest[5:]
+    prompts, (cu_seqlens_q, scale, backend, needs) = _prompts_first(rest)
     with _exact(q):
         return LAUNCHERS[backend].prompt_backward(
             dout, q, prompts, cu_seqlens_q, scale, tuple(needs)
@@ -158,15 +172,21 @@ prompt_op = torch.ops.adapter_kernels.gated_prompt_attention.default
 prompt_backward_op = torch.ops.adapter_kernels.gated_prompt_attention_backward.default
 
 
+# q, k, v, five prompt arguments, and five of the layout, page_table last; numbers follow
+_TENSORS = 13
+# q, five prompt arguments and cu_seqlens_q; out, which the backward does not need, and numbers follow
+_PROMPT_TENSORS = 7
+
+
 def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:13])
-    ctx.plain = inputs[13:]
+    ctx.save_for_backward(*output, *inputs[:_TENSORS])
+    ctx.plain = inputs[_TENSORS:]
     ctx.set_materialize_grads(False)
 
 
 def _attention_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     out, lse, *inputs = ctx.saved_tensors
-    if inputs[12] is not None:
+    if inputs[_TENSORS - 1] is not None:
         raise RuntimeError("zero_init_attention_varlen with page_table is forward only")
     needs = ctx.needs_input_grad[:6]
     others = (None,) * (len(ctx.needs_input_grad) - 6)
@@ -178,8 +198,8 @@ def _attention_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> 
 
 
 def _keep_prompt(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.plain = inputs[8:]
+    ctx.save_for_backward(*inputs[:_PROMPT_TENSORS])
+    ctx.plain = inputs[_PROMPT_TENSORS + 1 :]
 
 
 def _prompt_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:

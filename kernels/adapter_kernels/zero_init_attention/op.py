@@ -4,6 +4,8 @@ All four compute the split softmax of LLaMA-Adapter: over the tokens, plus a gat
 prompt. They differ in how sequences lie in memory. library.py holds the operations they call.
 """
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from adapter_kernels.backend import choose_backend
@@ -27,6 +29,48 @@ from .layouts import Prompts
 from .library import attention_op, decode_op, prompt_op
 
 IMPLEMENTED = ("reference",)
+
+
+@overload
+def zero_init_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None = None,
+    prompt_v: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_starts: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Return out."""
+
+
+@overload
+def zero_init_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None = None,
+    prompt_v: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_starts: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse)."""
 
 
 def zero_init_attention(
@@ -94,6 +138,54 @@ def zero_init_attention(
     unpacked = (None, None, None, 0, 0)
     out, lse = attention_op(q, k, v, *prompts, *bounds, *unpacked, causal, scale, chosen)
     return (out, lse) if return_lse else out
+
+
+@overload
+def zero_init_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None = None,
+    prompt_v: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = True,
+    scale: float | None = None,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Return out."""
+
+
+@overload
+def zero_init_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor | None = None,
+    prompt_v: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = True,
+    scale: float | None = None,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    page_table: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse)."""
 
 
 def zero_init_attention_varlen(
