@@ -47,6 +47,25 @@ def test_reference_on_cuda_warns_once_per_operation_and_says_why() -> None:
         assert backend.choose_backend("h", None, CPU, ("reference",)) == "reference"
 
 
+def test_choice_is_traced_without_a_graph_break() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x + len(backend.choose_backend("f", None, CUDA, ("reference",)))
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(2)).tolist() == [9.0, 9.0]
+
+
+def test_warning_points_at_the_caller_of_the_public_function() -> None:
+    def public_function() -> str:
+        return backend.choose_backend("f", None, CUDA, ("reference",))
+
+    with pytest.warns(UserWarning, match="correct but slow") as caught:
+        public_function()
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert "public_function()" in Path(__file__).read_text().splitlines()[warning.lineno - 1]
+
+
 def test_import_needs_neither_triton_nor_a_gpu_and_prints_nothing() -> None:
     """In a process where triton cannot be imported and no GPU is visible."""
     code = (

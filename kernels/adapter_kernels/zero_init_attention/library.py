@@ -174,7 +174,7 @@ prompt_backward_op = torch.ops.adapter_kernels.gated_prompt_attention_backward.d
 
 # q, k, v, five prompt arguments, and five of the layout, page_table last; numbers follow
 _TENSORS = 13
-# q, five prompt arguments and cu_seqlens_q; out, which the backward does not need, and numbers follow
+# q, five prompt arguments, cu_seqlens_q; then out, which the backward does not need, and numbers
 _PROMPT_TENSORS = 7
 
 

@@ -34,6 +34,18 @@ def index_arguments(case: Case) -> tuple[Any, ...]:
     return (*index, *case.longest(), case.causal, case.scale, "reference")
 
 
+def test_every_operation_declares_itself_safe_to_compile() -> None:
+    operations = (
+        library.attention_op,
+        library.attention_backward_op,
+        library.decode_op,
+        library.prompt_op,
+        library.prompt_backward_op,
+    )
+    for operation in operations:
+        assert torch.Tag.pt2_compliant_tag in operation.tags, str(operation)
+
+
 @pytest.mark.parametrize(
     ("form", "layout"),
     [("shared", "causal"), ("bank_lengths", "padded"), ("none", "blind"), ("sample", "packed")],
