@@ -47,5 +47,5 @@ setup(
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "pyright[nodejs]>=1.1.400"],
     },
-    entry_points={"console_scripts": ["llama-adapter = llama_adapter.cli:main"]},
+    entry_points={"console_scripts": ["llama-adapter = llama_adapter.__main__:main"]},
 )

@@ -98,8 +98,8 @@ def _answer(
 def _read_questions(path: Path) -> list[dict[str, str]]:
     """Objects with an instruction and perhaps an input, from a JSON list."""
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, FloatingPointError) as error:
+        items = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--data {path}: {error}") from error
     if not isinstance(items, list) or not items:
         raise UsageError(f"--data {path}: expected a non-empty JSON list")
@@ -120,9 +120,12 @@ def _generate(options: argparse.Namespace) -> int:
     if items is None:
         _answer(base, prompts, prompt_text(options.instruction, options.input), sampling, True)
         return 0
-    for item in items:
+    for index, item in enumerate(items):
         text = prompt_text(item["instruction"], item.get("input", ""))
-        answer = _answer(base, prompts, text, sampling, False)
+        try:
+            answer = _answer(base, prompts, text, sampling, False)
+        except ValueError as error:
+            raise UsageError(f"--data {options.data}: record {index}: {error}") from error
         line = {"instruction": item["instruction"], "input": item.get("input", "")}
         print(json.dumps({**line, "output": answer}, ensure_ascii=False), flush=True)
     return 0
@@ -263,8 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
         # the reader of our output left; a second attempt at flushing must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ValueError, FloatingPointError) as error:
-        if options.debug:
+    except (OSError, ValueError, FloatingPointError, MemoryError, RuntimeError) as error:
+        # other errors of the runtime are ours, and their traceback is wanted
+        foreign = not isinstance(error, RuntimeError) or "memory" in str(error)
+        if options.debug or not foreign:
             raise
         message = " ".join(str(error).split())
         print(f"llama-adapter {options.command}: error: {message}", file=sys.stderr)

@@ -106,7 +106,10 @@ def _decode(name: str, value: Any, hint: Any) -> Any:
         return None
     origin = typing.get_origin(kind)
     if origin is tuple and isinstance(value, list):
-        return tuple(value)
+        item, *more = typing.get_args(kind)
+        if more != [Ellipsis] and len(value) != 1 + len(more):
+            raise UsageError(f"{name} must hold {1 + len(more)} values, got {value!r}")
+        return tuple(_decode(name, part, item) for part in value)
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -158,8 +161,8 @@ def read_config(path: Path, cls: type) -> dict[str, Any]:
             the wrong type.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--config {path}: {error}") from error
     if not isinstance(data, dict):
         raise UsageError(f"--config {path}: expected a JSON object, got {type(data).__name__}")

@@ -114,7 +114,12 @@ def quickstart(output: Path, *, steps: int | None = None, items: int | None = No
 
     Returns:
         0, the exit code.
+
+    Raises:
+        ValueError: items is below 1.
     """
+    if items is not None and items < 1:
+        raise ValueError(f"items must be at least 1, got {items}")
     start, output = perf_counter(), unused(output)
     stop = {} if steps is None else {"max_steps": steps}
     config = bundled_config(output / "run", **stop)

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -119,7 +120,24 @@ class RunFolder:
 
         Raises:
             OSError: the folder cannot be written.
+            ValueError: the folder's metrics or checkpoints do not hold what the step promises.
         """
+        metrics = self.path / "metrics.jsonl"
+        rows = _read_rows(metrics)
+        kept = [row for row in rows if row["step"] <= step] if step else []
+        if [row["step"] for row in kept if "loss" in row] != list(range(1, step + 1)):
+            raise ValueError(
+                f"cannot resume {self.path}: metrics.jsonl is damaged, it lacks steps before the "
+                f"checkpoint's step {step}"
+            )
+        if not step and self.adapter.is_file():
+            raise ValueError(
+                f"cannot resume {self.path}: it holds an adapter, but no usable checkpoint"
+            )
+        if not step and rows:
+            warnings.warn(
+                f"{self.path} holds no checkpoint yet: starting again from step 0", stacklevel=2
+            )
         # half a second to import, and no business of whoever only reads the configuration
         from torch.utils.tensorboard import SummaryWriter
 
@@ -131,8 +149,7 @@ class RunFolder:
             for remains in folder.glob(f".*{TEMPORARY_SUFFIX}"):
                 remains.unlink()
         self._write_json("environment.json", environment)
-        metrics = self.path / "metrics.jsonl"
-        self.rows = [row for row in _read_rows(metrics) if row["step"] <= step] if step else []
+        self.rows = kept
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         write_atomically(metrics, text.encode())
         self._metrics = metrics.open("a", encoding="utf-8")

@@ -40,7 +40,15 @@ class Tokenizer:
                 raise ValueError(f"tokenizer {self.path} must have a mark for the {name} of a text")
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of `text`, between the beginning and end marks that are asked for."""
+        """Token ids of `text`, between the beginning and end marks that are asked for.
+
+        Raises:
+            ValueError: the text holds half of a surrogate pair, as bytes that are no UTF-8 leave.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text must be UTF-8, got {text[error.start]!r}") from None
         ids: list[int] = self._model.encode(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 

@@ -29,6 +29,8 @@ from llama_adapter.run_folder import Row, RunFolder, describe_environment
 from llama_adapter.trainer import Trainer
 
 DTYPES = ("float32", "bfloat16", "float16")
+# beyond any sensible rate, count or size, and within what torch takes
+_LARGEST = 10**9
 
 
 def _option(
@@ -83,14 +85,16 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) <= _LARGEST:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
         for name in ("base_lr", "min_lr", "weight_decay", "lr", "val_size"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be 0 or more and finite, got {value}")
+            if value is not None and not 0 <= value <= _LARGEST:
+                raise ValueError(f"{name} must be from 0 to {_LARGEST:g}, got {value}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be from 0 to below 1, got {self.val_fraction}")
         if not 0 <= self.warmup_epochs <= self.epochs:
@@ -304,6 +308,9 @@ class _Run:
         difference = before.difference(self.base)
         if difference:
             raise ValueError(f"{where}: it began with another base model ({difference})")
+        limit = self.config.max_steps
+        if limit is not None and state.step > limit:
+            raise ValueError(f"{where}: it is at step {state.step}, beyond max_steps = {limit}")
         self.trainer.load_tensors(state.tensors)
         self.step = self.saved = state.step
         self.best = state.values["best"]

@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 torch.set_num_threads(1)
+# torch lists its constructors at the first use of a device context, and must find the real ones:
+# a poisoned torch.empty in that list would make the meta device allocate memory ever after
+with torch.device("meta"):
+    torch.empty(0)
 
 ALLOCATORS = (
     (torch, "empty"),

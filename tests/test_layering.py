@@ -21,6 +21,7 @@ LAYERS = (
     {"evaluation"},
     {"quickstart", "doctor"},
     {"cli"},
+    {"__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

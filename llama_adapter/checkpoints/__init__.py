@@ -59,7 +59,13 @@ def load_base(
             f"base model {folder} must be a folder in Meta's format: consolidated.00.pth, "
             "params.json and tokenizer.model"
         )
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} is not available: torch {torch.__version__} sees no GPU")
     model, tokenizer = read_meta(folder, dtype=dtype, device=device)
     return Base(model, tokenizer, folder.resolve().name)

@@ -172,6 +172,8 @@ def load_dataset(
     files = {str(data): (len(records) + len(found), found)}
     validation: list[Example] = []
     if val_data is not None:
+        if Path(val_data).resolve() == Path(data).resolve():
+            raise ValueError(f"val_data must be another file than data, got {val_data} for both")
         held_out, val_found = load_records(val_data)
         files[str(val_data)] = (len(held_out) + len(val_found), val_found)
         records, shared = remove_held_out(records, held_out)

@@ -68,7 +68,8 @@ def load_records(path: str | Path) -> tuple[list[Record], list[Problem]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        absent = "is no regular file" if path.exists() else "no such file"
+        raise FileNotFoundError(f"{path}: {absent}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -97,7 +98,7 @@ class _NotJson(str):
 def _parse_list(text: str, path: Path) -> list[Any]:
     try:
         items = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(items, list):
         raise ValueError(f"{path}: must hold a list of records, got {_kind(items)}")
@@ -110,7 +111,7 @@ def _parse_lines(text: str) -> list[Any]:
         if line.strip():
             try:
                 items.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 items.append(_NotJson(f"not JSON ({error})"))
     return items
 

@@ -164,6 +164,20 @@ BAD = {
     "bad top p": ("generate hi --base BASE --top-p 0", "top_p must be"),
     "bad device": ("generate hi --base BASE --device cuda", "device cuda is not available"),
     "questions no list": ("generate --base BASE --data CONFIG", "expected a non-empty JSON list"),
+    "one question too long": ("generate --base BASE --data LONG", "record 1: texts[0] must have"),
+    "nested beyond reason": ("generate --base BASE --data DEEP", "maximum recursion depth"),
+    "config nested so": ("finetune --output OUT --config DEEP", "maximum recursion depth"),
+    "held out is the data": (
+        "finetune --base BASE --data DATA --output OUT --val-data DATA",
+        "val_data must be another file than data",
+    ),
+    "no device": ("generate hi --base BASE --device gpu", "device must be cpu or cuda, got 'gpu'"),
+    "strange device": ("generate hi --base BASE --device meta", "device must be cpu or cuda"),
+    "rate beyond float": ("finetune --data DATA --output OUT --lr 1e38", "lr must be from 0 to"),
+    "huge seed": ("finetune --data DATA --output OUT --seed 99999999999999999999", "seed must be"),
+    "data is a folder": ("finetune --data EMPTY --output OUT", "is no regular file"),
+    "no items": ("quickstart --items 0", "items must be at least 1, got 0"),
+    "no text": ("generate SURROGATE --base BASE", "text must be UTF-8"),
     "info of nothing": ("info absent", "absent"),
     "info of a text": ("info DATA", "own.json"),
     "info of a folder": ("info EMPTY", "must be a folder in Meta's format"),
@@ -184,7 +198,11 @@ def test_bad_requests_are_one_line_and_exit_code_2(
     (tmp_path / "empty").mkdir()
     (tmp_path / "config.json").write_text("{}")
     names = {"BASE": base, "ADAPTER": adapter, "DATA": data, "OUT": "out", "EMPTY": "empty"}
-    names["CONFIG"] = "config.json"
+    names["CONFIG"], names["LONG"], names["DEEP"] = "config.json", "long.json", "deep.json"
+    names["SURROGATE"] = "bad \udcff"
+    asked = [{"instruction": "stone"}, {"instruction": "stone " * 200}]
+    (tmp_path / "long.json").write_text(json.dumps(asked))
+    (tmp_path / "deep.json").write_text("[" * 200_000)
     words, message = BAD[case]
     try:
         code = run(*(names.get(word, word) for word in words.split()))
@@ -195,7 +213,58 @@ def test_bad_requests_are_one_line_and_exit_code_2(
     assert message in shown.err
     assert shown.err.count("\n") == 1
     assert "Traceback" not in shown.err
-    assert shown.out == ""
+    # a file's earlier questions have their answers by then
+    assert shown.out == "" or case == "one question too long"
+
+
+def test_byte_order_mark_is_read_over(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bom.json"
+    path.write_text(json.dumps([{"instruction": "stone"}]), encoding="utf-8-sig")
+    words = ("generate", "--base", base, "--data", path, "--max-new-tokens", 1)
+    assert run(*words) == 0
+    assert json.loads(capsys.readouterr().out)["instruction"] == "stone"
+
+
+def test_a_damaged_run_is_not_resumed(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ("finetune", "--base", base, "--data", data, "--output", out)
+    recipe = ("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 4, "--max-steps")
+    assert run(*words, *recipe, 3) == 0
+    capsys.readouterr()
+    assert run(*words, *recipe, 2, "--resume") == 2
+    assert "it is at step 3, beyond max_steps = 2" in capsys.readouterr().err
+
+    metrics, adapter = out / "metrics.jsonl", (out / "adapter.safetensors").read_bytes()
+    lines = metrics.read_text().splitlines(keepends=True)
+    for damaged in ("", "".join(lines[:2]) + "[1]\n" + "".join(lines[3:])):
+        metrics.write_text(damaged)
+        assert run(*words, *recipe, 4, "--resume") == 2
+        assert "metrics.jsonl is damaged" in capsys.readouterr().err
+        assert metrics.read_text() == damaged
+    metrics.write_text("".join(lines))
+    shutil.rmtree(out / "checkpoints")
+    assert run(*words, *recipe, 4, "--resume") == 2
+    assert "it holds an adapter, but no usable checkpoint" in capsys.readouterr().err
+    assert (out / "adapter.safetensors").read_bytes() == adapter
+
+
+def test_interrupted_training_says_how_to_go_on(
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llama_adapter.trainer.Trainer.step", stop)
+    assert run("finetune", "--base", base, "--data", data, "--output", tmp_path / "run") == 130
+    assert "--resume continues from step 0" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def test_config_file_gives_the_same_fields(tmp_path: Path) -> None:
         ('{"base_ler": 1}', "unknown name base_ler, did you mean base_lr"),
         ('{"base_lr": "fast"}', "base_lr must be float, got 'fast'"),
         ('{"depth": true}', "depth must be int, got True"),
+        ('{"betas": [0.9]}', r"betas must hold 2 values, got \[0.9\]"),
+        ('{"betas": ["a", "b"]}', "betas must be float, got 'a'"),
         ('{"strict": 1}', "strict must be bool, got 1"),
     ],
 )
