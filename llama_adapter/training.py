@@ -30,7 +30,7 @@ from llama_adapter.trainer import Trainer
 
 DTYPES = ("float32", "bfloat16", "float16")
 # beyond any sensible rate, count or size, and within what torch takes
-_LARGEST = 10**9
+_LARGEST = 1e30
 
 
 def _option(
