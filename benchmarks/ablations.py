@@ -1,0 +1,319 @@
+"""The papers' ablations in kind, on the bundled base: `python -m benchmarks.ablations`.
+
+Four experiments (inserted layers; zero-init against random init; longer training; LoRA and full
+fine-tuning) are a table of runs. Each row is written as soon as it is measured, and the same
+command again continues. What does not reproduce is printed as not reproduced.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import math
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.ablation_plan import FULL, QUICK, Cell, Plan, cells
+from benchmarks.ablation_report import SECTIONS, Setting, picture
+from benchmarks.ablation_runs import (
+    LORA,
+    Laboratory,
+    Row,
+    Run,
+    attention_input_rms,
+    laboratory,
+    measure,
+    measure_in_process,
+    score,
+    start_worker,
+)
+from llama_adapter import assets
+from llama_adapter.checkpoints.atomic import write_atomically
+from llama_adapter.options import Parser
+from llama_adapter.run_folder import describe_environment
+
+RESULTS = Path(__file__).parent / "results" / "cpu"
+QUICK_RESULTS = Path("runs") / "ablations-quick"
+TRIAL = ("", "This is the reduced form: it tries the machinery out, its verdicts mean nothing.")
+
+
+class Results:
+    """The rows measured so far, and the file that keeps them."""
+
+    def __init__(self, path: Path, identity: Row, environment: Row, fresh: bool) -> None:
+        """Take over what the file holds.
+
+        Args:
+            path: JSON file, which may not exist yet.
+            identity: what rows depend on besides their run: base, data, recipe.
+            environment: versions, threads and commit that further rows are measured with.
+            fresh: start over.
+
+        Raises:
+            ValueError: the file holds rows of another base, data or recipe, or is no such file.
+        """
+        self.path, self.identity = path, json.loads(json.dumps(identity))
+        self.environments: list[Row] = []
+        self.rows: dict[Run, Row] = {}
+        if path.exists() and not fresh:
+            self._read()
+        if environment not in self.environments:
+            self.environments.append(environment)
+        self.environment = self.environments.index(environment)
+
+    def _read(self) -> None:
+        try:
+            held = json.loads(self.path.read_text(encoding="utf-8"))
+            self.environments = held["environments"]
+            names = [spec.name for spec in fields(Run)]
+            self.rows = {Run(**{n: row[n] for n in names}): row for row in held["rows"]}
+            before = held["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} holds no ablations ({error}); --fresh overwrites it"
+            ) from None
+        changed = [name for name in self.identity if before.get(name) != self.identity[name]]
+        if changed:
+            raise ValueError(
+                f"{self.path} was measured with another {' and '.join(changed)}: start over with "
+                "--fresh, or give another --output"
+            )
+
+    def add(self, run: Run, row: Row) -> None:
+        """Keep one more row."""
+        self.rows[run] = {**asdict(run), **row, "environment": self.environment}
+
+    def of(self, wanted: Sequence[Cell]) -> dict[Setting, list[Row]] | None:
+        """Rows by setting, or None while one is missing."""
+        found: dict[Setting, list[Row]] = {}
+        for cell in wanted:
+            if cell.run not in self.rows:
+                return None
+            found.setdefault(cell.setting, []).append(self.rows[cell.run])
+        return found
+
+    def write(self, plan: Plan, table: Sequence[Cell], facts: Row, verdicts: Row) -> None:
+        """Write the rows that `table` asks for; rows of a former plan are dropped."""
+        wanted = {cell.run: None for cell in table}
+        rows = [self.rows[run] for run in wanted if run in self.rows]
+        content = {
+            "identity": self.identity,
+            "untouched_base": facts,
+            "environments": self.environments,
+            "plan": asdict(plan),
+            "lora": LORA,
+            "runs_planned": len(wanted),
+            "processor_seconds": round(sum(row["processor_seconds"] for row in rows), 1),
+            "verdicts": verdicts,
+        }
+        text = json.dumps(content, indent=1)[:-2] + ',\n "rows": [\n  '
+        text += ",\n  ".join(json.dumps(row) for row in rows) + "\n ]\n}\n"
+        write_atomically(self.path, text.encode())
+
+
+def execute(
+    runs: Sequence[Run], base: Path, held_out: int | None, jobs: int
+) -> Generator[tuple[Run, Row], None, None]:
+    """Measure runs, each with one thread, in `jobs` processes.
+
+    Yields:
+        Every run with its row, in the order they finish in.
+    """
+    if jobs == 1:
+        for run in runs:
+            yield run, measure(laboratory(base, held_out), run)
+        return
+    job = partial(measure_in_process, base, held_out)
+    # leaving the block ends the processes at once, whatever they are in the middle of
+    with multiprocessing.get_context("spawn").Pool(jobs, start_worker) as pool:
+        yield from pool.imap_unordered(job, runs)
+
+
+def base_facts(lab: Laboratory) -> Row:
+    """What the untouched base does on the held-out records, and the unit of the sigmas."""
+    loss, right = score(lab.base.model, None, lab.data.held_out)
+    by_layer = attention_input_rms(lab)
+    return {
+        "held_out_loss": loss,
+        "accuracy": sum(right) / len(right),
+        "rms": math.sqrt(sum(value**2 for value in by_layer) / len(by_layer)),
+        "rms_by_layer": [round(value, 4) for value in by_layer],
+        "parameters": sum(p.numel() for p in lab.base.model.parameters()),
+    }
+
+
+def identity(lab: Laboratory, base: Path) -> Row:
+    """What every row depends on besides its run."""
+    recipe = {
+        name: value
+        for name, value in asdict(lab.recipe).items()
+        if name not in ("data", "output", "base", "device", "threads", "max_steps")
+    }
+    digest = hashlib.sha256((base / "consolidated.00.pth").read_bytes()).hexdigest()
+    return {
+        "base": {"sha256": digest, "shape": lab.base.model.config.describe()},
+        "data": {Path(file).name: sha for file, sha in lab.data.digests.items()},
+        "held_out": len(lab.data.held_out),
+        "recipe": json.loads(json.dumps(recipe, default=str)),
+    }
+
+
+def report(
+    results: Results, table: Sequence[Cell], base: Row, folder: Path
+) -> tuple[dict[str, str], Row]:
+    """Tables, figures and verdicts of every finished experiment.
+
+    Args:
+        results: the rows.
+        table: all cells.
+        base: facts of the untouched base.
+        folder: where the figures go.
+
+    Returns:
+        By experiment, the text as Markdown, and the verdicts as plain data.
+    """
+    texts: dict[str, str] = {}
+    verdicts: Row = {}
+    for name, make_section in SECTIONS.items():
+        wanted = [cell for cell in table if cell.experiment == name]
+        rows = results.of(wanted)
+        if rows is None:
+            missing = sum(cell.run not in results.rows for cell in wanted)
+            texts[name] = f"## {name}\n\n{missing} of {len(wanted)} runs are not measured yet.\n"
+            continue
+        section = make_section(rows, base)
+        failed = [
+            f"- {cell.setting}, seed {cell.run.seed}, broke off: {row['failure']}"
+            for cell in wanted
+            if (row := results.rows[cell.run]).get("failure")
+        ]
+        texts[name] = "\n".join([section.text(), *failed])
+        verdicts[name] = [asdict(claim) for claim in section.claims]
+        for figure_name, figure in section.figures.items():
+            write_atomically(folder / f"ablations_{figure_name}.png", picture(figure))
+    return texts, verdicts
+
+
+def describe(plan: Plan, lab: Laboratory, facts: Row) -> str:
+    """What was measured on what, in a few lines."""
+    recipe, config = lab.recipe, lab.base.model.config
+    steps = plan.epochs * math.ceil(plan.records / recipe.batch_size)
+    return "\n".join(
+        [
+            "# The papers' ablations in kind",
+            "",
+            f"Base: {config.describe()}, {facts['parameters']:,} parameters; "
+            f"untouched it answers {facts['accuracy']:.1%} of {len(lab.data.held_out)} held-out "
+            f"instructions exactly, at {facts['held_out_loss']:.3f} nats per token.",
+            f"RMS of the normed attention input: {facts['rms']:.3f} (by layer: "
+            f"{', '.join(f'{value:.2f}' for value in facts['rms_by_layer'])}); sigma is the "
+            "prompts' initial standard deviation in units of it.",
+            f"Unless said otherwise a run takes {steps} steps of {recipe.batch_size} records "
+            f"({plan.records} records drawn by the seed, {plan.epochs} epochs), the bundled "
+            f"recipe's learning rate {recipe.peak_lr:g} and prompt scale "
+            f"{recipe.adapter.prompt_std:g}, and adapts "
+            f"{len(recipe.adapter.layers_of(config.n_layers))} layers. "
+            f"LoRA: PEFT, rank {LORA['r']}, alpha {LORA['lora_alpha']}, on "
+            f"{' and '.join(LORA['target_modules'])} as Alpaca-LoRA. Where several learning rates "
+            "were tried, the one with the best median accuracy is compared.",
+            f"Numbers are medians over {len(plan.seeds)} seeds (lowest to highest). Above and "
+            "below mean that these ranges do not overlap.",
+            *(TRIAL if plan.seeds == QUICK.seeds else ()),
+            "",
+            "",
+        ]
+    )
+
+
+def _environment() -> Row:
+    found: dict[str, Any] = describe_environment(torch.device("cpu"))
+    found["packages"] |= {name: importlib.metadata.version(name) for name in ("peft", "matplotlib")}
+    return found
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.ablations", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--experiment", choices=list(SECTIONS), help="run one of them only")
+    parser.add_argument("--quick", action="store_true", help="a reduced form, in under a minute")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, with one thread each")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of continuing")
+    parser.add_argument("--output", type=Path, help=f"folder (default: {RESULTS.name}'s results)")
+    parser.add_argument(
+        "--base", type=Path, default=assets.BASE, help="base model; the bundled one"
+    )
+    return parser
+
+
+def run_plan(plan: Plan, options: argparse.Namespace, folder: Path) -> None:
+    """Measure what is missing of a plan, then report."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lab = laboratory(options.base, plan.held_out)
+    facts = base_facts(lab)
+    table = cells(plan, lab.recipe, lab.base.model.config.n_layers, facts["rms"])
+    results = Results(
+        folder / "ablations.json", identity(lab, options.base), _environment(), options.fresh
+    )
+    chosen = [options.experiment] if options.experiment else list(SECTIONS)
+    wanted = dict.fromkeys(cell.run for cell in table if cell.experiment in chosen)
+    runs = [run for run in wanted if run not in results.rows]
+    heading = describe(plan, lab, facts)
+    print(f"{heading}{len(runs)} of {len(wanted)} runs to go\n", flush=True)
+    start = time.perf_counter()
+    with closing(execute(runs, options.base, plan.held_out, options.jobs)) as measured:
+        for done, (run, row) in enumerate(measured, 1):
+            results.add(run, row)
+            results.write(plan, table, facts, {})
+            outcome = f"{row['accuracy']:6.1%}" if "accuracy" in row else "timed "
+            print(
+                f"{done:3d}/{len(runs)} {time.perf_counter() - start:5.0f} s  {outcome}  "
+                f"{run.method} L={run.n_layers} std={run.prompt_std:g} lr={run.lr:g} "
+                f"records={run.records} epochs={run.epochs} seed={run.seed}",
+                flush=True,
+            )
+    texts, verdicts = report(results, table, facts, folder)
+    results.write(plan, table, facts, verdicts)
+    write_atomically(folder / "ablations.md", (heading + "\n".join(texts.values())).encode())
+    print("", *(texts[name] for name in chosen), f"written to {folder}", sep="\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the ablations.
+
+    Args:
+        arguments: words after the program's name; None takes those of the process.
+
+    Returns:
+        0, or 2 for a request that cannot be carried out, or 130 after Ctrl-C.
+    """
+    options = _parser().parse(arguments)
+    plan = QUICK if options.quick else FULL
+    folder = options.output or (QUICK_RESULTS if options.quick else RESULTS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run_plan(plan, options, folder)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"ablations: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
+if __name__ == "__main__":
+    # a plain kill ends the worker processes too, as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
