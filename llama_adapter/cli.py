@@ -75,6 +75,9 @@ def _finetune(options: argparse.Namespace) -> int:
     given = _given(options, FinetuneConfig)
     config = build(FinetuneConfig, given)
     result = finetune(config, resume=options.resume, progress=False if options.quiet else None)
+    losses, records = result.losses, len(result.dataset.train)
+    print(f"trained     {records} records, {len(losses)} steps", end="")
+    print(f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
     print(f"adapter     {result.adapter_path}")
     print(f"loss curve  {result.curve_path}")
     return 0

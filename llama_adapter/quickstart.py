@@ -150,5 +150,6 @@ def quickstart(output: Path, *, steps: int | None = None, items: int | None = No
     print("\nNext, with llama-adapter from the same environment:")
     print(f"  llama-adapter generate {asked} --adapter {result.adapter_path}")
     print(f"  llama-adapter chat --adapter {result.adapter_path}")
-    print("  llama-adapter finetune --data your.json --output runs/yours")
+    recipe = config.output / "config.json"
+    print(f"  llama-adapter finetune --config {recipe} --data your.json --output runs/yours")
     return 0

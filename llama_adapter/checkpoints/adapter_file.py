@@ -165,6 +165,10 @@ def read_adapter(path: str | Path) -> tuple[AdapterHeader, dict[str, Tensor]]:
             not know.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"adapter file {path} is a folder: name the adapter.safetensors of a run folder"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"adapter file {path} does not exist")
     return decode(path.read_bytes(), f"adapter file {path}")

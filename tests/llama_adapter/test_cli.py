@@ -68,6 +68,7 @@ def test_finetune_then_generate_and_info(
     shown = capsys.readouterr().out
     assert str(out / "adapter.safetensors") in shown
     assert str(out / "loss.png") in shown
+    assert "trained     22 records, 3 steps, loss " in shown
 
     words = ("generate", "the first of green river", "--base", base, "--max-new-tokens", 6)
     assert run(*words, "--temperature", 0, "--adapter", out / "adapter.safetensors") == 0
@@ -157,6 +158,10 @@ BAD = {
     "used folder": ("finetune --data DATA --output BASE", "is not empty"),
     "bad config": ("finetune --config DATA --output OUT", "expected a JSON object, got list"),
     "nothing to answer": ("generate --base BASE", "give either an instruction or --data"),
+    "adapter is a folder": (
+        "generate hi --base BASE --adapter EMPTY",
+        "is a folder: name the adapter.safetensors of a run folder",
+    ),
     "no adapter": ("generate hi --base BASE --adapter absent", "absent"),
     "adapter is a text": ("generate hi --base BASE --adapter DATA", "own.json"),
     "wrong base": ("generate hi --adapter ADAPTER", "was trained on base"),
