@@ -109,9 +109,11 @@ def best_rate(rows: Rows, what: Setting) -> float:
     return max((setting[-1] for setting in rows if setting[:-1] == what), key=rank)
 
 
-def _figure(columns: int = 1, width: float = 6.0) -> tuple[Figure, list[Axes]]:
+def _figure(
+    columns: int = 1, width: float = 6.0, sharey: bool = False
+) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width * columns, 4.2), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
     for one in axes:
         one.grid(alpha=0.3)
     return figure, list(axes)
@@ -166,7 +168,7 @@ def layers_section(rows: Rows, base: Row) -> Section:
 
 
 def _loss_curves(rows: Rows, scales: Sequence[float]) -> Figure:
-    figure, panels = _figure(len(scales), 3.6)
+    figure, panels = _figure(len(scales), 3.4, sharey=True)
     for axes, scale in zip(panels, scales, strict=True):
         for kind, label in KINDS.items():
             curves = [row["losses"] for row in rows[(kind, scale)]]
@@ -185,7 +187,6 @@ def _loss_curves(rows: Rows, scales: Sequence[float]) -> Figure:
                 x, [s.low for s in smooth], [s.high for s in smooth], alpha=0.2, **style
             )
         axes.set(title=f"prompt scale {scale:g} x RMS", xlabel="step", yscale="log")
-        axes.sharey(panels[0])
     panels[0].set(ylabel="training loss, nats per token (running mean)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
@@ -272,7 +273,7 @@ def longer_section(rows: Rows, base: Row) -> Section:
     _line(left, epochs, [fits[e].held_out for e in epochs], label="held out", color="#1f6fb4")
     left.axhline(base["held_out_loss"], color="black", linestyle=":", label="untouched base")
     left.set(title="Longer training (Table 6)", ylabel="loss, nats per token", ylim=(0, None))
-    left.legend()
+    left.legend(loc="upper right", bbox_to_anchor=(1.0, 0.93))
     _line(right, epochs, [fits[e].accuracy for e in epochs], color="#1f6fb4")
     right.axhline(base["accuracy"], color="black", linestyle=":")
     right.set(ylabel="held-out exact match", ylim=(0, 1.03))
@@ -296,6 +297,15 @@ def methods_section(rows: Rows, base: Row) -> Section:
         method: Spread.of([median(row["step_ms"][method]) for row in rows[("timing", 0.0)]])
         for method in METHODS
     }
+    ratios = {
+        method: Spread.of(
+            [
+                median(a / b for a, b in zip(ms[method], ms["zero_init"], strict=True))
+                for ms in (row["step_ms"] for row in rows[("timing", 0.0)])
+            ]
+        )
+        for method in METHODS
+    }
     best = {method: best_rate(rows, (method,)) for method in METHODS}
     methods, table = {}, []
     for method, lr in sorted(s for s in rows if s[0] in METHODS):
@@ -303,7 +313,7 @@ def methods_section(rows: Rows, base: Row) -> Section:
         accuracy, first = spread(found, "accuracy"), found[0]
         if lr == best[method]:
             methods[method] = Method(
-                first["parameters"], first["file_bytes"], times[method], accuracy
+                first["parameters"], first["file_bytes"], ratios[method], accuracy
             )
         table.append(
             [
@@ -312,6 +322,7 @@ def methods_section(rows: Rows, base: Row) -> Section:
                 f"{first['parameters']:,}",
                 f"{first['file_bytes'] / 1e3:,.0f}",
                 times[method].show(".0f"),
+                ratios[method].show(".2f"),
                 accuracy.show(".1%"),
                 spread(found, "held_out_loss").show(),
             ]
@@ -320,7 +331,7 @@ def methods_section(rows: Rows, base: Row) -> Section:
     names = ["LLaMA-\nAdapter", "LoRA", "full"]
     values = {
         "trained parameters": [Spread.of([float(methods[m].parameters)]) for m in METHODS],
-        "processor ms per step": [methods[m].step_ms for m in METHODS],
+        "processor time per step, relative": [methods[m].step_time for m in METHODS],
         "held-out exact match": [methods[m].accuracy for m in METHODS],
     }
     for axes, (title, spreads) in zip(panels, values.items(), strict=True):
@@ -339,7 +350,7 @@ def methods_section(rows: Rows, base: Row) -> Section:
         )
     panels[2].set_ylim(0, 1.03)
     panels[2].axhline(base["accuracy"], color="black", linestyle=":", label="untouched base")
-    panels[2].legend()
+    panels[2].legend(loc="center")
     return Section(
         "Against LoRA and full fine-tuning (LLaMA-Adapter, Table 1)",
         [
@@ -348,6 +359,7 @@ def methods_section(rows: Rows, base: Row) -> Section:
             "parameters",
             "file, kB",
             "processor ms per step",
+            "relative",
             "held-out exact match",
             "held-out loss",
         ],

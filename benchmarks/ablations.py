@@ -67,9 +67,7 @@ class Results:
         self.rows: dict[Run, Row] = {}
         if path.exists() and not fresh:
             self._read()
-        if environment not in self.environments:
-            self.environments.append(environment)
-        self.environment = self.environments.index(environment)
+        self.environment = environment
 
     def _read(self) -> None:
         try:
@@ -91,7 +89,10 @@ class Results:
 
     def add(self, run: Run, row: Row) -> None:
         """Keep one more row."""
-        self.rows[run] = {**asdict(run), **row, "environment": self.environment}
+        if self.environment not in self.environments:
+            self.environments.append(self.environment)
+        index = self.environments.index(self.environment)
+        self.rows[run] = {**asdict(run), **row, "environment": index}
 
     def of(self, wanted: Sequence[Cell]) -> dict[Setting, list[Row]] | None:
         """Rows by setting, or None while one is missing."""

@@ -376,7 +376,7 @@ def test_verdicts_on_zero_init_by_prompt_scale() -> None:
     assert [c.verdict for c in whole] == [REPRODUCED] * 5 + [NOT]
     some = verdicts([good, good], [started, started], [started, bad])
     assert [c.verdict for c in some] == [REPRODUCED, PARTLY, PARTLY, PARTLY, NOT, PARTLY]
-    assert "holds at sigma 4; not at 1." in some[1].evidence
+    assert "holds at sigma 4, not at 1. sigma 1:" in some[1].evidence
     moved = init_result(2.6, 1.0, 0.1, 0.95)
     none = verdicts([moved, moved], [started, started], [started, started])
     assert [c.verdict for c in none] == [NOT] * 6
@@ -420,7 +420,7 @@ def test_verdicts_on_other_methods() -> None:
     better, far = (replace(large, accuracy=same(*a)) for a in ((0.91, 0.95), (0.96, 0.97)))
     assert verdicts(small, better, large)[2] == PARTLY
     assert verdicts(replace(small, accuracy=same(0.95, 0.91)), better, large)[2] == REPRODUCED
-    assert verdicts(replace(small, step_ms=same(3, 5)), far, better) == [REPRODUCED, NOT, NOT]
+    assert verdicts(replace(small, step_time=same(3, 5)), far, better) == [REPRODUCED, NOT, NOT]
 
 
 def test_a_method_is_reported_at_its_best_learning_rate() -> None:
