@@ -8,6 +8,8 @@ there but slow. A call that torch.compile traces does not warn: it would break t
 import warnings
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 # every op of this package is defined in this one namespace: torch.ops.adapter_kernels.*
 LIBRARY = torch.library.Library("adapter_kernels", "DEF")
@@ -17,7 +19,11 @@ _warned: set[str] = set()
 
 
 def choose_backend(
-    op: str, requested: str | None, device: torch.device, implemented: tuple[str, ...]
+    op: str,
+    requested: str | None,
+    device: torch.device,
+    implemented: tuple[str, ...],
+    *differentiable: Tensor | None,
 ) -> str:
     """Name the implementation of `op` that runs on `device`.
 
@@ -26,13 +32,20 @@ def choose_backend(
         requested: the caller's `backend` argument; None takes the first of `implemented`.
         device: where the tensors are.
         implemented: the names `op` has on that device, best first.
+        differentiable: the inputs that have a gradient. No implementation has forward mode, and
+            torch would drop a tangent of theirs without a word.
 
     Returns:
         One of `implemented`.
 
     Raises:
         ValueError: `requested` is no backend, or one that `op` does not have on `device`.
+        RuntimeError: an input has a forward-mode tangent.
     """
+    if not torch.compiler.is_compiling():
+        for tensor in differentiable:
+            if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise RuntimeError(f"{op} has no forward-mode derivative (jvp): use backward")
     if requested is not None and requested not in BACKENDS:
         raise ValueError(f"backend must be None or one of {BACKENDS}, got {requested!r}")
     chosen = implemented[0] if requested is None else requested

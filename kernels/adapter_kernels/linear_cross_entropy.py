@@ -197,7 +197,7 @@ def linear_cross_entropy(
         f"from 0 to {vocabulary - 1} or ignore_index {ignore_index}",
         lambda label: ((label >= 0) & (label < vocabulary)) | (label == ignore_index),
     )
-    choose_backend("linear_cross_entropy", None, x.device, ("reference",))
+    choose_backend("linear_cross_entropy", None, x.device, ("reference",), x, weight)
     need_dx = torch.is_grad_enabled() and x.requires_grad
     rows, flat = x.reshape(labels.numel(), x.shape[-1]), labels.reshape(-1)
     loss, _, _ = _forward_op(rows, weight, flat, ignore_index, need_dx)

@@ -159,6 +159,6 @@ def rms_norm(
         check_shape("residual", residual, "that of x", tuple(x.shape))
         check_dtype("residual", residual, (x.dtype,))
         check_device("residual", residual, "x", x)
-    choose_backend("rms_norm", None, x.device, ("reference",))
+    choose_backend("rms_norm", None, x.device, ("reference",), x, weight, residual)
     out, h, _ = _forward_op(x, weight, residual, eps)
     return out if residual is None else (out, h)

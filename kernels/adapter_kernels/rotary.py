@@ -230,7 +230,7 @@ def apply_rotary(
     check_dtype("k", k, (q.dtype,))
     check_device("k", k, "q", q)
     _check_angles(cos, sin, "q", q)
-    choose_backend("apply_rotary", None, q.device, ("reference",))
+    choose_backend("apply_rotary", None, q.device, ("reference",), q, k)
     return _forward_op(q, k, cos, sin, interleaved)
 
 

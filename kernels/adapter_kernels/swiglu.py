@@ -96,5 +96,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     check_shape("up", up, "that of gate", tuple(gate.shape))
     check_dtype("up", up, (gate.dtype,))
     check_device("up", up, "gate", gate)
-    choose_backend("swiglu", None, gate.device, ("reference",))
+    choose_backend("swiglu", None, gate.device, ("reference",), gate, up)
     return _forward_op(gate, up)

@@ -4,11 +4,16 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
+import adapter_kernels
 from adapter_kernels import backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -64,6 +69,56 @@ def test_warning_points_at_the_caller_of_the_public_function() -> None:
     (warning,) = caught
     assert warning.filename == __file__
     assert "public_function()" in Path(__file__).read_text().splitlines()[warning.lineno - 1]
+
+
+def cases() -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    """Each differentiable public function with its differentiable inputs."""
+    q, k, v = (torch.randn(1, 5, heads, 8) for heads in (4, 2, 2))
+    prompt_k, prompt_v, gate = torch.randn(3, 2, 8), torch.randn(3, 2, 8), torch.randn(4)
+    angles = torch.randn(2, 5, 4)
+    cu = torch.tensor([0, 2, 5], dtype=torch.int32)
+    packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 3, "max_seqlen_k": 3}
+    segment = [prompt_k, prompt_v, gate]
+    return {
+        "zero_init_attention": (adapter_kernels.zero_init_attention, [q, k, v, *segment]),
+        "zero_init_attention_varlen": (
+            partial(adapter_kernels.zero_init_attention_varlen, **packed),
+            [q[0], k[0], v[0], *segment],
+        ),
+        "gated_prompt_attention": (
+            lambda q, k, v, gate, out: adapter_kernels.gated_prompt_attention(
+                q, k, v, gate, out=out
+            ),
+            [q, *segment, q.clone()],
+        ),
+        "rms_norm": (
+            lambda x, w, r: adapter_kernels.rms_norm(x, w, eps=1e-5, residual=r)[0],
+            [q, torch.randn(8), q.clone()],
+        ),
+        "apply_rotary": (
+            lambda q, k: adapter_kernels.apply_rotary(q, k, *angles, interleaved=True)[0],
+            [q, k],
+        ),
+        "swiglu": (adapter_kernels.swiglu, [q, q.clone()]),
+        "linear_cross_entropy": (
+            lambda x, w: adapter_kernels.linear_cross_entropy(x, w, torch.tensor([1, 2])),
+            [torch.randn(2, 8), torch.randn(5, 8)],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_forward_mode_tangent_is_refused_and_never_dropped(name: str) -> None:
+    """torch.func.jvp through these operations used to give a tangent of zero."""
+    function, inputs = cases()[name]
+    function(*inputs)
+    for index, x in enumerate(inputs):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(RuntimeError, match=f"^{name} has no forward-mode derivative"):
+                function(*inputs[:index], dual, *inputs[index + 1 :])
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(function, tuple(inputs), tuple(map(torch.ones_like, inputs)))
 
 
 def test_import_needs_neither_triton_nor_a_gpu_and_prints_nothing() -> None:

@@ -132,7 +132,8 @@ def zero_init_attention(
         if bound is not None:
             check_index(name, bound, q, "(B,)", q.shape[0])
             check_range(name, bound, 0, k.shape[1])
-    chosen = choose_backend("zero_init_attention", backend, q.device, IMPLEMENTED)
+    inputs = (q, k, v, *prompts[:3])
+    chosen = choose_backend("zero_init_attention", backend, q.device, IMPLEMENTED, *inputs)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounds = (key_starts, key_lengths)
     unpacked = (None, None, None, 0, 0)
@@ -251,7 +252,8 @@ def zero_init_attention_varlen(
         check_max_seqlen("max_seqlen_k", max_seqlen_k, page_capacity(q, k, page_table, batch))
         check_pages(k, page_table, cu_seqlens_k.diff())
     check_prompts(q, prompts, batch, k.shape[-2])
-    chosen = choose_backend("zero_init_attention_varlen", backend, q.device, IMPLEMENTED)
+    inputs = (q, k, v, *prompts[:3])
+    chosen = choose_backend("zero_init_attention_varlen", backend, q.device, IMPLEMENTED, *inputs)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     packed = (cu_seqlens_q, cu_seqlens_k, page_table, max_seqlen_q, max_seqlen_k)
     out, lse = attention_op(q, k, v, *prompts, None, None, *packed, causal, scale, chosen)
@@ -367,6 +369,7 @@ def gated_prompt_attention(
     check_prompts(q, prompts, batch, None)
     if out is not None:
         check_like_queries("out", out, q, "that of q", *q.shape)
-    chosen = choose_backend("gated_prompt_attention", backend, q.device, IMPLEMENTED)
+    inputs = (q, *prompts[:3], out)
+    chosen = choose_backend("gated_prompt_attention", backend, q.device, IMPLEMENTED, *inputs)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return prompt_op(q, *prompts, cu_seqlens_q, out, scale, chosen)
