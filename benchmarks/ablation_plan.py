@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from benchmarks.ablation_report import Setting
 from benchmarks.ablation_runs import Run
-from llama_adapter.training import FinetuneConfig
+from llama_adapter.recipe import FinetuneConfig
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,9 @@ from llama_adapter.config import AdapterConfig
 from llama_adapter.data.examples import IGNORE_INDEX, Dataset, Example, collate, load_dataset
 from llama_adapter.model import Llama
 from llama_adapter.quickstart import bundled_config
+from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.trainer import Trainer
-from llama_adapter.training import FinetuneConfig, epoch_batches, learning_rate
+from llama_adapter.training import epoch_batches
 
 METHODS = ("zero_init", "gate_one", "joint", "lora", "full", "timing")
 TIMED = ("zero_init", "lora", "full")
@@ -85,7 +86,7 @@ class Laboratory:
         adapter = replace(self.recipe.adapter, n_layers=run.n_layers, prompt_std=run.prompt_std)
         if run.method in ("gate_one", "joint"):
             adapter = replace(adapter, gate_activation="identity")
-        warmup = self.recipe.warmup_epochs / self.recipe.epochs * run.epochs
+        warmup = self.recipe.warmup / self.recipe.epochs * run.epochs
         changes = {"epochs": run.epochs, "warmup_epochs": warmup, "lr": run.lr, "seed": run.seed}
         return replace(self.recipe, adapter=adapter, **changes)
 

@@ -23,8 +23,9 @@ from llama_adapter.checkpoints.adapter_file import load_adapter, read_adapter
 from llama_adapter.data.template import prompt_text
 from llama_adapter.generation import stream
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
+from llama_adapter.recipe import DTYPES, FinetuneConfig
 from llama_adapter.sampling import SamplingConfig
-from llama_adapter.training import DTYPES, FinetuneConfig, finetune
+from llama_adapter.training import finetune
 
 CHAT_HELP = """Type an instruction and press Enter. Each answer stands alone.
   /input TEXT   text that the next instruction is about
@@ -72,8 +73,11 @@ def _given(options: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 
 def _finetune(options: argparse.Namespace) -> int:
-    given = _given(options, FinetuneConfig)
-    config = build(FinetuneConfig, given)
+    held = getattr(options, "output", Path()) / "config.json"
+    if options.resume and options.config is None and held.is_file():
+        # a run to be continued knows its own options
+        options.config = held
+    config = build(FinetuneConfig, _given(options, FinetuneConfig))
     result = finetune(config, resume=options.resume, progress=False if options.quiet else None)
     losses, records = result.losses, len(result.dataset.train)
     print(f"trained     {records} records, {len(losses)} steps", end="")
@@ -108,9 +112,11 @@ def _read_questions(path: Path) -> list[dict[str, str]]:
         raise UsageError(f"--data {path}: expected a non-empty JSON list")
     for index, item in enumerate(items):
         if not isinstance(item, dict) or not isinstance(item.get("instruction"), str):
-            raise UsageError(f"--data {path}: record {index} has no instruction")
+            raise UsageError(f"--data {path}: record {index}, counted from 0, has no instruction")
         if not isinstance(item.get("input", ""), str):
-            raise UsageError(f"--data {path}: record {index}: input must be a string")
+            raise UsageError(
+                f"--data {path}: record {index}, counted from 0: input must be a string"
+            )
     return items
 
 
@@ -128,7 +134,8 @@ def _generate(options: argparse.Namespace) -> int:
         try:
             answer = _answer(base, prompts, text, sampling, False)
         except ValueError as error:
-            raise UsageError(f"--data {options.data}: record {index}: {error}") from error
+            where = f"--data {options.data}: record {index}, counted from 0"
+            raise UsageError(f"{where}: {error}") from error
         line = {"instruction": item["instruction"], "input": item.get("input", "")}
         print(json.dumps({**line, "output": answer}, ensure_ascii=False), flush=True)
     return 0
@@ -138,12 +145,16 @@ def _chat(options: argparse.Namespace) -> int:
     sampling = build(SamplingConfig, vars(options))
     base, adapted = build(ModelOptions, vars(options)).load()
     prompts, given_input = adapted, ""
-    print(f"{base.name}, {'with' if adapted else 'without'} adapter. /help lists commands.")
+    # with instructions from a pipe, the output holds the answers alone
+    typed = sys.stdin.isatty()
+    if typed:
+        print(f"{base.name}, {'with' if adapted else 'without'} adapter. /help lists commands.")
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> " if typed else "").strip()
         except EOFError:
-            print()
+            if typed:
+                print()
             return 0
         command, _, rest = line.partition(" ")
         if command in ("/quit", "/exit"):
@@ -213,7 +224,9 @@ def _parser() -> Parser:
 
     tune = _command(commands, "finetune", _finetune, "Train an adapter on instruction data.")
     tune.add_argument("--config", type=Path, help="JSON file of options; the command line wins")
-    tune.add_argument("--resume", action="store_true", help="continue the run in --output")
+    tune.add_argument(
+        "--resume", action="store_true", help="continue the run in --output, with its own options"
+    )
     tune.add_argument("--quiet", action="store_true", help="no progress bar")
     add_options(tune, FinetuneConfig)
 

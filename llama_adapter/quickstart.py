@@ -18,7 +18,8 @@ from llama_adapter.data.records import Record, load_records
 from llama_adapter.evaluation.exact_match import evaluate_instructions
 from llama_adapter.evaluation.runner import Evaluation
 from llama_adapter.options import build, read_config
-from llama_adapter.training import FinetuneConfig, finetune
+from llama_adapter.recipe import FinetuneConfig
+from llama_adapter.training import finetune
 
 SHOWN = 5
 
@@ -41,7 +42,7 @@ def departures(config: FinetuneConfig, papers: FinetuneConfig, n_layers: int) ->
             if spec.metadata.get("recipe", True) and not is_dataclass(getattr(part, spec.name))
         }
         # what None stands for
-        found["lr"] = recipe.peak_lr
+        found["lr"], found["warmup_epochs"] = recipe.peak_lr, recipe.warmup
         found["n_layers"] = len(recipe.adapter.layers_of(n_layers))
         return found
 

@@ -177,7 +177,8 @@ class Trainer:
 
 
 def _name(examples: Sequence[Example]) -> str:
-    """Records by their index in the file, a few of many."""
+    """Records by their index in the file, from 0, a few of many."""
     shown = ", ".join(str(index) for index in sorted(e.index for e in examples)[:_NAMED_RECORDS])
     rest = len(examples) - _NAMED_RECORDS
-    return f"records {shown}" + (f" and {rest} more" if rest > 0 else "")
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"records {shown}{more} (numbered from 0)"

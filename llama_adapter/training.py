@@ -1,7 +1,6 @@
-"""Fine-tuning an adapter on instruction data: the papers' recipe, and how a run continues exactly.
+"""Fine-tuning an adapter on instruction data, and how a run that was stopped continues exactly.
 
-The recipe is that of LLaMA-Adapter, section 4.1, with schedule, decay and scaling of the learning
-rate as in its official training code. One step of it is in trainer.py.
+The options and their defaults, the papers', are in recipe.py, one step of a run in trainer.py.
 """
 
 import math
@@ -10,9 +9,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -23,118 +21,13 @@ from llama_adapter.checkpoints import Base, load_base
 from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint
 from llama_adapter.checkpoints.train_state import TrainState, load_latest, save_train_state
-from llama_adapter.config import AdapterConfig
 from llama_adapter.data.examples import Batch, Dataset, Example, load_dataset
+from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.run_folder import Row, RunFolder, describe_environment
 from llama_adapter.trainer import Trainer
 
-DTYPES = ("float32", "bfloat16", "float16")
-# beyond any sensible rate, count or size, and within what torch takes
-_LARGEST = 1e30
-
-
-def _option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, recipe: bool = False
-) -> Any:
-    """A field; `recipe` marks what decides the result, as against where and how it is computed."""
-    return field(default=default, metadata={"help": help, "choices": choices, "recipe": recipe})
-
-
-def _recipe(default: Any, help: str) -> Any:
-    return _option(default, help, recipe=True)
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Fine-tuning options; the defaults are the papers' recipe."""
-
-    data: Path = field(
-        metadata={"help": "instruction file: Alpaca JSON, or .jsonl", "recipe": False}
-    )
-    output: Path = field(metadata={"help": "run folder to create", "recipe": False})
-    base: Path | None = field(
-        default=None,
-        metadata={"help": "folder of the base model; default: the bundled one", "recipe": False},
-    )
-    dtype: str | None = _option(None, "dtype of the base; default: the files' own", DTYPES)
-    device: str | None = _option(None, "where to compute; default: the GPU, if there is one")
-    val_data: Path | None = field(
-        default=None,
-        metadata={"help": "file to validate on, in place of part of the data", "recipe": False},
-    )
-    val_size: int | None = _option(None, "records held out; default: the val fraction")
-    val_fraction: float = _option(0.02, "part of the records held out")
-    strict: bool = _option(False, "refuse data with a record that cannot be used")
-    max_length: int = _recipe(512, "tokens kept per record, within the model's context")
-    epochs: int = _recipe(5, "passes over the data")
-    warmup_epochs: float = _recipe(2.0, "epochs of linear warm-up, before the cosine")
-    max_steps: int | None = _option(None, "stop after so many steps of the unchanged schedule")
-    batch_size: int = _recipe(64, "records per optimiser step")
-    micro_batch_size: int = _option(4, "records per forward pass; changes memory, not results")
-    base_lr: float = _recipe(9e-3, "learning rate per 256 records of a batch")
-    lr: float | None = _recipe(None, "learning rate; default: base lr * batch size / 256")
-    min_lr: float = _recipe(0.0, "learning rate that the cosine ends at")
-    weight_decay: float = _recipe(0.02, "AdamW's decay, of prompts and gates alike")
-    betas: tuple[float, float] = _recipe((0.9, 0.95), "AdamW's two decay rates")
-    clip: float | None = _recipe(None, "largest norm of the gradient; default: no limit")
-    seed: int = _option(0, "of the prompts' initial values, the held-out choice and the order")
-    save_every: int = _option(50, "optimiser steps between checkpoints")
-    keep_checkpoints: int = _option(2, "checkpoints kept")
-    threads: int | None = _option(None, "CPU threads; default: torch's choice")
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints"):
-            if not 1 <= getattr(self, name) <= _LARGEST:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
-        for name in ("base_lr", "min_lr", "weight_decay", "lr", "val_size"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= _LARGEST:
-                raise ValueError(f"{name} must be from 0 to {_LARGEST:g}, got {value}")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be from 0 to below 1, got {self.val_fraction}")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            limit = f"from 0 to epochs = {self.epochs}"
-            raise ValueError(f"warmup_epochs must be {limit}, got {self.warmup_epochs}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be from 0 to below 1, got {self.betas}")
-        for name in ("clip", "threads", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.val_data is not None and self.val_size is not None:
-            raise ValueError("val_size must be left out where val_data is given")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
-
-    @property
-    def peak_lr(self) -> float:
-        """lr, or base_lr * batch_size / 256: 2.25e-3 for the papers' batch of 64."""
-        return self.base_lr * self.batch_size / 256 if self.lr is None else self.lr
-
-
-def learning_rate(config: FinetuneConfig, epoch: float) -> float:
-    """Linear warm-up, then a cosine, by fractional epoch e.
-
-        peak * e / w                                             for e < w
-        min + (peak - min) / 2 * (1 + cos(pi (e - w) / (E - w)))  from there on
-
-    Args:
-        config: peak_lr, min_lr, warmup_epochs w and epochs E.
-        epoch: e, from 0 to E: optimiser steps done, over the steps of one epoch.
-
-    Returns:
-        The learning rate of the next step. The first one is 0, as in the official recipe.
-    """
-    peak, warmup = config.peak_lr, config.warmup_epochs
-    if epoch < warmup:
-        return peak * epoch / warmup
-    progress = (epoch - warmup) / max(config.epochs - warmup, 1e-9)
-    return config.min_lr + (peak - config.min_lr) / 2 * (1 + math.cos(math.pi * min(progress, 1)))
+# the papers' recipe takes thousands of steps; with fewer than this the gates hardly leave zero
+FEW_STEPS = 50
 
 
 def epoch_batches(
@@ -257,6 +150,14 @@ def finetune(
         state = load_latest(folder.checkpoints) if resume else None
         if state is not None:
             run.restore(state)
+        steps = config.epochs * run.per_epoch
+        if steps < FEW_STEPS and config.max_steps is None:
+            warnings.warn(
+                f"{len(dataset.train)} training records make only {steps} optimiser steps in "
+                f"{config.epochs} epochs of batch_size {config.batch_size}, too few to learn much: "
+                "give more epochs, a smaller batch_size, or both",
+                stacklevel=2,
+            )
         try:
             folder.open(run.step, describe_environment(device))
             folder.write_skipped(dataset.skipped_lines())

@@ -12,8 +12,9 @@ from llama_adapter.checkpoints import load_base
 from llama_adapter.config import AdapterConfig
 from llama_adapter.data.template import prompt_text
 from llama_adapter.generation import generate
+from llama_adapter.recipe import FinetuneConfig
 from llama_adapter.sampling import SamplingConfig
-from llama_adapter.training import FinetuneConfig, finetune
+from llama_adapter.training import finetune
 
 pytestmark = pytest.mark.gpu
 

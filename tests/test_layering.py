@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 # top-level modules of llama_adapter, lowest first; a module may import from lower rows only
 LAYERS = (
     {"config", "assets", "options"},
+    {"recipe"},
     {"adapter", "cache", "tokenizer", "sampling"},
     {"model"},
     {"checkpoints", "multimodal", "hosts", "integrations"},

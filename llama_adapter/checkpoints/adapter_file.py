@@ -25,6 +25,7 @@ from llama_adapter.checkpoints.fingerprint import (
     fingerprint,
     sample_count,
 )
+from llama_adapter.checkpoints.train_state import is_train_state
 from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.model import Llama
 
@@ -205,6 +206,11 @@ def decode(data: bytes, where: str) -> tuple[AdapterHeader, dict[str, Tensor]]:
         ValueError: it is not an adapter file, is damaged, or holds what this version does not know.
     """
     if data[_LENGTH_BYTES:_HASH_START] != _OPENING:
+        if is_train_state(data):
+            raise ValueError(
+                f"{where} is a training checkpoint, for finetune --resume: the adapter of its run "
+                "is adapter.safetensors or best.safetensors in the folder above"
+            )
         raise ValueError(
             f"{where} is not an adapter file of this package, or its beginning is damaged"
         )

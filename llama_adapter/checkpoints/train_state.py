@@ -103,9 +103,7 @@ def read_train_state(path: str | Path) -> TrainState:
         tensors = safetensors.load(data)
     except SafetensorError as error:
         raise ValueError(f"checkpoint {path} is truncated or damaged ({error})") from None
-    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
-    header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
-    metadata = header.get("__metadata__") or {}
+    metadata = _metadata(data)
     if metadata.get("format") != FORMAT:
         got = metadata.get("format")
         raise ValueError(f"checkpoint {path} must have the format {FORMAT!r}, got {got!r}")
@@ -141,6 +139,21 @@ def load_latest(folder: str | Path) -> TrainState | None:
     if refused:
         raise ValueError(f"no checkpoint can be used: {'; '.join(refused)}")
     return None
+
+
+def is_train_state(data: bytes) -> bool:
+    """Whether a file's content calls itself a training checkpoint; it may be damaged further on."""
+    try:
+        return _metadata(data).get("format") == FORMAT
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    header = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])
+    return header.get("__metadata__") or {}
 
 
 def _content_hash(values: str, tensors: Mapping[str, Tensor]) -> str:

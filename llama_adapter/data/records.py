@@ -47,7 +47,10 @@ def summarise(problems: Sequence[Problem], total: int, path: str | Path) -> str:
     listed = "; ".join(str(problem) for problem in problems[:_SHOWN])
     rest = len(problems) - _SHOWN
     more = f"; and {rest} more" if rest > 0 else ""
-    return f"{path}: {len(problems)} of {total} records cannot be used: {listed}{more}"
+    return (
+        f"{path}: {len(problems)} of {total} records cannot be used (numbered from 0): "
+        f"{listed}{more}"
+    )
 
 
 def load_records(path: str | Path) -> tuple[list[Record], list[Problem]]:

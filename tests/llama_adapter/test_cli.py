@@ -15,6 +15,7 @@ from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints import load_base
 from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
+from llama_adapter.checkpoints.train_state import TrainState, save_train_state
 from llama_adapter.cli import main
 from llama_adapter.config import LlamaConfig
 from llama_adapter.model import Llama
@@ -63,7 +64,7 @@ def test_finetune_then_generate_and_info(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    recipe = ("--epochs", 1, "--warmup-epochs", 0, "--batch-size", 8, "--val-size", 2)
+    recipe = ("--epochs", 1, "--batch-size", 8, "--val-size", 2)
     assert run("finetune", "--base", base, "--data", data, "--output", out, *recipe) == 0
     shown = capsys.readouterr().out
     assert str(out / "adapter.safetensors") in shown
@@ -89,6 +90,35 @@ def test_config_file_repeats_a_run(
     assert run(*again) == 0
     one, two = (folder / "adapter.safetensors" for folder in (first, second))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_run_continues_from_its_folder_alone(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = ("--epochs", 2, "--batch-size", 6, "--seed", 5, "--save-every", 2)
+    words = ("finetune", "--base", base, "--data", data, *recipe)
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert run(*words, "--output", whole) == 0
+    assert run(*words, "--output", parted, "--max-steps", 3) == 0
+    # the step limit is the run's own, and free to change
+    assert run("finetune", "--output", parted, "--resume", "--max-steps", 100) == 0
+    one, two = (folder / "adapter.safetensors" for folder in (whole, parted))
+    assert one.read_bytes() == two.read_bytes()
+    capsys.readouterr()
+    assert run("finetune", "--output", parted, "--resume", "--seed", 6) == 2
+    assert "seed was 5, is now 6" in capsys.readouterr().err
+    assert run("finetune", "--output", tmp_path / "absent", "--resume") == 2
+    assert "--data is required" in capsys.readouterr().err
+
+
+def test_a_handful_of_records_is_warned_of(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("finetune", "--base", base, "--data", data, "--val-size", 2, "--output")
+    assert run(*words, tmp_path / "one") == 0
+    assert "22 training records make only 5 optimiser steps in 5 epochs" in capsys.readouterr().err
+    assert run(*words, tmp_path / "two", "--epochs", 10, "--batch-size", 4) == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_generate_streams_what_a_file_of_questions_collects(
@@ -121,6 +151,8 @@ def test_chat_answers_and_switches_the_adapter(
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     assert run("chat", "--adapter", adapter, *common) == 0
     shown = capsys.readouterr().out
+    # from a pipe: answers, and no prompt signs between them
+    assert shown.startswith(answers[0])
     assert shown.index(answers[0]) < shown.rindex(answers[1])
     assert "/quit" in shown
 
@@ -164,12 +196,19 @@ BAD = {
     ),
     "no adapter": ("generate hi --base BASE --adapter absent", "absent"),
     "adapter is a text": ("generate hi --base BASE --adapter DATA", "own.json"),
+    "adapter is a checkpoint": (
+        "generate hi --base BASE --adapter CHECKPOINT",
+        "is a training checkpoint, for finetune --resume: the adapter of its run is",
+    ),
     "wrong base": ("generate hi --adapter ADAPTER", "was trained on base"),
     "bad temperature": ("generate hi --base BASE --temperature=-1", "temperature must be"),
     "bad top p": ("generate hi --base BASE --top-p 0", "top_p must be"),
     "bad device": ("generate hi --base BASE --device cuda", "device cuda is not available"),
     "questions no list": ("generate --base BASE --data CONFIG", "expected a non-empty JSON list"),
-    "one question too long": ("generate --base BASE --data LONG", "record 1: texts[0] must have"),
+    "one question too long": (
+        "generate --base BASE --data LONG",
+        "record 1, counted from 0: texts[0] must have",
+    ),
     "nested beyond reason": ("generate --base BASE --data DEEP", "maximum recursion depth"),
     "config nested so": ("finetune --output OUT --config DEEP", "maximum recursion depth"),
     "held out is the data": (
@@ -204,6 +243,7 @@ def test_bad_requests_are_one_line_and_exit_code_2(
     (tmp_path / "config.json").write_text("{}")
     names = {"BASE": base, "ADAPTER": adapter, "DATA": data, "OUT": "out", "EMPTY": "empty"}
     names["CONFIG"], names["LONG"], names["DEEP"] = "config.json", "long.json", "deep.json"
+    names["CHECKPOINT"] = save_train_state(tmp_path / "empty", TrainState(1, {}, {}), 1)
     names["SURROGATE"] = "bad \udcff"
     asked = [{"instruction": "stone"}, {"instruction": "stone " * 200}]
     (tmp_path / "long.json").write_text(json.dumps(asked))

@@ -7,7 +7,7 @@ import pytest
 
 from llama_adapter.options import build
 from llama_adapter.quickstart import bundled_config, departures, quickstart, unused
-from llama_adapter.training import FinetuneConfig
+from llama_adapter.recipe import FinetuneConfig
 
 
 def test_a_few_steps_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,9 +25,10 @@ from llama_adapter.checkpoints import Base, train_state
 from llama_adapter.checkpoints.train_state import list_checkpoints, load_latest
 from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.model import Llama
+from llama_adapter.recipe import FinetuneConfig
 from llama_adapter.run_folder import RunFolder
 from llama_adapter.tokenizer import Tokenizer
-from llama_adapter.training import FinetuneConfig, finetune
+from llama_adapter.training import finetune
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 61

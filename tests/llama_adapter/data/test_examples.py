@@ -118,7 +118,7 @@ def test_every_record_is_trained_on_held_out_or_reported(
     assert not train & held_out
     assert len(held_out) == 7
     assert dataset.warnings == [
-        f"{path}: 2 of 30 records cannot be used: record 3: output is empty; "
+        f"{path}: 2 of 30 records cannot be used (numbered from 0): record 3: output is empty; "
         "record 11: its prompt fills max_length = 130 tokens and leaves no label"
     ]
     assert dataset.skipped_lines()[1] == {
@@ -148,10 +148,12 @@ def test_a_separate_held_out_file_is_never_trained_on(
     assert [example.index for example in dataset.train] == list(range(9))
     assert [example.index for example in dataset.held_out] == [0, 1, 2, 3, 4]
     assert dataset.warnings == [
-        f"{path}: 3 of 12 records cannot be used: record 9: asks the same as held-out record 0; "
+        f"{path}: 3 of 12 records cannot be used (numbered from 0): "
+        "record 9: asks the same as held-out record 0; "
         "record 10: asks the same as held-out record 1; "
         "record 11: asks the same as held-out record 2",
-        f"{val_path}: 1 of 6 records cannot be used: record 5: instruction is empty",
+        f"{val_path}: 1 of 6 records cannot be used (numbered from 0): "
+        "record 5: instruction is empty",
     ]
 
 
@@ -163,7 +165,7 @@ def test_strict_refuses_and_lists_the_first_few(tmp_path: Path, tiny_tokenizer: 
     with pytest.raises(ValueError, match="cannot be used") as caught:
         load_dataset(path, tiny_tokenizer, 130, strict=True)
     assert str(caught.value) == (
-        f"{path}: 4 of 9 records cannot be used: record 0: output is empty; "
+        f"{path}: 4 of 9 records cannot be used (numbered from 0): record 0: output is empty; "
         "record 2: output is empty; record 4: output is empty; and 1 more"
     )
     clean = write(tmp_path / "b.json", items(9))
@@ -178,7 +180,8 @@ def test_a_file_without_a_single_label_is_refused_by_name(
     with pytest.raises(ValueError, match="cannot be used") as caught:
         load_dataset(path, tiny_tokenizer, 20, val_size=1)
     assert str(caught.value) == (
-        f"{path}: 2 of 2 records cannot be used: record 0: {reason}; record 1: {reason}"
+        f"{path}: 2 of 2 records cannot be used (numbered from 0): "
+        f"record 0: {reason}; record 1: {reason}"
     )
 
 

@@ -78,7 +78,8 @@ def test_an_unusable_record_is_named_with_its_reason(
         (b"null", "must hold a list of records, got null"),
         (b"[]", "holds no records"),
         (b'["\xff"]', "not UTF-8 text (invalid start byte at 2)"),
-        (b"[1, null]", "2 of 2 records cannot be used: record 0: must be an object, got a number; "
+        (b"[1, null]", "2 of 2 records cannot be used (numbered from 0): "
+         "record 0: must be an object, got a number; "
          "record 1: must be an object, got null"),
         pytest.param(b"[" * 100_000, "not JSON (maximum recursion depth exceeded", id="deep"),
     ],
@@ -116,7 +117,7 @@ def test_json_lines_and_a_byte_order_mark(tmp_path: Path) -> None:
 def test_a_summary_shows_the_first_three_and_counts_the_rest() -> None:
     problems = [Problem(i, "output is empty") for i in (2, 3, 5, 7, 11)]
     assert summarise(problems, 12, "a.json") == (
-        "a.json: 5 of 12 records cannot be used: record 2: output is empty; "
+        "a.json: 5 of 12 records cannot be used (numbered from 0): record 2: output is empty; "
         "record 3: output is empty; record 5: output is empty; and 2 more"
     )
 
