@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_adapter.cli import main
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -33,9 +35,17 @@ def test_the_commands_are_the_promised_ones() -> None:
 
 
 @pytest.mark.parametrize("index", range(len(blocks("python"))))
-def test_snippet(index: int, tmp_path: Path) -> None:
+def test_snippet(
+    index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = blocks("python")[index]
+    if "runs/quickstart" in code:
+        # the page speaks of what `make quickstart` leaves behind; here after a step of training
+        monkeypatch.chdir(tmp_path)
+        assert main(["quickstart", "--steps", "1", "--items", "1"]) == 0
+        capsys.readouterr()
     done = subprocess.run(
-        [sys.executable, "-c", blocks("python")[index]],
+        [sys.executable, "-c", code],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
         capture_output=True,
