@@ -261,6 +261,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = None
+    # with the build that the package's metadata may leave out: +cpu, +cu130
+    packages["torch"] = torch.__version__
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
