@@ -18,7 +18,7 @@ import torch
 
 from llama_adapter import assets
 from llama_adapter.adapter import Prompts
-from llama_adapter.checkpoints import Base, load_base
+from llama_adapter.checkpoints import Base, default_device, load_base
 from llama_adapter.checkpoints.adapter_file import load_adapter, read_adapter
 from llama_adapter.data.template import prompt_text
 from llama_adapter.generation import stream
@@ -56,7 +56,7 @@ class ModelOptions:
 
     def load(self) -> tuple[Base, Prompts | None]:
         """The base, and the adapter's prompts projected once."""
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device() if self.device is None else self.device
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         base = load_base(self.base, dtype=dtype, device=device)
         if self.adapter is None:
@@ -74,9 +74,12 @@ def _given(options: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 def _finetune(options: argparse.Namespace) -> int:
     held = getattr(options, "output", Path()) / "config.json"
-    if options.resume and options.config is None and held.is_file():
-        # a run to be continued knows its own options
-        options.config = held
+    if options.resume and options.config is None:
+        if held.is_file():
+            # a run to be continued knows its own options
+            options.config = held
+        elif "data" not in vars(options):
+            raise UsageError(f"--resume: {held.parent} holds no run (config.json is missing)")
     config = build(FinetuneConfig, _given(options, FinetuneConfig))
     result = finetune(config, resume=options.resume, progress=False if options.quiet else None)
     losses, records = result.losses, len(result.dataset.train)
@@ -123,6 +126,8 @@ def _read_questions(path: Path) -> list[dict[str, str]]:
 def _generate(options: argparse.Namespace) -> int:
     if (options.instruction is None) == (options.data is None):
         raise UsageError("give either an instruction or --data")
+    if options.data is not None and options.input:
+        raise UsageError("--input goes with an instruction; the records of --data have their own")
     sampling = build(SamplingConfig, vars(options))
     items = None if options.data is None else _read_questions(options.data)
     base, prompts = build(ModelOptions, vars(options)).load()
@@ -146,6 +151,8 @@ def _chat(options: argparse.Namespace) -> int:
     base, adapted = build(ModelOptions, vars(options)).load()
     prompts, given_input = adapted, ""
     # with instructions from a pipe, the output holds the answers alone
+    if sys.stdin is None:
+        raise UsageError("instructions come from standard input, which is closed")
     typed = sys.stdin.isatty()
     if typed:
         print(f"{base.name}, {'with' if adapted else 'without'} adapter. /help lists commands.")
@@ -171,6 +178,8 @@ def _chat(options: argparse.Namespace) -> int:
             try:
                 _answer(base, prompts, prompt_text(line, given_input), sampling, True)
             except ValueError as error:
+                if not typed:
+                    raise UsageError(f"{error}, in the instruction {line!a}") from error
                 print(error)
             given_input = ""
 

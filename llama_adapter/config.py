@@ -147,6 +147,11 @@ PRESETS: dict[str, LlamaConfig] = {
 }
 
 
+# beyond any use, and within what memory and float32 hold
+_LONGEST_PROMPT = 65536
+_LARGEST_STD = 1e6
+
+
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -169,12 +174,16 @@ class AdapterConfig:
     gate_scope: str = _option("head", "one gate per head, or one per layer", ("head", "layer"))
 
     def __post_init__(self) -> None:
-        if self.prompt_length < 1:
-            raise ValueError(f"prompt_length must be at least 1, got {self.prompt_length}")
+        if not 1 <= self.prompt_length <= _LONGEST_PROMPT:
+            raise ValueError(
+                f"prompt_length must be from 1 to {_LONGEST_PROMPT}, got {self.prompt_length}"
+            )
         if self.n_layers is not None and self.n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {self.n_layers}")
-        if not self.prompt_std > 0:
-            raise ValueError(f"prompt_std must be positive, got {self.prompt_std}")
+        if not 0 < self.prompt_std <= _LARGEST_STD:
+            raise ValueError(
+                f"prompt_std must be above 0 and at most {_LARGEST_STD:.0f}, got {self.prompt_std}"
+            )
         for spec in fields(self):
             choices = spec.metadata.get("choices")
             if choices and getattr(self, spec.name) not in choices:

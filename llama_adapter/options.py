@@ -113,7 +113,10 @@ def _decode(name: str, value: Any, hint: Any) -> Any:
     if kind is Path and isinstance(value, str):
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UsageError(f"{name} is too large for a number in the config file") from None
     if not isinstance(value, origin or kind) or (kind is int and isinstance(value, bool)):
         raise UsageError(
             f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r} in the config file"

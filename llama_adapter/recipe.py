@@ -14,6 +14,8 @@ from llama_adapter.config import AdapterConfig
 DTYPES = ("float32", "bfloat16", "float16")
 # beyond any sensible rate, count or size, and within what torch takes
 _LARGEST = 1e30
+# more ends the process, not the run
+_MOST_THREADS = 1024
 
 
 def _option(
@@ -87,7 +89,9 @@ class FinetuneConfig:
             raise ValueError(f"warmup_epochs must be {limit}, got {self.warmup_epochs}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be from 0 to below 1, got {self.betas}")
-        for name in ("clip", "threads", "max_steps"):
+        if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
+            raise ValueError(f"threads must be from 1 to {_MOST_THREADS}, got {self.threads}")
+        for name in ("clip", "max_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")

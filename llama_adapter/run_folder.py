@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 PACKAGES = ("llama-adapter-kernels", "torch", "triton", "numpy", "safetensors", "sentencepiece")
+LOCK = ".lock"
 # fields that may differ between a run and its continuation: none of them changes a step's numbers
 FREE_FIELDS = ("output", "max_steps", "save_every", "keep_checkpoints")
 
@@ -56,18 +57,13 @@ class RunFolder:
         self.path = Path(path)
         self.rows: list[Row] = []
         self._config = json.loads(json.dumps(config, default=str))
+        self._resume = resume
+        self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
         self._events: SummaryWriter | None = None
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output must be a folder, got the file {self.path}")
-        held = self._held_files()
-        if held and not resume:
-            raise ValueError(
-                f"output folder {self.path} is not empty: give another one, or resume the run in "
-                "it (--resume)"
-            )
-        if held:
-            self._check_same_run()
+        self._check_use()
 
     @property
     def checkpoints(self) -> Path:
@@ -89,11 +85,55 @@ class RunFolder:
         """Picture of the loss curve."""
         return self.path / "loss.png"
 
+    @property
+    def fixed_options(self) -> dict[str, Any]:
+        """The run's options that a continuation may not change, nested ones by dotted names."""
+        options = _flatten(self._config)
+        return {name: value for name, value in options.items() if name not in FREE_FIELDS}
+
+    def check_same_options(self, before: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first, unless `before` fixed the same options."""
+        now = self.fixed_options
+        for name in [*now, *(name for name in before if name not in now)]:
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"cannot resume {self.path}: {name} was {before.get(name)!r}, "
+                    f"is now {now.get(name)!r}"
+                )
+
+    def _check_use(self) -> None:
+        held = self._held_files()
+        if held and not self._resume:
+            raise ValueError(
+                f"output folder {self.path} is not empty: give another one, or resume the run in "
+                "it (--resume)"
+            )
+        if held:
+            self._check_same_run()
+
     def _held_files(self) -> list[Path]:
-        """What the folder holds, but for the remains of a write that a kill cut short."""
+        """What the folder holds, but for its lock and what a kill left of a write."""
         if not self.path.is_dir():
             return []
-        return [path for path in self.path.iterdir() if path.suffix != TEMPORARY_SUFFIX]
+        found = self.path.iterdir()
+        return [path for path in found if path.suffix != TEMPORARY_SUFFIX and path.name != LOCK]
+
+    def _lock_folder(self) -> None:
+        """Keep other processes out until the folder is closed; the system frees a dead one's."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / LOCK).open("a")
+        try:
+            import fcntl
+
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            # Windows has no such call
+            return
+        except OSError:
+            self.close()
+            raise ValueError(f"run folder {self.path} is in use by another process") from None
+        # what was free when this run began may have been taken since
+        self._check_use()
 
     def _check_same_run(self) -> None:
         file = self.path / "config.json"
@@ -103,13 +143,8 @@ class RunFolder:
             before = _flatten(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, AttributeError):
             raise ValueError(f"cannot resume {self.path}: config.json is not readable") from None
-        now = _flatten(self._config)
-        for name in [*now, *(name for name in before if name not in now)]:
-            if name not in FREE_FIELDS and before.get(name) != now.get(name):
-                raise ValueError(
-                    f"cannot resume {self.path}: {name} was {before.get(name)!r}, "
-                    f"is now {now.get(name)!r}"
-                )
+        fixed = {name: value for name, value in before.items() if name not in FREE_FIELDS}
+        self.check_same_options(fixed)
 
     def open(self, step: int, environment: Mapping[str, Any]) -> None:
         """Create or take over the folder, and cut the metrics back to `step`.
@@ -120,8 +155,10 @@ class RunFolder:
 
         Raises:
             OSError: the folder cannot be written.
-            ValueError: the folder's metrics or checkpoints do not hold what the step promises.
+            ValueError: another process uses the folder, or its metrics or checkpoints do not hold
+                what the step promises.
         """
+        self._lock_folder()
         metrics = self.path / "metrics.jsonl"
         rows = _read_rows(metrics)
         kept = [row for row in rows if row["step"] <= step] if step else []
@@ -141,7 +178,6 @@ class RunFolder:
         # half a second to import, and no business of whoever only reads the configuration
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path.mkdir(parents=True, exist_ok=True)
         # the configuration comes first: what it marks as a run can be continued
         self._write_json("config.json", self._config)
         self.checkpoints.mkdir(exist_ok=True)
@@ -195,7 +231,9 @@ class RunFolder:
             self._metrics.close()
         if self._events is not None:
             self._events.close()
-        self._metrics = self._events = None
+        if self._lock is not None:
+            self._lock.close()
+        self._metrics = self._events = self._lock = None
 
     def draw_curve(self) -> None:
         """Draw training and validation loss over the steps into loss.png."""
@@ -238,9 +276,9 @@ def _read_rows(path: Path) -> list[Row]:
     for line in path.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(row, dict) or "step" not in row:
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             break
         rows.append(row)
     return rows

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.assets import BASE
-from llama_adapter.checkpoints import Base, load_base
+from llama_adapter.checkpoints import Base, default_device, load_base
 from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint
 from llama_adapter.checkpoints.train_state import TrainState, load_latest, save_train_state
@@ -119,7 +119,7 @@ def finetune(
     """
     folder = RunFolder(config.output, asdict(config), resume)
     if base is None:
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device() if config.device is None else config.device
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         base = load_base(config.base or BASE, dtype=dtype, device=device)
     dataset = load_dataset(
@@ -201,6 +201,8 @@ class _Run:
     def restore(self, state: TrainState) -> None:
         """Continue from a checkpoint, if it belongs to this data and this base."""
         where = f"cannot resume {self.folder.path}"
+        # config.json is for people; what the run began with is in its checkpoints
+        self.folder.check_same_options(state.values["options"])
         for file, digest in self.dataset.digests.items():
             if state.values["digests"].get(file) != digest:
                 raise ValueError(f"{where}: the content of {file} has changed since the run began")
@@ -218,7 +220,12 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint, after the metrics up to it."""
-        values = {"digests": self.dataset.digests, "base": asdict(self.base), "best": self.best}
+        values = {
+            "options": self.folder.fixed_options,
+            "digests": self.dataset.digests,
+            "base": asdict(self.base),
+            "best": self.best,
+        }
         self.folder.sync()
         state = TrainState(self.step, self.trainer.tensors(), values)
         save_train_state(self.folder.checkpoints, state, self.config.keep_checkpoints)

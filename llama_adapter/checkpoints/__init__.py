@@ -30,6 +30,11 @@ class Base:
     name: str
 
 
+def default_device() -> str:
+    """Where to compute when nobody says: the GPU, if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_base(
     folder: str | Path,
     *,

@@ -224,7 +224,9 @@ def decode(data: bytes, where: str) -> tuple[AdapterHeader, dict[str, Tensor]]:
         tensors = safetensors.load(data)
         metadata = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])["__metadata__"]
         header = _from_json(json.loads(metadata["llama_adapter"]), where)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+    except (
+        SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, RecursionError
+    ) as error:  # fmt: skip
         raise ValueError(f"{where} is not readable: {error!r}") from None
     _check_tensors(_expected_tensors(header), tensors, where)
     return header, tensors
@@ -348,3 +350,5 @@ def _check_tensors(
             raise ValueError(f"{where}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != torch.float32:
             raise ValueError(f"{where}: {name} must be float32, got {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where}: {name} must be finite, got NaN or infinity")

@@ -1,7 +1,7 @@
-"""Which base model an adapter was trained on: its shape and a few hundred of its weights.
+"""Which base model an adapter was trained on: its shape, and some weights of every tensor.
 
 A fingerprint is the same for every dtype a base is loaded in and for Meta's and Hugging Face's row
-order of wq and wk, which it leaves out. It tells bases of one shape apart by their weights.
+order of wq and wk, of which whole columns count. It tells bases of one shape apart.
 """
 
 import math
@@ -17,16 +17,23 @@ from llama_adapter.model import Llama
 RELATIVE_TOLERANCE = 0.01
 # float16 has no finer steps than 6e-8 near zero
 ABSOLUTE_TOLERANCE = 1e-7
-SAMPLES_PER_TENSOR = 32
+MODEL_SAMPLES, LAYER_SAMPLES = 32, 4
 # what the shape of a base is; the rest of its configuration changes no tensor
 SHAPE_FIELDS = ("dim", "n_layers", "n_heads", "kv_heads", "head_dim", "hidden_dim", "vocab_size")
-MODEL_TENSORS = ("tok_embeddings.weight", "norm.weight")
+MODEL_TENSORS = ("tok_embeddings.weight", "norm.weight", "output.weight")
 LAYER_TENSORS = (
     "attention_norm.weight",
     "ffn_norm.weight",
+    "attention.wq.weight",
+    "attention.wk.weight",
     "attention.wv.weight",
+    "attention.wo.weight",
+    "feed_forward.w1.weight",
     "feed_forward.w2.weight",
+    "feed_forward.w3.weight",
 )
+# whose rows Meta and Hugging Face order differently within a head
+REORDERED = ("wq.weight", "wk.weight")
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,8 @@ class Fingerprint:
     Attributes:
         name: what to call it in messages; not compared.
         shape: the fields of SHAPE_FIELDS.
-        samples: weights at fixed positions of the tensors of `sampled_tensors`.
+        samples: weights at fixed positions of the tensors of `sampled_tensors`, in their order; of
+            wq and wk root mean squares of columns.
     """
 
     name: str
@@ -67,18 +75,17 @@ def shape_of(config: LlamaConfig) -> dict[str, int]:
     return {name: getattr(config, name) for name in SHAPE_FIELDS}
 
 
-def sampled_tensors(n_layers: int) -> list[str]:
-    """Names of the tensors whose weights are sampled: both ends, lowest, middle and top layer."""
-    layers = sorted({0, n_layers // 2, n_layers - 1})
-    return [
-        *MODEL_TENSORS,
-        *(f"layers.{layer}.{name}" for layer in layers for name in LAYER_TENSORS),
-    ]
+def sampled_tensors(n_layers: int) -> dict[str, int]:
+    """Names of the tensors that are sampled, every one of the model, and how often each is."""
+    found = dict.fromkeys(MODEL_TENSORS, MODEL_SAMPLES)
+    for layer in range(n_layers):
+        found |= {f"layers.{layer}.{name}": LAYER_SAMPLES for name in LAYER_TENSORS}
+    return found
 
 
 def sample_count(n_layers: int) -> int:
-    """Number of weights in the fingerprint of a model of `n_layers`."""
-    return SAMPLES_PER_TENSOR * len(sampled_tensors(n_layers))
+    """Number of samples in the fingerprint of a model of `n_layers`."""
+    return sum(sampled_tensors(n_layers).values())
 
 
 def fingerprint(model: Llama, name: str) -> Fingerprint:
@@ -89,26 +96,36 @@ def fingerprint(model: Llama, name: str) -> Fingerprint:
         name: what to call it in messages.
 
     Returns:
-        Its shape and 32 weights, to five digits, of each tensor in `sampled_tensors`.
+        Its shape and the samples of each tensor in `sampled_tensors`, to five digits.
 
     Raises:
         ValueError: a sampled weight is NaN or infinite.
     """
-    parameters = dict(model.named_parameters())
+    # a tied output is the embedding, once more
+    parameters = dict(model.named_parameters()) | {"output.weight": model.output_weight}
     samples: list[float] = []
-    for tensor_name in sampled_tensors(model.config.n_layers):
-        values = _sample(parameters[tensor_name].detach())
+    for tensor_name, count in sampled_tensors(model.config.n_layers).items():
+        tensor = parameters[tensor_name].detach()
+        values = (_columns if tensor_name.endswith(REORDERED) else _weights)(tensor, count)
         if not all(map(math.isfinite, values)):
             raise ValueError(f"base {name!r} has weights that are not finite in {tensor_name}")
-        samples.extend(values)
+        samples.extend(float(f"{value:.5g}") for value in values)
     return Fingerprint(name, shape_of(model.config), tuple(samples))
 
 
-def _sample(tensor: Tensor) -> list[float]:
+def _positions(size: int, count: int) -> list[int]:
     # multiples of the golden ratio spread evenly over any size, in integers on every platform
-    size = tensor.numel()
     ratio = 0x9E3779B97F4A7C15
-    positions = [((i * ratio % 2**64) * size) >> 64 for i in range(1, SAMPLES_PER_TENSOR + 1)]
-    index = torch.tensor(positions, device=tensor.device)
-    values = tensor.reshape(-1)[index].float().tolist()
-    return [float(f"{value:.5g}") for value in values]
+    return [((i * ratio % 2**64) * size) >> 64 for i in range(1, count + 1)]
+
+
+def _weights(tensor: Tensor, count: int) -> list[float]:
+    index = torch.tensor(_positions(tensor.numel(), count), device=tensor.device)
+    return tensor.reshape(-1)[index].float().tolist()
+
+
+def _columns(tensor: Tensor, count: int) -> list[float]:
+    index = torch.tensor(_positions(tensor.shape[1], count), device=tensor.device)
+    # sorted: sums of the same numbers in another order would round differently
+    squares = tensor[:, index].float().square().sort(0).values
+    return squares.mean(0).sqrt().tolist()

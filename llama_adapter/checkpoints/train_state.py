@@ -130,7 +130,7 @@ def load_latest(folder: str | Path) -> TrainState | None:
     for path in reversed(list_checkpoints(folder).values()):
         try:
             state = read_train_state(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             refused.append(str(error))
             continue
         for reason in refused:

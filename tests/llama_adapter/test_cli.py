@@ -13,7 +13,7 @@ import torch
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints import load_base
-from llama_adapter.checkpoints.adapter_file import save_adapter
+from llama_adapter.checkpoints.adapter_file import decode, encode, save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.checkpoints.train_state import TrainState, save_train_state
 from llama_adapter.cli import main
@@ -108,7 +108,56 @@ def test_a_run_continues_from_its_folder_alone(
     assert run("finetune", "--output", parted, "--resume", "--seed", 6) == 2
     assert "seed was 5, is now 6" in capsys.readouterr().err
     assert run("finetune", "--output", tmp_path / "absent", "--resume") == 2
-    assert "--data is required" in capsys.readouterr().err
+    assert "absent holds no run (config.json is missing)" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_left_alone(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes in one folder used to destroy each other's metrics and checkpoints."""
+    out = tmp_path / "run"
+    words = ("finetune", "--base", base, "--data", data, "--output", out, "--epochs", 1)
+    assert run(*words, "--batch-size", 4) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{code}; sys.stdout.flush(); sys.stdin.read()", str(out / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    try:
+        assert run("finetune", "--output", out, "--resume") == 2
+    finally:
+        holder.communicate()
+    assert f"run folder {out} is in use by another process" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+    assert run("finetune", "--output", out, "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", 0.5), ("seed", 9), ("batch_size", 2), ("n_layers", 1), ("gate_activation", "identity")],
+)
+def test_an_edited_configuration_is_not_resumed(
+    name: str,
+    value: object,
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    words = ("finetune", "--base", base, "--data", data, "--output", out, "--max-steps", 2)
+    assert run(*words, "--batch-size", 8) == 0
+    config = json.loads((out / "config.json").read_text())
+    (config["adapter"] if name in config["adapter"] else config)[name] = value
+    (out / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert run("finetune", "--output", out, "--resume", "--max-steps", 4) == 2
+    assert f"{name} was " in capsys.readouterr().err
 
 
 def test_a_handful_of_records_is_warned_of(
@@ -163,6 +212,21 @@ def test_chat_ends_at_end_of_file(
     monkeypatch.setattr(sys, "stdin", io.StringIO("/adapter\n"))
     assert run("chat", "--base", base) == 0
     assert "no adapter is loaded" in capsys.readouterr().out
+
+
+def test_chat_from_a_pipe_stops_at_what_it_cannot_answer(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ("chat", "--base", base, "--temperature", 0, "--max-new-tokens", 2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("stone\nbad \udcff\nstone\n"))
+    assert run(*common) == 2
+    shown = capsys.readouterr()
+    assert "text must be UTF-8" in shown.err
+    assert "in the instruction 'bad \\udcff'" in shown.err
+    assert shown.out.count("\n") == 1
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(*common) == 2
+    assert "standard input, which is closed" in capsys.readouterr().err
 
 
 def test_info_of_a_base(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,6 +284,25 @@ BAD = {
     "rate beyond float": ("finetune --data DATA --output OUT --lr 1e38", "lr must be from 0 to"),
     "huge seed": ("finetune --data DATA --output OUT --seed 99999999999999999999", "seed must be"),
     "data is a folder": ("finetune --data EMPTY --output OUT", "is no regular file"),
+    "threads beyond any machine": (
+        "finetune --data DATA --output OUT --threads 100000",
+        "threads must be from 1 to 1024, got 100000",
+    ),
+    "endless prompt": (
+        "finetune --data DATA --output OUT --prompt-length 10000000000000000000000",
+        "prompt_length must be from 1 to 65536",
+    ),
+    "prompts beyond float": (
+        "finetune --data DATA --output OUT --prompt-std 1e38",
+        "prompt_std must be above 0 and at most 1000000",
+    ),
+    "number beyond float": ("finetune --output OUT --config HUGE", "lr is too large for a number"),
+    "empty device": ("generate hi --base BASE --device=", "device must be cpu or cuda, got ''"),
+    "input beside data": (
+        "generate --base BASE --data LONG --input x",
+        "--input goes with an instruction",
+    ),
+    "adapter of NaN": ("info NANS", "gates must be finite, got NaN or infinity"),
     "no items": ("quickstart --items 0", "items must be at least 1, got 0"),
     "no text": ("generate SURROGATE --base BASE", "text must be UTF-8"),
     "info of nothing": ("info absent", "absent"),
@@ -248,6 +331,14 @@ def test_bad_requests_are_one_line_and_exit_code_2(
     asked = [{"instruction": "stone"}, {"instruction": "stone " * 200}]
     (tmp_path / "long.json").write_text(json.dumps(asked))
     (tmp_path / "deep.json").write_text("[" * 200_000)
+    names |= {"HUGE": "huge.json", "NANS": tmp_path / "nans.safetensors"}
+    (tmp_path / "huge.json").write_text(f'{{"lr": {10**400}}}')
+    content = adapter.read_bytes()
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr("llama_adapter.checkpoints.adapter_file._check_tensors", lambda *_: None)
+        header, tensors = decode(content, "it")
+        tensors["gates"][0, 0] = float("nan")
+        (tmp_path / "nans.safetensors").write_bytes(encode(header, tensors))
     words, message = BAD[case]
     try:
         code = run(*(names.get(word, word) for word in words.split()))
@@ -285,7 +376,8 @@ def test_a_damaged_run_is_not_resumed(
 
     metrics, adapter = out / "metrics.jsonl", (out / "adapter.safetensors").read_bytes()
     lines = metrics.read_text().splitlines(keepends=True)
-    for damaged in ("", "".join(lines[:2]) + "[1]\n" + "".join(lines[3:])):
+    for line in ("[1]", '{"step": "x"}', '{"step": null}', "[" * 200_000, ""):
+        damaged = "".join(lines[:2]) + line + "\n" + "".join(lines[3:]) if line else ""
         metrics.write_text(damaged)
         assert run(*words, *recipe, 4, "--resume") == 2
         assert "metrics.jsonl is damaged" in capsys.readouterr().err

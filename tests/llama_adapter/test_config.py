@@ -98,10 +98,10 @@ def test_description_tells_two_shapes_apart() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt_length": 0}, "prompt_length must be at least 1, got 0"),
+        ({"prompt_length": 0}, "prompt_length must be from 1 to 65536, got 0"),
         ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
-        ({"prompt_std": 0.0}, "prompt_std must be positive, got 0.0"),
-        ({"prompt_std": float("nan")}, "prompt_std must be positive, got nan"),
+        ({"prompt_std": 0.0}, "prompt_std must be above 0 and at most 1000000, got 0.0"),
+        ({"prompt_std": float("nan")}, "prompt_std must be above 0 and at most 1000000, got nan"),
         ({"gate_activation": "relu"}, "gate_activation must be one of .* got 'relu'"),
         ({"gate_scope": "token"}, "gate_scope must be one of .* got 'token'"),
     ],

@@ -80,7 +80,7 @@ def test_schedule_with_a_lower_limit_and_without_warmup_or_cosine() -> None:
         ),
         ({"betas": (0.9, 1.0)}, "betas must be from 0 to below 1, got (0.9, 1.0)"),
         ({"clip": 0.0}, "clip must be positive, got 0.0"),
-        ({"threads": 0}, "threads must be positive, got 0"),
+        ({"threads": 0}, "threads must be from 1 to 1024, got 0"),
         ({"max_steps": 0}, "max_steps must be positive, got 0"),
         (
             {"val_data": Path("v.json"), "val_size": 3},

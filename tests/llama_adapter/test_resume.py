@@ -171,7 +171,7 @@ def test_the_checkpoint_holds_plain_data_and_both_groups(tmp_path: Path) -> None
             "random.cpu",
         ]
     )
-    assert sorted(state.values) == ["base", "best", "digests"]
+    assert sorted(state.values) == ["base", "best", "digests", "options"]
 
 
 def test_resume_refuses_other_options_data_and_base(tmp_path: Path) -> None:

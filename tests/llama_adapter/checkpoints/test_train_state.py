@@ -156,3 +156,12 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     state = load_latest(tmp_path)
     assert state is not None
     assert_equal(state, state_at(3))
+
+
+def test_a_folder_in_the_place_of_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    save_train_state(tmp_path, TrainState(3, {"x": torch.ones(2)}, {}), 2)
+    checkpoint_path(tmp_path, 5).mkdir()
+    with pytest.warns(UserWarning, match="step-00000003.safetensors instead"):
+        state = load_latest(tmp_path)
+    assert state is not None
+    assert state.step == 3
