@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: quickstart test test-all lint gpu clean
 
 quickstart: $(INSTALLED)
-	@OMP_NUM_THREADS= $(VENV)/bin/llama-adapter quickstart
+	@env -u OMP_NUM_THREADS $(VENV)/bin/llama-adapter quickstart
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m "not slow"

@@ -5,12 +5,14 @@ line on stderr and exit code 2; `--debug` shows the traceback instead.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from llama_adapter import assets
 from llama_adapter.adapter import Prompts
 from llama_adapter.checkpoints import Base, default_device, load_base
 from llama_adapter.checkpoints.adapter_file import load_adapter, read_adapter
+from llama_adapter.data.records import read_items
 from llama_adapter.data.template import prompt_text
 from llama_adapter.generation import stream
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
@@ -80,10 +83,16 @@ def _finetune(options: argparse.Namespace) -> int:
             options.config = held
         elif "data" not in vars(options):
             raise UsageError(f"--resume: {held.parent} holds no run (config.json is missing)")
+    if options.config is None and "base" not in vars(options):
+        # the papers' recipe does not move a model as small as the bundled one
+        options.config = assets.RECIPE
     config = build(FinetuneConfig, _given(options, FinetuneConfig))
     result = finetune(config, resume=options.resume, progress=False if options.quiet else None)
-    losses, records = result.losses, len(result.dataset.train)
-    print(f"trained     {records} records, {len(losses)} steps", end="")
+    losses, data = result.losses, result.dataset
+    if options.config == assets.RECIPE:
+        print(f"recipe      the bundled model's, {assets.RECIPE}")
+    print(f"trained     {len(data.train)} records, {len(data.held_out)} held out", end="")
+    print(f", {len(losses)} steps", end="")
     print(f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
     print(f"adapter     {result.adapter_path}")
     print(f"loss curve  {result.curve_path}")
@@ -95,7 +104,11 @@ def _answer(
 ) -> str:
     """One completion without its leading blanks, printed piece by piece where `echo` is set."""
     answer = ""
-    for piece in stream(base.model, base.tokenizer, [text], sampling, prompts=prompts):
+    try:
+        pieces = stream(base.model, base.tokenizer, [text], sampling, prompts=prompts)
+    except ValueError as error:
+        raise ValueError(str(error).replace("texts[0]", "the instruction's prompt")) from error
+    for piece in pieces:
         shown = piece.text if answer else piece.text.lstrip()
         answer += shown
         if echo:
@@ -106,20 +119,17 @@ def _answer(
 
 
 def _read_questions(path: Path) -> list[dict[str, str]]:
-    """Objects with an instruction and perhaps an input, from a JSON list."""
+    """Objects with an instruction and perhaps an input, from a JSON list or a `.jsonl` file."""
     try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"--data {path}: {error}") from error
-    if not isinstance(items, list) or not items:
-        raise UsageError(f"--data {path}: expected a non-empty JSON list")
+        items = read_items(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--data {error}") from error
     for index, item in enumerate(items):
+        where = f"--data {path}: record {index}, counted from 0"
         if not isinstance(item, dict) or not isinstance(item.get("instruction"), str):
-            raise UsageError(f"--data {path}: record {index}, counted from 0, has no instruction")
+            raise UsageError(f"{where}, has no instruction")
         if not isinstance(item.get("input", ""), str):
-            raise UsageError(
-                f"--data {path}: record {index}, counted from 0: input must be a string"
-            )
+            raise UsageError(f"{where}: input must be a string")
     return items
 
 
@@ -154,6 +164,7 @@ def _chat(options: argparse.Namespace) -> int:
     if sys.stdin is None:
         raise UsageError("instructions come from standard input, which is closed")
     typed = sys.stdin.isatty()
+    say = partial(print, file=sys.stdout if typed else sys.stderr)
     if typed:
         print(f"{base.name}, {'with' if adapted else 'without'} adapter. /help lists commands.")
     while True:
@@ -170,10 +181,10 @@ def _chat(options: argparse.Namespace) -> int:
             given_input = rest.strip()
         elif command in ("/base", "/adapter"):
             if command == "/adapter" and adapted is None:
-                print("no adapter is loaded: start with --adapter FILE")
+                say("no adapter is loaded: start with --adapter FILE")
             prompts = adapted if command == "/adapter" else None
         elif command.startswith("/"):
-            print(CHAT_HELP)
+            say(CHAT_HELP)
         elif line:
             try:
                 _answer(base, prompts, prompt_text(line, given_input), sampling, True)
@@ -186,6 +197,11 @@ def _chat(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     path: Path = options.path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.is_dir() and (path / "adapter.safetensors").is_file():
+        # a run folder
+        path = path / "adapter.safetensors"
     if path.is_dir():
         base = load_base(path)
         count = sum(parameter.numel() for parameter in base.model.parameters())
@@ -227,8 +243,17 @@ def _command(
     return parser
 
 
+def _version() -> str:
+    try:
+        return f"llama-adapter {importlib.metadata.version('llama-adapter-kernels')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "llama-adapter, from a source tree that is not installed"
+
+
 def _parser() -> Parser:
-    parser = Parser(prog="llama-adapter", description=__doc__, allow_abbrev=False)
+    about = "Fine-tune a LLaMA-Adapter and talk to the result. Each command has --help of its own."
+    parser = Parser(prog="llama-adapter", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     tune = _command(commands, "finetune", _finetune, "Train an adapter on instruction data.")
@@ -242,7 +267,9 @@ def _parser() -> Parser:
     make = _command(commands, "generate", _generate, "Answer one instruction, or a file of them.")
     make.add_argument("instruction", nargs="?", help="the instruction")
     make.add_argument("--input", default="", help="text that the instruction is about")
-    make.add_argument("--data", type=Path, help="JSON list of instructions; prints JSON lines")
+    make.add_argument(
+        "--data", type=Path, help="file of instructions, JSON or .jsonl; prints JSON lines"
+    )
     chat = _command(commands, "chat", _chat, "Answer instructions as they are typed.")
     for command in (make, chat):
         add_options(command, ModelOptions)
@@ -285,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
             warnings.showwarning = _print_warning
             return options.run(options)
     except KeyboardInterrupt as stop:
-        print(f"\nllama-adapter {options.command}: {stop or 'interrupted'}", file=sys.stderr)
+        print(f"\nllama-adapter {options.command}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # the reader of our output left; a second attempt at flushing must not complain

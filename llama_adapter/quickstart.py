@@ -97,9 +97,9 @@ def _print_answers(records: list[Record], before: Evaluation, after: Evaluation)
 
 
 def unused(folder: Path) -> Path:
-    """The folder, or with a number behind it where earlier runs took its name."""
+    """The folder, or with a number behind it where a finished run took its name."""
     number, free = 1, folder
-    while free.exists():
+    while (free / "run" / "adapter.safetensors").exists():
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
@@ -109,7 +109,8 @@ def quickstart(output: Path, *, steps: int | None = None, items: int | None = No
     """Run the main job on the bundled model.
 
     Args:
-        output: folder to create, for the run and the answers; numbered where it exists.
+        output: folder for the run and the answers; what was interrupted there is continued, and
+            where it holds a finished run a number is put behind it.
         steps: stop training after so many steps (for trying the machinery out).
         items: held-out instructions to score; None takes all.
 
@@ -136,7 +137,7 @@ def quickstart(output: Path, *, steps: int | None = None, items: int | None = No
     papers = build(FinetuneConfig, {}, data=config.data, output=config.output)
     changes = departures(config, papers, base.model.config.n_layers)
     print("recipe       the papers', but " + ", ".join(changes))
-    result = finetune(config, base=base)
+    result = finetune(config, base=base, resume=True)
     trained = sum(parameter.numel() for parameter in result.adapter.parameters())
     after = score(base, records, result.adapter_path, output)
     print(f"adapter      {_share(after)} of {len(records)} held-out instructions answered")

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -117,6 +117,9 @@ def finetune(
         FloatingPointError: the loss or its gradient became NaN or infinite; names step and records.
         KeyboardInterrupt: interrupted; everything written is whole, the message says how to resume.
     """
+    # a run can be continued from anywhere
+    files = {"data": config.data, "val_data": config.val_data, "base": config.base}
+    config = replace(config, **{name: path and path.absolute() for name, path in files.items()})
     folder = RunFolder(config.output, asdict(config), resume)
     if base is None:
         device = default_device() if config.device is None else config.device
@@ -151,7 +154,7 @@ def finetune(
         if state is not None:
             run.restore(state)
         steps = config.epochs * run.per_epoch
-        if steps < FEW_STEPS and config.max_steps is None:
+        if steps < FEW_STEPS and config.max_steps is None and not run.step:
             warnings.warn(
                 f"{len(dataset.train)} training records make only {steps} optimiser steps in "
                 f"{config.epochs} epochs of batch_size {config.batch_size}, too few to learn much: "
@@ -249,8 +252,8 @@ class _Run:
                     on_step(row)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"stopped at step {self.step} of {total}; the same command with --resume "
-                f"continues from step {self.saved}"
+                f"stopped at step {self.step} of {total}; llama-adapter finetune --output "
+                f"{self.folder.path} --resume continues from step {self.saved}"
             ) from None
         finally:
             bar.close()
@@ -275,7 +278,8 @@ class _Run:
             try:
                 loss, norm = self.trainer.step(batch, lr)
             except FloatingPointError as error:
-                raise FloatingPointError(f"step {self.step + 1}: {error}") from None
+                where = f"step {self.step + 1}, learning rate {lr:g}"
+                raise FloatingPointError(f"{where}: {error}") from None
             tokens = sum(len(example.tokens) for example in batch.examples)
             seconds = time.perf_counter() - started
             self.step += 1

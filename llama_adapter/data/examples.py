@@ -106,7 +106,7 @@ def encode_records(
         if example.n_labels:
             examples.append(example)
         else:
-            reason = f"its prompt fills max_length = {max_length} tokens and leaves no label"
+            reason = f"its prompt leaves no label within {max_length} tokens (max_length, context)"
             problems.append(Problem(record.index, reason))
     return examples, problems
 

@@ -53,6 +53,33 @@ def summarise(problems: Sequence[Problem], total: int, path: str | Path) -> str:
     )
 
 
+def read_items(path: str | Path) -> list[Any]:
+    """Read the values of an instruction file, unchecked but for their being at least one.
+
+    Args:
+        path: a JSON list, or a `.jsonl` file with one value per line.
+
+    Returns:
+        The values; in the place of a line that is no JSON a string that says why.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not UTF-8, not JSON, not a list, or empty.
+    """
+    path = Path(path)
+    if not path.is_file():
+        absent = "is no regular file" if path.exists() else "no such file"
+        raise FileNotFoundError(f"{path}: {absent}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
+    items = _parse_lines(text) if path.suffix == ".jsonl" else _parse_list(text, path)
+    if not items:
+        raise ValueError(f"{path}: holds no records")
+    return items
+
+
 def load_records(path: str | Path) -> tuple[list[Record], list[Problem]]:
     """Read an instruction file and check every record.
 
@@ -69,17 +96,7 @@ def load_records(path: str | Path) -> tuple[list[Record], list[Problem]]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, not JSON, not a list, empty, or holds nothing usable.
     """
-    path = Path(path)
-    if not path.is_file():
-        absent = "is no regular file" if path.exists() else "no such file"
-        raise FileNotFoundError(f"{path}: {absent}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
-    items = _parse_lines(text) if path.suffix == ".jsonl" else _parse_list(text, path)
-    if not items:
-        raise ValueError(f"{path}: holds no records")
+    items = read_items(path)
     records, problems = [], []
     for index, item in enumerate(items):
         reason = _reason_against(item)

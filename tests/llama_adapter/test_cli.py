@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_adapter import assets
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints import load_base
 from llama_adapter.checkpoints.adapter_file import decode, encode, save_adapter
@@ -69,7 +70,7 @@ def test_finetune_then_generate_and_info(
     shown = capsys.readouterr().out
     assert str(out / "adapter.safetensors") in shown
     assert str(out / "loss.png") in shown
-    assert "trained     22 records, 3 steps, loss " in shown
+    assert "trained     22 records, 2 held out, 3 steps, loss " in shown
 
     words = ("generate", "the first of green river", "--base", base, "--max-new-tokens", 6)
     assert run(*words, "--temperature", 0, "--adapter", out / "adapter.safetensors") == 0
@@ -203,7 +204,8 @@ def test_chat_answers_and_switches_the_adapter(
     # from a pipe: answers, and no prompt signs between them
     assert shown.startswith(answers[0])
     assert shown.index(answers[0]) < shown.rindex(answers[1])
-    assert "/quit" in shown
+    # commands' answers are not the model's
+    assert "/quit" not in shown
 
 
 def test_chat_ends_at_end_of_file(
@@ -211,7 +213,47 @@ def test_chat_ends_at_end_of_file(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("/adapter\n"))
     assert run("chat", "--base", base) == 0
-    assert "no adapter is loaded" in capsys.readouterr().out
+    assert "no adapter is loaded" in capsys.readouterr().err
+
+
+def test_generate_reads_the_lines_it_writes(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"instruction": "stone"}\n\n{"instruction": "river", "input": "a"}\n')
+    common = ("generate", "--base", base, "--temperature", 0, "--max-new-tokens", 2, "--data")
+    assert run(*common, questions) == 0
+    first = capsys.readouterr().out
+    assert first.count("\n") == 2
+    questions.write_text(first)
+    assert run(*common, questions) == 0
+    assert capsys.readouterr().out == first
+    questions.write_text("not json\n")
+    assert run(*common, questions) == 2
+    assert "record 0, counted from 0, has no instruction" in capsys.readouterr().err
+
+
+def test_the_bundled_base_brings_its_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    words = ("finetune", "--data", assets.JSON_TRAIN, "--output", out, "--max-steps", 1)
+    assert run(*words, "--epochs", 4) == 0
+    assert f"recipe      the bundled model's, {assets.RECIPE}" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    recipe = json.loads(assets.RECIPE.read_text())
+    assert config["lr"] == recipe["lr"]
+    assert config["batch_size"] == recipe["batch_size"]
+    assert config["epochs"] == 4
+    assert run("info", out) == 0
+    assert "adapter     " in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run("--version")
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("llama-adapter ")
 
 
 def test_chat_from_a_pipe_stops_at_what_it_cannot_answer(
@@ -268,10 +310,10 @@ BAD = {
     "bad temperature": ("generate hi --base BASE --temperature=-1", "temperature must be"),
     "bad top p": ("generate hi --base BASE --top-p 0", "top_p must be"),
     "bad device": ("generate hi --base BASE --device cuda", "device cuda is not available"),
-    "questions no list": ("generate --base BASE --data CONFIG", "expected a non-empty JSON list"),
+    "questions no list": ("generate --base BASE --data CONFIG", "must hold a list of records"),
     "one question too long": (
         "generate --base BASE --data LONG",
-        "record 1, counted from 0: texts[0] must have",
+        "record 1, counted from 0: the instruction's prompt must have",
     ),
     "nested beyond reason": ("generate --base BASE --data DEEP", "maximum recursion depth"),
     "config nested so": ("finetune --output OUT --config DEEP", "maximum recursion depth"),

@@ -24,12 +24,33 @@ def test_a_few_steps_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (out / "run" / "loss.png").stat().st_size > 1000
 
 
-def test_a_used_folder_is_left_alone(tmp_path: Path) -> None:
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     for _ in range(2):
-        (unused(tmp_path / "quick")).mkdir()
+        run = unused(tmp_path / "quick") / "run"
+        run.mkdir(parents=True)
+        (run / "adapter.safetensors").touch()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["quick", "quick-2"]
     assert unused(tmp_path / "quick") == tmp_path / "quick-3"
+
+
+def test_an_interrupted_one_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It used to be left behind, and the commands that follow looked for its adapter."""
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "quick"
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("llama_adapter.trainer.Trainer.step", stop)
+        with pytest.raises(KeyboardInterrupt, match=f"--output {out / 'run'} --resume"):
+            quickstart(out, steps=1, items=2)
+    assert quickstart(out, steps=1, items=2) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["quick"]
+    assert (out / "run" / "adapter.safetensors").is_file()
+    assert "held-out instructions answered" in capsys.readouterr().out
 
 
 def test_departures_are_told_in_effective_values(tmp_path: Path) -> None:

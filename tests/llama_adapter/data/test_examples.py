@@ -76,7 +76,7 @@ def test_a_record_whose_prompt_fills_the_length_is_reported(tiny_tokenizer: Toke
     examples, problems = encode_records([RECORD, short], tiny_tokenizer, prompt)
     assert [example.index for example in examples] == [9]
     assert [str(problem) for problem in problems] == [
-        f"record 4: its prompt fills max_length = {prompt} tokens and leaves no label"
+        f"record 4: its prompt leaves no label within {prompt} tokens (max_length, context)"
     ]
     assert encode_records([RECORD], tiny_tokenizer, prompt + 1)[0][0].n_labels == 1
 
@@ -119,12 +119,12 @@ def test_every_record_is_trained_on_held_out_or_reported(
     assert len(held_out) == 7
     assert dataset.warnings == [
         f"{path}: 2 of 30 records cannot be used (numbered from 0): record 3: output is empty; "
-        "record 11: its prompt fills max_length = 130 tokens and leaves no label"
+        "record 11: its prompt leaves no label within 130 tokens (max_length, context)"
     ]
     assert dataset.skipped_lines()[1] == {
         "file": str(path),
         "record": 11,
-        "reason": "its prompt fills max_length = 130 tokens and leaves no label",
+        "reason": "its prompt leaves no label within 130 tokens (max_length, context)",
     }
 
 
@@ -176,7 +176,7 @@ def test_a_file_without_a_single_label_is_refused_by_name(
     tmp_path: Path, tiny_tokenizer: Tokenizer
 ) -> None:
     path = write(tmp_path / "a.json", items(2))
-    reason = "its prompt fills max_length = 20 tokens and leaves no label"
+    reason = "its prompt leaves no label within 20 tokens (max_length, context)"
     with pytest.raises(ValueError, match="cannot be used") as caught:
         load_dataset(path, tiny_tokenizer, 20, val_size=1)
     assert str(caught.value) == (
