@@ -5,7 +5,10 @@ is missing. Running the reference on a CUDA tensor warns once per operation, bec
 there but slow. A call that torch.compile traces does not warn: it would break the graph.
 """
 
+import os
 import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -14,8 +17,38 @@ from torch.autograd import forward_ad
 # every op of this package is defined in this one namespace: torch.ops.adapter_kernels.*
 LIBRARY = torch.library.Library("adapter_kernels", "DEF")
 
+# Triton reads the same variable when it is imported; kernels then run on the CPU, in numpy
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
 BACKENDS = ("triton", "hybrid", "reference")
 _warned: set[str] = set()
+
+
+def refuse(message: str) -> Callable[..., NoReturn]:
+    """A rule that raises RuntimeError: for what an operation does not do."""
+
+    def rule(*args: Any) -> NoReturn:
+        raise RuntimeError(message)
+
+    return rule
+
+
+def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define an operation of the package, `adapter_kernels::NAME`.
+
+    Args:
+        schema: `NAME(Tensor x, ...) -> ...`.
+        function: what computes it, below autograd, on every device.
+        fake: what gives its results' shapes and dtypes without computing.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"adapter_kernels::{name}", fake, lib=LIBRARY)
+    message = (
+        f"torch.vmap over {name} is not supported: make the mapped dimension part of the batch"
+    )
+    torch.library.register_vmap(f"adapter_kernels::{name}", refuse(message), lib=LIBRARY)
 
 
 def choose_backend(

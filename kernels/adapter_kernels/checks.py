@@ -5,6 +5,7 @@ shapes, dtypes and devices only, so they never wait for a GPU; `check_values` an
 at contents, and therefore at those of CPU tensors alone.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -78,6 +79,31 @@ def check_last_contiguous(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}"
         )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_number(name: str, value: object, low: float = -math.inf) -> None:
+    """Raise unless `value` is a finite number of at least `low`."""
+    expected = "a finite number" + ("" if low == -math.inf else f" of at least {low:g}")
+    try:
+        good = isinstance(value, int | float) and math.isfinite(value) and value >= low
+    except OverflowError:
+        good = False
+    if not good or isinstance(value, bool):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Raise unless `value` is an integer from low to high; one that is traced is not looked at."""
+    if isinstance(value, torch.SymInt):
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
 
 
 def contents_checked(tensor: Tensor) -> bool:

@@ -11,8 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import LIBRARY, choose_backend
-from .checks import FLOATS, check_device, check_dtype, check_shape, check_values
+from .backend import LIBRARY, choose_backend, define
+from .checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_integer,
+    check_shape,
+    check_values,
+)
 
 # a chunk's logits fit in a cache, but a product of fewer rows would mostly read the weight
 CHUNK_ELEMENTS = 2**20
@@ -85,23 +92,18 @@ def _dweight_fake(
     return torch.empty_like(weight)
 
 
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-LIBRARY.define(
+define(
     "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, int ignore_index, bool need_dx) "
     "-> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    linear_cross_entropy_reference,
+    _forward_fake,
 )
-LIBRARY.define(
+define(
     "linear_cross_entropy_dweight(Tensor dloss, Tensor x, Tensor weight, Tensor labels, "
     "Tensor lse, int ignore_index) -> Tensor",
-    tags=_TAGS,
+    linear_cross_entropy_dweight_reference,
+    _dweight_fake,
 )
-for _name, _function, _fake in (
-    ("linear_cross_entropy", linear_cross_entropy_reference, _forward_fake),
-    ("linear_cross_entropy_dweight", linear_cross_entropy_dweight_reference, _dweight_fake),
-):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adapter_kernels::{_name}", _fake, lib=LIBRARY)
 _forward_op = torch.ops.adapter_kernels.linear_cross_entropy.default
 _dweight_op = torch.ops.adapter_kernels.linear_cross_entropy_dweight.default
 
@@ -190,6 +192,7 @@ def linear_cross_entropy(
     check_device("labels", labels, "x", x)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
+    check_integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
     vocabulary = weight.shape[0]
     check_values(
         "labels",

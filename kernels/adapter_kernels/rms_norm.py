@@ -10,8 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .backend import LIBRARY, choose_backend
-from .checks import FLOATS, check_device, check_dtype, check_shape
+from .backend import LIBRARY, choose_backend, define
+from .checks import FLOATS, check_device, check_dtype, check_number, check_shape
 
 
 def rms_norm_reference(
@@ -53,22 +53,17 @@ def rms_norm_backward_reference(
     return dx, dweight
 
 
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-LIBRARY.define(
+define(
     "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    rms_norm_reference,
+    rms_norm_reference,
 )
-LIBRARY.define(
+define(
     "rms_norm_backward(Tensor dout, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, "
     "bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    rms_norm_backward_reference,
+    rms_norm_backward_reference,
 )
-for _name, _function in (
-    ("rms_norm", rms_norm_reference),
-    ("rms_norm_backward", rms_norm_backward_reference),
-):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adapter_kernels::{_name}", _function, lib=LIBRARY)
 _forward_op = torch.ops.adapter_kernels.rms_norm.default
 _backward_op = torch.ops.adapter_kernels.rms_norm_backward.default
 
@@ -153,8 +148,7 @@ def rms_norm(
     check_shape("weight", weight, "(C,)", (x.shape[-1],))
     check_dtype("weight", weight, FLOATS)
     check_device("weight", weight, "x", x)
-    if not eps >= 0:
-        raise ValueError(f"eps must be at least 0, got {eps}")
+    check_number("eps", eps, 0.0)
     if residual is not None:
         check_shape("residual", residual, "that of x", tuple(x.shape))
         check_dtype("residual", residual, (x.dtype,))

@@ -10,8 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import LIBRARY, choose_backend
-from .checks import FLOATS, check_device, check_dtype, check_range, check_shape, check_values
+from .backend import LIBRARY, choose_backend, define
+from .checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_range,
+    check_shape,
+    check_values,
+)
 
 
 def rotate_reference(
@@ -124,29 +132,24 @@ def _write_cache_fake(
     """The op returns nothing."""
 
 
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-LIBRARY.define(
+define(
     "apply_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) "
     "-> (Tensor, Tensor)",
-    tags=_TAGS,
+    apply_rotary_reference,
+    apply_rotary_reference,
 )
-LIBRARY.define(
+define(
     "apply_rotary_backward(Tensor? dq_out, Tensor? dk_out, Tensor cos, Tensor sin, "
     "bool interleaved) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    apply_rotary_backward_reference,
+    apply_rotary_backward_reference,
 )
-LIBRARY.define(
+define(
     "write_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
     "Tensor? page_table, Tensor? cos, Tensor? sin) -> ()",
-    tags=_TAGS,
+    write_cache_reference,
+    _write_cache_fake,
 )
-for _name, _function, _fake in (
-    ("apply_rotary", apply_rotary_reference, apply_rotary_reference),
-    ("apply_rotary_backward", apply_rotary_backward_reference, apply_rotary_backward_reference),
-    ("write_cache", write_cache_reference, _write_cache_fake),
-):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adapter_kernels::{_name}", _fake, lib=LIBRARY)
 _forward_op = torch.ops.adapter_kernels.apply_rotary.default
 _backward_op = torch.ops.adapter_kernels.apply_rotary_backward.default
 _write_op = torch.ops.adapter_kernels.write_cache.default
@@ -230,6 +233,7 @@ def apply_rotary(
     check_dtype("k", k, (q.dtype,))
     check_device("k", k, "q", q)
     _check_angles(cos, sin, "q", q)
+    check_flag("interleaved", interleaved)
     choose_backend("apply_rotary", None, q.device, ("reference",), q, k)
     return _forward_op(q, k, cos, sin, interleaved)
 
@@ -261,8 +265,9 @@ def write_cache(
             `apply_rotary(..., interleaved=True)`; both None write k as it is.
 
     Raises:
-        ValueError: a shape, dtype or device is not as above, k or v requires a gradient, or, on
-            the CPU, a position or the page of one is out of range (on CUDA it is skipped).
+        ValueError: a shape, dtype or device is not as above, something requires a gradient, a
+            cache is expanded, or, on the CPU, a position or the page of one is out of range (on
+            CUDA it is skipped).
 
     Source: Kwon et al., Efficient Memory Management for Large Language Model Serving with
     PagedAttention, section 4 (pages); Su et al., RoFormer, equation 34 (the rotation).
@@ -282,11 +287,15 @@ def write_cache(
     for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_dtype(name, tensor, (k.dtype,))
         check_device(name, tensor, "k", k)
-    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, k_cache, v_cache)):
         raise ValueError(
-            "k and v must not require a gradient, because a cache is forward only: "
+            "k, v and the caches must not require a gradient, because a cache is forward only: "
             "detach them or call under torch.no_grad()"
         )
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        layout = zip(cache.shape, cache.stride(), strict=True)
+        if cache.numel() and any(size > 1 and step == 0 for size, step in layout):
+            raise ValueError(f"{name} must have memory for every slot, got an expanded tensor")
     check_shape("positions", positions, "(B, T)", (batch, tokens))
     check_dtype("positions", positions, (torch.int32, torch.int64))
     check_device("positions", positions, "k", k)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .backend import LIBRARY, choose_backend
+from .backend import LIBRARY, choose_backend, define
 from .checks import FLOATS, check_device, check_dtype, check_shape
 
 
@@ -39,19 +39,17 @@ def swiglu_backward_reference(
     return dgate, dup
 
 
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-LIBRARY.define("swiglu(Tensor gate, Tensor up) -> Tensor", tags=_TAGS)
-LIBRARY.define(
+define(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    swiglu_reference,
+    swiglu_reference,
+)
+define(
     "swiglu_backward(Tensor dout, Tensor gate, Tensor up, bool need_dgate, bool need_dup) "
     "-> (Tensor, Tensor)",
-    tags=_TAGS,
+    swiglu_backward_reference,
+    swiglu_backward_reference,
 )
-for _name, _function in (
-    ("swiglu", swiglu_reference),
-    ("swiglu_backward", swiglu_backward_reference),
-):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adapter_kernels::{_name}", _function, lib=LIBRARY)
 _forward_op = torch.ops.adapter_kernels.swiglu.default
 _backward_op = torch.ops.adapter_kernels.swiglu_backward.default
 

@@ -121,6 +121,14 @@ def test_a_forward_mode_tangent_is_refused_and_never_dropped(name: str) -> None:
         torch.func.jvp(function, tuple(inputs), tuple(map(torch.ones_like, inputs)))
 
 
+@pytest.mark.parametrize("name", cases())
+def test_vmap_is_refused_and_says_what_to_do(name: str) -> None:
+    function, inputs = cases()[name]
+    message = f"torch.vmap over {name.removesuffix('_varlen')} is not supported"
+    with pytest.raises(RuntimeError, match=message):
+        torch.vmap(function)(*(torch.stack([x, x]) for x in inputs))
+
+
 def test_import_needs_neither_triton_nor_a_gpu_and_prints_nothing() -> None:
     """In a process where triton cannot be imported and no GPU is visible."""
     code = (

@@ -177,8 +177,8 @@ def test_asks_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
             {"weight": torch.ones(5, device="meta")},
             "weight must be on the device of x, cpu, got meta",
         ),
-        ({"eps": -1.0}, "eps must be at least 0, got -1.0"),
-        ({"eps": float("nan")}, "eps must be at least 0, got nan"),
+        ({"eps": -1.0}, "eps must be a finite number of at least 0, got -1.0"),
+        ({"eps": float("nan")}, "eps must be a finite number of at least 0, got nan"),
         (
             {"residual": torch.ones(5)},
             "residual must have shape that of x = (2, 5), got (5,)",

@@ -426,7 +426,18 @@ PAGES = torch.zeros(2, 3, dtype=torch.int32)
             {"v_cache": torch.ones(2, 4, 2, 6)},
             "v_cache must have shape that of k_cache = (2, 5, 2, 6), got (2, 4, 2, 6)",
         ),
-        ({"k": torch.ones(2, 3, 2, 6).requires_grad_()}, "k and v must not require a gradient"),
+        (
+            {"k": torch.ones(2, 3, 2, 6).requires_grad_()},
+            "k, v and the caches must not require a gradient",
+        ),
+        (
+            {"v_cache": torch.zeros(2, 5, 2, 6).requires_grad_()},
+            "k, v and the caches must not require a gradient",
+        ),
+        (
+            {"k_cache": torch.zeros(1, 5, 2, 6).expand(2, 5, 2, 6)},
+            "k_cache must have memory for every slot, got an expanded tensor",
+        ),
         (
             {"positions": torch.zeros(3).long()},
             "positions must have shape (B, T) = (2, 3), got (3,)",
