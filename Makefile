@@ -13,8 +13,10 @@ export OMP_NUM_THREADS ?= 1
 quickstart: $(INSTALLED)
 	@env -u OMP_NUM_THREADS $(VENV)/bin/llama-adapter quickstart
 
+# twice: as users run it, then the Triton kernels in the interpreter, which cannot share a process
 test: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m "not slow"
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n $(PARALLEL) -m "kernel and not slow" tests/adapter_kernels
 
 test-all: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m slow

@@ -77,7 +77,7 @@ def shape_of(config: LlamaConfig) -> dict[str, int]:
 
 def sampled_tensors(n_layers: int) -> dict[str, int]:
     """Names of the tensors that are sampled, every one of the model, and how often each is."""
-    found = dict.fromkeys(MODEL_TENSORS, MODEL_SAMPLES)
+    found: dict[str, int] = dict.fromkeys(MODEL_TENSORS, MODEL_SAMPLES)
     for layer in range(n_layers):
         found |= {f"layers.{layer}.{name}": LAYER_SAMPLES for name in LAYER_TENSORS}
     return found

@@ -77,4 +77,6 @@ def check_bitwise(name: str, got: Tensor, expected: Tensor) -> None:
     """Assert equality of every value, and of dtype and shape."""
     assert got.dtype == expected.dtype, f"{name}: {got.dtype}, {expected.dtype}"
     assert got.shape == expected.shape, f"{name}: {tuple(got.shape)}, {tuple(expected.shape)}"
-    assert torch.equal(got, expected), f"{name}: differs by {largest(got - expected)}"
+    assert torch.equal(got, expected), (
+        f"{name}: differs by {largest(got.double() - expected.double())}"
+    )

@@ -14,7 +14,9 @@ from adapter_kernels.checks import (
     FLOATS,
     check_device,
     check_dtype,
+    check_integer,
     check_last_contiguous,
+    check_number,
     check_range,
     check_shape,
     check_tensor,
@@ -54,8 +56,8 @@ def check_queries(q: Tensor, letters: str, scale: object) -> None:
             f"{HEAD_DIM_STEP}, got {head_dim}"
         )
     check_last_contiguous("q", q)
-    if scale is not None and not isinstance(scale, int | float):
-        raise ValueError(f"scale must be a number or None, got {type(scale).__name__}")
+    if scale is not None:
+        check_number("scale", scale)
 
 
 def check_like_queries(name: str, x: Tensor, q: Tensor, letters: str, *sizes: int | None) -> None:
@@ -117,6 +119,8 @@ def check_prompts(q: Tensor, prompts: Prompts, batch: int, groups: int | None) -
     if k.shape[-3] == 0:
         raise ValueError(f"prompt_k must hold at least one prompt row, got shape {tuple(k.shape)}")
     if adapter_index is not None:
+        if k.shape[0] == 0:
+            raise ValueError(f"prompt_k must hold at least one adapter, got {tuple(k.shape)}")
         check_index("adapter_index", adapter_index, q, "(B,)", batch)
         check_range("adapter_index", adapter_index, -1, k.shape[0] - 1)
     if lengths is not None:
@@ -162,10 +166,9 @@ def check_cu_seqlens(
         )
 
 
-def check_max_seqlen(name: str, value: object, capacity: int | None = None) -> None:
+def check_max_seqlen(name: str, value: int, capacity: int | None = None) -> None:
     """Raise unless value is a number of tokens, known to the host, that `capacity` can hold."""
-    if not isinstance(value, int | torch.SymInt) or value < 0:
-        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+    check_integer(name, value, 0, 2**31 - 1)
     if capacity is not None and value > capacity:
         raise ValueError(
             f"{name} must be at most the {capacity} keys that page_table can name, got {value}"
@@ -174,8 +177,11 @@ def check_max_seqlen(name: str, value: object, capacity: int | None = None) -> N
 
 def page_capacity(q: Tensor, pool: Tensor, page_table: Tensor, batch: int) -> int:
     """How many keys a row of the table can name; raises unless table and pool are well formed."""
-    if pool.shape[1] == 0:
-        raise ValueError(f"pages must hold at least one key each, got shape {tuple(pool.shape)}")
+    if pool.shape[0] == 0 or pool.shape[1] == 0:
+        raise ValueError(
+            "there must be at least one page, of at least one key, got a pool of shape "
+            f"{tuple(pool.shape)}"
+        )
     check_index("page_table", page_table, q, "(B, max_pages)", batch, None)
     return page_table.shape[1] * pool.shape[1]
 

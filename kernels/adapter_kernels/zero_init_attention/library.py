@@ -1,24 +1,28 @@
 """Zero-initialized attention as operations of torch: schemas, shapes of results, autograd.
 
 Dense and packed attention are one operation with one backward; decoding, and the prompt segment
-alone with its backward, are the others. Each takes the name of its backend, a module with the five
-functions of reference_launch.py. Arguments are trusted here: op.py checks them.
+alone with its backward, are the others. Each takes the name of its backend, a module with functions
+of the same names: reference_launch.py has them all. Arguments are trusted here: op.py checks them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapter_kernels.backend import LIBRARY
+from adapter_kernels.backend import LIBRARY, define, refuse
 
-from . import reference_launch
 from .layouts import Layout, Prompts, wide
 
-LAUNCHERS: dict[str, ModuleType] = {"reference": reference_launch}
+
+def launchers(backend: str) -> ModuleType:
+    """The module of a backend, imported when first used: Triton's need not be installed."""
+    return import_module(f".{backend}_launch", __package__)
+
 
 _PROMPTS = (
     "Tensor? prompt_k, Tensor? prompt_v, Tensor? gate, Tensor? adapter_index, "
@@ -30,7 +34,7 @@ _LAYOUT = (
 )
 _ATTENTION = (
     f"zero_init_attention(Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_LAYOUT}, float scale, "
-    "str backend) -> (Tensor, Tensor)"
+    "str backend) -> (Tensor, Tensor, Tensor)"
 )
 _ATTENTION_BACKWARD = (
     "zero_init_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, "
@@ -71,17 +75,18 @@ def _layout_first(flat: tuple[Any, ...]) -> tuple[Layout, tuple[Any, ...]]:
     return Layout(*flat[:count]), flat[count:]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     prompts, rest = _prompts_first(rest)
     layout, (scale, backend) = _layout_first(rest)
     with _exact(q):
-        return LAUNCHERS[backend].attention(q, k, v, prompts, layout, scale)
+        return launchers(backend).attention(q, k, v, prompts, layout, scale)
 
 
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *batch, rows, heads, _ = q.shape
     lse = q.new_empty((*batch, heads, rows), dtype=wide(q.dtype))
-    return q.new_empty(q.shape), lse
+    own = rest[-1] == "hybrid" and rest[0] is not None
+    return q.new_empty(q.shape), lse, q.new_empty(q.shape if own else 0)
 
 
 def _attention_backward(
@@ -90,7 +95,7 @@ def _attention_backward(
     qkv, (prompts, rest) = rest[:3], _prompts_first(rest[3:])
     layout, (scale, backend, needs) = _layout_first(rest)
     with _exact(out):
-        return LAUNCHERS[backend].attention_backward(
+        return launchers(backend).attention_backward(
             dout, dlse, out, lse, *qkv, prompts, layout, scale, tuple(needs)
         )
 
@@ -112,7 +117,7 @@ def _attention_backward_fake(
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
     prompts, (cache_lengths, page_table, scale, backend) = _prompts_first(rest)
     with _exact(q):
-        return LAUNCHERS[backend].decode(
+        return launchers(backend).decode(
             q, k_cache, v_cache, prompts, cache_lengths, page_table, scale
         )
 
@@ -120,13 +125,13 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
 def _prompt(q: Tensor, *rest: Any) -> Tensor:
     prompts, (cu_seqlens_q, out, scale, backend) = _prompts_first(rest)
     with _exact(q):
-        return LAUNCHERS[backend].prompt(q, prompts, cu_seqlens_q, out, scale)
+        return launchers(backend).prompt(q, prompts, cu_seqlens_q, out, scale)
 
 
 def _prompt_backward(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     prompts, (cu_seqlens_q, scale, backend, needs) = _prompts_first(rest)
     with _exact(q):
-        return LAUNCHERS[backend].prompt_backward(
+        return launchers(backend).prompt_backward(
             dout, q, prompts, cu_seqlens_q, scale, tuple(needs)
         )
 
@@ -139,15 +144,6 @@ def _like_queries(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _refuse(message: str) -> Callable[..., NoReturn]:
-    """A rule that raises: for what an operation does not do."""
-
-    def rule(*args: Any) -> NoReturn:
-        raise RuntimeError(message)
-
-    return rule
-
-
 for _schema, _function, _fake in (
     (_ATTENTION, _attention, _attention_fake),
     (_ATTENTION_BACKWARD, _attention_backward, _attention_backward_fake),
@@ -155,15 +151,7 @@ for _schema, _function, _fake in (
     (_PROMPT, _prompt, _like_queries),
     (_PROMPT_BACKWARD, _prompt_backward, _prompt_backward_fake),
 ):
-    _name = _schema[: _schema.index("(")]
-    LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"adapter_kernels::{_name}", _fake, lib=LIBRARY)
-    torch.library.register_vmap(
-        f"adapter_kernels::{_name}",
-        _refuse(f"torch.vmap over {_name} is not supported: make the mapped dimension part of B"),
-        lib=LIBRARY,
-    )
+    define(_schema, _function, _fake)
 
 attention_op = torch.ops.adapter_kernels.zero_init_attention.default
 attention_backward_op = torch.ops.adapter_kernels.zero_init_attention_backward.default
@@ -178,13 +166,20 @@ _TENSORS = 13
 _PROMPT_TENSORS = 7
 
 
-def _keep_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:_TENSORS])
+def _keep_attention(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    out, lse, own = output
+    # the hybrid needs the tokens' own output, the others the whole one
+    ctx.save_for_backward(own if own.shape == out.shape else out, lse, *inputs[:_TENSORS])
     ctx.plain = inputs[_TENSORS:]
+    ctx.mark_non_differentiable(own)
     ctx.set_materialize_grads(False)
 
 
-def _attention_gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _attention_gradients(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, _down: None
+) -> tuple[Any, ...]:
     out, lse, *inputs = ctx.saved_tensors
     if inputs[_TENSORS - 1] is not None:
         raise RuntimeError("zero_init_attention_varlen with page_table is forward only")
@@ -217,11 +212,11 @@ for _name, _gradients, _keep in (
     ("gated_prompt_attention", _prompt_gradients, _keep_prompt),
     (
         "zero_init_attention_decode",
-        _refuse("zero_init_attention_decode is forward only: train with zero_init_attention"),
+        refuse("zero_init_attention_decode is forward only: train with zero_init_attention"),
         None,
     ),
     *(
-        (f"{name}_backward", _refuse(f"{name} cannot be differentiated twice"), None)
+        (f"{name}_backward", refuse(f"{name} cannot be differentiated twice"), None)
         for name in ("zero_init_attention", "gated_prompt_attention")
     ),
 ):

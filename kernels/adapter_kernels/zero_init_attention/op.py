@@ -6,10 +6,11 @@ prompt. They differ in how sequences lie in memory. library.py holds the operati
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from adapter_kernels.backend import choose_backend
-from adapter_kernels.checks import check_range, check_tensor
+from adapter_kernels.checks import check_flag, check_range, check_tensor
 
 from .arguments import (
     cast_together,
@@ -25,10 +26,16 @@ from .arguments import (
     page_capacity,
     refuse_fp8,
 )
+from .dispatch import backends_for, has_triton
 from .layouts import Prompts
 from .library import attention_op, decode_op, prompt_op
 
-IMPLEMENTED = ("reference",)
+# what nothing but the reference computes yet
+REFERENCE = ("reference",)
+
+
+def _wants_gradient(*inputs: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 @overload
@@ -126,6 +133,7 @@ def zero_init_attention(
     q, k, v, prompt_k, prompt_v = cast_together(q, k, v, prompt_k, prompt_v)
     prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
     check_queries(q, "(B, T, H, D)", scale)
+    check_flag("causal", causal)
     check_keys(q, k, v, "", "(B, S, G, D)", q.shape[0], None)
     check_prompts(q, prompts, q.shape[0], k.shape[2])
     for name, bound in (("key_starts", key_starts), ("key_lengths", key_lengths)):
@@ -133,11 +141,14 @@ def zero_init_attention(
             check_index(name, bound, q, "(B,)", q.shape[0])
             check_range(name, bound, 0, k.shape[1])
     inputs = (q, k, v, *prompts[:3])
-    chosen = choose_backend("zero_init_attention", backend, q.device, IMPLEMENTED, *inputs)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     bounds = (key_starts, key_lengths)
+    padded = key_starts is not None or key_lengths is not None
+    kind = {"causal": causal, "packed": False, "padded": padded}
+    able = backends_for(q, k.shape[1], scale, **kind, training=_wants_gradient(*inputs))
+    chosen = choose_backend("zero_init_attention", backend, q.device, able, *inputs)
     unpacked = (None, None, None, 0, 0)
-    out, lse = attention_op(q, k, v, *prompts, *bounds, *unpacked, causal, scale, chosen)
+    out, lse, _ = attention_op(q, k, v, *prompts, *bounds, *unpacked, causal, scale, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -239,6 +250,7 @@ def zero_init_attention_varlen(
     q, k, v, prompt_k, prompt_v = cast_together(q, k, v, prompt_k, prompt_v)
     prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
     check_queries(q, "(total_q, H, D)", scale)
+    check_flag("causal", causal)
     check_max_seqlen("max_seqlen_q", max_seqlen_q)
     check_max_seqlen("max_seqlen_k", max_seqlen_k)
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, None, q.shape[0], max_seqlen_q)
@@ -253,10 +265,14 @@ def zero_init_attention_varlen(
         check_pages(k, page_table, cu_seqlens_k.diff())
     check_prompts(q, prompts, batch, k.shape[-2])
     inputs = (q, k, v, *prompts[:3])
-    chosen = choose_backend("zero_init_attention_varlen", backend, q.device, IMPLEMENTED, *inputs)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    able = REFERENCE
+    if page_table is None:
+        kind = {"causal": causal, "packed": True, "padded": False}
+        able = backends_for(q, max_seqlen_k, scale, **kind, training=_wants_gradient(*inputs))
+    chosen = choose_backend("zero_init_attention_varlen", backend, q.device, able, *inputs)
     packed = (cu_seqlens_q, cu_seqlens_k, page_table, max_seqlen_q, max_seqlen_k)
-    out, lse = attention_op(q, k, v, *prompts, None, None, *packed, causal, scale, chosen)
+    out, lse, _ = attention_op(q, k, v, *prompts, None, None, *packed, causal, scale, chosen)
     return (out, lse) if return_lse else out
 
 
@@ -316,8 +332,9 @@ def zero_init_attention_decode(
         check_cache_lengths(q, cache_lengths, page_capacity(q, k_cache, page_table, batch))
         check_pages(k_cache, page_table, cache_lengths)
     check_prompts(q, prompts, batch, k_cache.shape[2])
-    chosen = choose_backend("zero_init_attention_decode", backend, q.device, IMPLEMENTED)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    inputs = (q, k_cache, v_cache, *prompts[:3])
+    chosen = choose_backend("zero_init_attention_decode", backend, q.device, REFERENCE, *inputs)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return decode_op(q, k_cache, v_cache, *prompts, cache_lengths, page_table, scale, chosen)
 
 
@@ -370,6 +387,7 @@ def gated_prompt_attention(
     if out is not None:
         check_like_queries("out", out, q, "that of q", *q.shape)
     inputs = (q, *prompts[:3], out)
-    chosen = choose_backend("gated_prompt_attention", backend, q.device, IMPLEMENTED, *inputs)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    able = ("triton", *REFERENCE) if has_triton(q) else REFERENCE
+    chosen = choose_backend("gated_prompt_attention", backend, q.device, able, *inputs)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return prompt_op(q, *prompts, cu_seqlens_q, out, scale, chosen)

@@ -36,12 +36,12 @@ def equations(x: Padded, prompts: Prompts, scale: float) -> tuple[Tensor, Tensor
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, layout: Layout, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The result like q, and lse (B,H,T), or (H,total_q) of packed sequences."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result like q, and lse (B,H,T), or (H,total_q) of packed sequences; nothing else."""
     out, lse = equations(pad(q, k, v, layout), prompts, scale)
     if layout.cu_seqlens_q is not None:
         lse = pack(lse.mT, layout.cu_seqlens_q, q.shape[0]).t().contiguous()
-    return pack(out, layout.cu_seqlens_q, q.shape[0]).to(q.dtype), lse
+    return pack(out, layout.cu_seqlens_q, q.shape[0]).to(q.dtype), lse, q.new_empty(0)
 
 
 def gradient(rows: Grad, padded: Tensor, cu_seqlens: Tensor | None, like: Tensor) -> Tensor:
@@ -133,10 +133,16 @@ def longest_of(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
 
 
 def prompt(
-    q: Tensor, prompts: Prompts, cu_seqlens_q: Tensor | None, out: Tensor | None, scale: float
+    q: Tensor,
+    prompts: Prompts,
+    cu_seqlens_q: Tensor | None,
+    out: Tensor | None,
+    scale: float,
+    longest: int | None = None,
 ) -> Tensor:
     """The gated prompt segment alone, plus out where given; like q."""
-    padded = unpack(q, cu_seqlens_q, longest_of(q, cu_seqlens_q))
+    longest = longest_of(q, cu_seqlens_q) if longest is None else longest
+    padded = unpack(q, cu_seqlens_q, longest)
     segment = prompt_segment(padded, prompts)
     assert segment is not None, "op.py lets no call without prompts pass"
     rows = reference.prompt_forward(to_rows(padded, segment.k.shape[1]), segment, scale)
@@ -151,9 +157,10 @@ def prompt_backward(
     cu_seqlens_q: Tensor | None,
     scale: float,
     needs: tuple[bool, ...],
+    longest: int | None = None,
 ) -> tuple[Tensor, ...]:
     """dq, dprompt_k, dprompt_v, dgate."""
-    longest = longest_of(q, cu_seqlens_q)
+    longest = longest_of(q, cu_seqlens_q) if longest is None else longest
     padded = unpack(q, cu_seqlens_q, longest)
     segment = prompt_segment(padded, prompts)
     assert segment is not None, "op.py lets no call without prompts pass"

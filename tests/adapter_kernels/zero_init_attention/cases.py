@@ -15,6 +15,8 @@ from adapter_kernels.zero_init_attention.library import attention_op
 FORMS = ("none", "shared", "sample", "sample_gates", "bank", "bank_lengths")
 LAYOUTS = ("causal", "bidirectional", "padded", "blind", "packed", "packed_bidirectional")
 NAMES = ("q", "k", "v", "prompt_k", "prompt_v", "gate")
+# which backend `Case.public` asks for; None is what users get here. Tests of one backend set it.
+BACKEND: str | None = None
 
 
 @dataclass
@@ -76,15 +78,16 @@ class Case:
         return int(self.cu_seqlens_q.diff().max()), int(self.cu_seqlens_k.diff().max())
 
     def operation(self) -> tuple[Tensor, Tensor]:
-        """The torch operation, which takes float64 as well: out and lse."""
+        """The reference's torch operation, which takes float64 as well: out and lse."""
         index = (self.key_starts, self.key_lengths, self.cu_seqlens_q, self.cu_seqlens_k, None)
         leaves = (self.q, self.k, self.v, *self.prompts)
-        return attention_op(*leaves, *index, *self.longest(), self.causal, self.scale, "reference")
+        plain = (*self.longest(), self.causal, self.scale, "reference")
+        return attention_op(*leaves, *index, *plain)[:2]
 
     def public(self) -> tuple[Tensor, Tensor]:
         """The public function: out and lse."""
         names = [f.name for f in fields(self)]
-        arguments = {name: getattr(self, name) for name in names}
+        arguments = {name: getattr(self, name) for name in names} | {"backend": BACKEND}
         packing = ("cu_seqlens_q", "cu_seqlens_k")
         if self.packed:
             for name in ("key_starts", "key_lengths"):

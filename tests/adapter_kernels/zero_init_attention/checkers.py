@@ -20,6 +20,7 @@ from tests.adapter_kernels.tolerances import (
     check_identity,
     largest,
 )
+from tests.adapter_kernels.zero_init_attention import cases
 from tests.adapter_kernels.zero_init_attention.cases import Case, int32, make_case
 from tests.adapter_kernels.zero_init_attention.literal import literal
 
@@ -202,6 +203,7 @@ def check_index_is_read_at_every_call() -> None:
         out = replace(case, adapter_index=int32(*index)).public()[0]
         for b, a in enumerate(index):
             prompt = (k[a], v[a], gate[a]) if a >= 0 else (None, None, None)
-            expected = zero_init_attention(case.q, case.k, case.v, *prompt, scale=case.scale)
+            plain = {"scale": case.scale, "backend": cases.BACKEND}
+            expected = zero_init_attention(case.q, case.k, case.v, *prompt, **plain)
             assert isinstance(expected, Tensor)
             check_bitwise(f"sequence {b} with adapter {a}", out[b], expected[b])

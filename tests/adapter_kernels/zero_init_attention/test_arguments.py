@@ -109,8 +109,8 @@ FORWARD = [
         "v must have shape (B, S, G, D) = (2, 5, 2, 8), got (2, 6, 2, 8)",
     ),
     ({"v": x(B, S, G, D, dtype=torch.bfloat16)}, "v must be float32, got bfloat16"),
-    ({"scale": "1"}, "scale must be a number or None, got str"),
-    ({"scale": x(1)}, "scale must be a number or None, got Tensor"),
+    ({"scale": "1"}, "scale must be a finite number, got '1'"),
+    ({"scale": x(1)}, "scale must be a finite number, got tensor([0.])"),
     ({"key_starts": x(B)}, "key_starts must be int32, got float32"),
     ({"key_starts": int32(0)}, "key_starts must have shape (B,) = (2,), got (1,)"),
     ({"key_starts": int32(0, 6)}, "key_starts must be from 0 to 5, got 6"),
@@ -212,10 +212,18 @@ FORWARD = [
         "prompt_lengths must come with adapter_index, since it holds the lengths of a bank's "
         "prompts; got no adapter_index",
     ),
+    ({"scale": float("nan")}, "scale must be a finite number, got nan"),
+    ({"scale": 10**400}, "scale must be a finite number, got 1000"),
+    ({"causal": "yes"}, "causal must be True or False, got 'yes'"),
+    (
+        BANK | {"prompt_k": x(0, 3, 2, D), "prompt_v": x(0, 3, 2, D), "gate": x(0, H)},
+        "prompt_k must hold at least one adapter, got (0, 3, 2, 8)",
+    ),
     ({"backend": "cuda"}, "backend must be None or one of ('triton', 'hybrid', 'reference')"),
     (
-        {"backend": "triton"},
-        "backend 'triton' is not available for zero_init_attention on cpu; available: reference",
+        # libraries take positive scales only
+        {"backend": "hybrid", "scale": -1.0},
+        "backend 'hybrid' is not available for zero_init_attention on cpu; available: ",
     ),
 ]
 
@@ -274,11 +282,11 @@ VARLEN = [
     ),
     (
         PACKED | {"max_seqlen_q": -1},
-        "max_seqlen_q must be an integer of at least 0, got -1",
+        "max_seqlen_q must be an integer from 0 to 2147483647, got -1",
     ),
     (
         PACKED | {"max_seqlen_k": 5.0},
-        "max_seqlen_k must be an integer of at least 0, got 5.0",
+        "max_seqlen_k must be an integer from 0 to 2147483647, got 5.0",
     ),
     (
         PACKED | SAMPLE | {"prompt_k": x(3, P, G, D)},
@@ -290,7 +298,7 @@ VARLEN = [
     ),
     (
         PAGED | {"k": x(7, 0, G, D), "v": x(7, 0, G, D)},
-        "pages must hold at least one key each, got shape (7, 0, 2, 8)",
+        "there must be at least one page, of at least one key, got a pool of shape (7, 0, 2, 8)",
     ),
     (
         PAGED | {"page_table": int32(0, 1, 2)},
@@ -304,9 +312,15 @@ VARLEN = [
         PAGED | {"page_table": int32(0, 1, 7, 3, 4, 5).view(2, 3)},
         "page_table must be from 0 to 6, got 7",
     ),
+    (PACKED | {"causal": None}, "causal must be True or False, got None"),
+    (PACKED | {"max_seqlen_q": 2**62}, "max_seqlen_q must be an integer from 0 to 2147483647"),
     (
-        PACKED | {"backend": "hybrid"},
-        "backend 'hybrid' is not available for zero_init_attention_varlen on cpu",
+        PAGED | {"k": x(0, 4, 2, D), "v": x(0, 4, 2, D)},
+        "there must be at least one page, of at least one key, got a pool of shape (0, 4, 2, 8)",
+    ),
+    (
+        PAGED | {"backend": "triton"},
+        "backend 'triton' is not available for zero_init_attention_varlen on cpu",
     ),
 ]
 
@@ -420,8 +434,8 @@ SEGMENT = [
         "out must be float32, got bfloat16",
     ),
     (
-        GATED | {"backend": "triton"},
-        "backend 'triton' is not available for gated_prompt_attention on cpu",
+        GATED | {"backend": "hybrid"},
+        "backend 'hybrid' is not available for gated_prompt_attention on cpu",
     ),
 ]
 

@@ -16,11 +16,16 @@ from adapter_kernels import (
     zero_init_attention_decode,
     zero_init_attention_varlen,
 )
+from adapter_kernels.backend import INTERPRETED
 from adapter_kernels.zero_init_attention import library
 from tests.adapter_kernels.tolerances import check_bitwise, check_identity
 from tests.adapter_kernels.zero_init_attention.cases import NAMES, Case, int32, make_case
 
+# again on the kernels, where the interpreter makes them the default
+pytestmark = pytest.mark.kernel
 FLOAT32 = torch.float32
+# the default first
+HERE = ("triton",) if INTERPRETED else ("hybrid", "reference")
 Leaves = tuple[Tensor, ...]
 
 
@@ -31,7 +36,7 @@ def detached(case: Case) -> Case:
 def index_arguments(case: Case) -> tuple[Any, ...]:
     """What follows the prompts in the operation's schema, up to the backend."""
     index = (case.key_starts, case.key_lengths, case.cu_seqlens_q, case.cu_seqlens_k, None)
-    return (*index, *case.longest(), case.causal, case.scale, "reference")
+    return (*index, *case.longest(), case.causal, case.scale)
 
 
 def test_every_operation_declares_itself_safe_to_compile() -> None:
@@ -50,23 +55,24 @@ def test_every_operation_declares_itself_safe_to_compile() -> None:
     ("form", "layout"),
     [("shared", "causal"), ("bank_lengths", "padded"), ("none", "blind"), ("sample", "packed")],
 )
-def test_opcheck_of_attention(form: str, layout: str) -> None:
+@pytest.mark.parametrize("backend", HERE)
+def test_opcheck_of_attention(backend: str, form: str, layout: str) -> None:
     case = make_case(form, layout).cast(FLOAT32)
-    opcheck(library.attention_op, (case.q, case.k, case.v, *case.prompts, *index_arguments(case)))
+    arguments = (case.q, case.k, case.v, *case.prompts, *index_arguments(case), backend)
+    opcheck(library.attention_op, arguments)
 
 
 @pytest.mark.parametrize(
     "needs", [(True,) * 6, (False, False, False, True, True, True), (True, False) * 3]
 )
 @pytest.mark.parametrize("layout", ["causal", "packed"])
-def test_opcheck_of_attention_backward(layout: str, needs: tuple[bool, ...]) -> None:
-    case = detached(make_case("bank", layout).cast(torch.bfloat16))
+@pytest.mark.parametrize("backend", HERE)
+def test_opcheck_of_attention_backward(backend: str, layout: str, needs: tuple[bool, ...]) -> None:
+    case = detached(make_case("bank", layout).cast(torch.float16))
     out, lse = case.operation()
     arguments = (torch.randn_like(out), torch.randn_like(lse), out, lse, case.q, case.k, case.v)
-    opcheck(
-        library.attention_backward_op,
-        (*arguments, *case.prompts, *index_arguments(case), list(needs)),
-    )
+    rest = (*index_arguments(case), backend, list(needs))
+    opcheck(library.attention_backward_op, (*arguments, *case.prompts, *rest))
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -83,10 +89,11 @@ def test_opcheck_of_decode(paged: bool) -> None:
 @pytest.mark.parametrize("layout", ["causal", "packed"])
 def test_opcheck_of_the_prompt_segment(layout: str) -> None:
     case = make_case("bank", layout).cast(FLOAT32)
-    rest = (case.cu_seqlens_q, case.q.detach() * 2, case.scale, "reference")
+    backend = "triton" if INTERPRETED else "reference"
+    rest = (case.cu_seqlens_q, case.q.detach() * 2, case.scale, backend)
     opcheck(library.prompt_op, (case.q, *case.prompts, *rest))
     plain = detached(case)
-    rest = (plain.cu_seqlens_q, plain.scale, "reference", [True, False, True, True])
+    rest = (plain.cu_seqlens_q, plain.scale, backend, [True, False, True, True])
     opcheck(library.prompt_backward_op, (plain.q * 3, plain.q, *plain.prompts, *rest))
 
 
@@ -196,14 +203,14 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool) -> N
 
 
 class Spy:
-    """Records what the backward of the reference backend was asked for and what it returned."""
+    """Records what the backward of a backend was asked for and what it returned."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, backend: str, name: str) -> None:
         self.needs: list[tuple[bool, ...]] = []
         self.second: list[Any] = []
         self.sizes: list[tuple[int, ...]] = []
-        backend = library.LAUNCHERS["reference"]
-        original = getattr(backend, name)
+        launcher = library.launchers(backend)
+        original = getattr(launcher, name)
 
         def recording(*args: Any) -> tuple[Tensor, ...]:
             results = original(*args)
@@ -212,7 +219,7 @@ class Spy:
             self.sizes.append(tuple(result.numel() for result in results))
             return results
 
-        monkeypatch.setattr(backend, name, recording)
+        monkeypatch.setattr(launcher, name, recording)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +237,7 @@ class Spy:
 def test_gradients_nobody_asked_for_are_not_computed(
     layout: str, asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spy = Spy(monkeypatch, "attention_backward")
+    spy = Spy(monkeypatch, HERE[0], "attention_backward")
     case = detached(make_case("bank", layout).cast(FLOAT32))
     for name in asked:
         case.leaves[name].requires_grad_()
@@ -246,7 +253,7 @@ def test_gradients_nobody_asked_for_are_not_computed(
 
 
 def test_prompt_segment_computes_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    spy = Spy(monkeypatch, "prompt_backward")
+    spy = Spy(monkeypatch, "triton" if INTERPRETED else "reference", "prompt_backward")
     case = detached(make_case("shared", "causal").cast(FLOAT32))
     prompt_k, prompt_v, gate = case.leaves["prompt_k"], case.leaves["prompt_v"], case.leaves["gate"]
     base = torch.randn_like(case.q).requires_grad_()

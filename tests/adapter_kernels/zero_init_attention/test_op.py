@@ -28,6 +28,8 @@ from tests.adapter_kernels.zero_init_attention.cases import (
 )
 from tests.adapter_kernels.zero_init_attention.checkers import gradients, random_like
 
+# again on the kernels, where the interpreter makes them the default
+pytestmark = pytest.mark.kernel
 FLOAT32 = torch.float32
 NAN = float("nan")
 
@@ -271,6 +273,8 @@ def test_paged_equals_contiguous(form: str, page: int) -> None:
             cu_seqlens_k=int32(0, 8, 14, 19),
             **sizes,
             **prompts,
+            # pages are read by the reference alone
+            backend="reference",
         )
     assert isinstance(chunk, Tensor)
     assert isinstance(expected, Tensor)
@@ -355,7 +359,7 @@ def test_index_out_of_range_acts_as_none_without_a_check() -> None:
     outs = []
     for third, pages_of in ((14, (0, 1, 2)), (99, (-5, 1, 99))):
         index = (None, None, cu_q, int32(0, 7, 7, third), int32(*pages_of).view(3, 1), 5, 7)
-        out, _ = attention_op(q, pages, pages, *rest, *index, True, 0.3, "reference")
+        out, _, _ = attention_op(q, pages, pages, *rest, *index, True, 0.3, "reference")
         outs.append(out)
     check_bitwise("varlen", outs[1], outs[0])
 
@@ -377,7 +381,9 @@ def test_sequences_without_keys_read_no_page() -> None:
         scale=case.scale,
         return_lse=True,
     )
-    alone = gated_prompt_attention(case.q, *case.prompts[:3], scale=case.scale).flatten(0, 1)
+    # pages are read by the reference alone
+    prompt = {"scale": case.scale, "backend": "reference"}
+    alone = gated_prompt_attention(case.q, *case.prompts[:3], **prompt).flatten(0, 1)
     for rows in (slice(0, 5), slice(10, 15)):
         check_bitwise("out", out[rows], alone[rows])
         assert bool((lse[:, rows] == -torch.inf).all())

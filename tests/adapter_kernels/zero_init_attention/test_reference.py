@@ -13,13 +13,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adapter_kernels.zero_init_attention import library, reference
 from tests.adapter_kernels.tolerances import check_float64
-from tests.adapter_kernels.zero_init_attention import checkers
+from tests.adapter_kernels.zero_init_attention import cases, checkers
 from tests.adapter_kernels.zero_init_attention.cases import FORMS, LAYOUTS, make_case
 
 FOLDER = Path(reference.__file__).parent
 PROMPTED = FORMS[1:]
 # in dependency order: what a mutated copy of the reference backend consists of
 FILES = ("reference", "layouts", "reference_launch")
+
+
+@pytest.fixture(autouse=True)
+def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "BACKEND", "reference")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -194,7 +199,8 @@ def plant(
     """Replaces the reference backend by a mutated copy until the test ends."""
 
     def replace_backend(substitutions: dict[str, list[tuple[str, str]]]) -> None:
-        monkeypatch.setitem(library.LAUNCHERS, "reference", mutated_backend(substitutions))
+        mutant = mutated_backend(substitutions)
+        monkeypatch.setattr(library, "launchers", {"reference": mutant}.__getitem__)
 
     yield replace_backend
     for name in [name for name in sys.modules if name.split(".")[0] == "mutant"]:

@@ -21,10 +21,16 @@ from tests.adapter_kernels.tolerances import (
     check_finite,
     largest,
 )
+from tests.adapter_kernels.zero_init_attention import cases
 from tests.adapter_kernels.zero_init_attention.cases import Case, int32, make_case, normal
 from tests.adapter_kernels.zero_init_attention.checkers import random_like
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def reference_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "BACKEND", "reference")
 
 
 def eager(case: Case) -> tuple[Tensor, Tensor]:
@@ -131,7 +137,9 @@ def test_decode_is_as_accurate_as_eager(dtype: torch.dtype) -> None:
 def test_prompt_segment_rounds_its_sum_once(dtype: torch.dtype) -> None:
     case = dense_case("plain").cast(dtype)
     base = random_like(case.q)
-    got = gated_prompt_attention(case.q, *case.prompts[:3], scale=case.scale, out=base)
+    got = gated_prompt_attention(
+        case.q, *case.prompts[:3], scale=case.scale, out=base, backend="reference"
+    )
     truth = case.double()
     args = (truth.q, *truth.prompts, None, base.double(), truth.scale, "reference")
     expected = prompt_op(*args)

@@ -1,0 +1,129 @@
+"""Which backend attends: what a call's device, dtype and layout allow, best first.
+
+On a GPU the order is a table, never a timing at run time. It does not look at the prompt or the
+gate, so a gate of 0 gives bitwise what attention without a prompt gives.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from adapter_kernels.arch import capability_of
+from adapter_kernels.backend import INTERPRETED
+
+from .library_attention import LIBRARIES, Library
+
+HAS_TRITON = find_spec("triton") is not None
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a GPU's calls go to a backend first, and why.
+
+    Attributes:
+        backend: "triton" or "hybrid".
+        reason: the measurement, or "unmeasured" and what the choice rests on until there is one.
+        library: of the hybrid.
+        head_dim: D up to which the rule holds.
+        keys: S from which on it holds.
+        directions: "forward" (no gradient wanted) and "training".
+    """
+
+    backend: str
+    reason: str
+    library: str = "flash"
+    head_dim: int = 256
+    keys: int = 0
+    directions: tuple[str, ...] = ("forward", "training")
+
+
+# published rates (TFLOP/s, bf16, D = 128, 2,048 keys, causal) until `make gpu` has measured ours
+_AMPERE = Rule(
+    "triton",
+    "unmeasured: two calls of FlashAttention 2, at 180 each, are beaten by one at 129 to 138; the "
+    "backward pass is about even, and bitwise repeatable",
+)
+_SMALL = Rule("triton", "unmeasured: as sm_80, whose instructions it shares")
+_LARGE_MMA = (
+    Rule(
+        "hybrid",
+        "unmeasured: cuDNN at 534 forward and 402 backward against 330 to 430 and 250 to 300 of "
+        "Triton's own attention",
+        library="cudnn",
+        head_dim=128,
+        keys=1024,
+    ),
+    Rule("triton", "unmeasured: short rows are bound by launches, of which it needs fewest"),
+)
+RULES: dict[int, tuple[Rule, ...]] = {
+    80: (_AMPERE,),
+    86: (_SMALL,),
+    89: (_SMALL,),
+    90: _LARGE_MMA,
+    100: _LARGE_MMA,
+    120: (_SMALL,),
+}
+
+
+def rule_for(capability: int, head_dim: int, keys: int, direction: str) -> Rule:
+    """The first rule of a GPU that holds for a call."""
+    return next(
+        rule
+        for rule in RULES[capability]
+        if head_dim <= rule.head_dim and keys >= rule.keys and direction in rule.directions
+    )
+
+
+def has_triton(q: Tensor) -> bool:
+    """Whether kernels run on the device of q; the interpreter computes nonsense in bfloat16."""
+    if q.device.type == "cuda":
+        return HAS_TRITON
+    return INTERPRETED and q.device.type == "cpu" and q.dtype != torch.bfloat16
+
+
+def has_library(
+    q: Tensor, keys: int, scale: float, causal: bool, packed: bool, padded: bool
+) -> bool:
+    """Whether a library computes this: on a GPU it masks nothing but its own square's diagonal."""
+    if scale <= 0 or q.device.type not in ("cpu", "cuda"):
+        return False
+    if q.device.type == "cpu":
+        return True
+    square = not causal or keys == q.shape[1]
+    return q.dtype in HALVES and square and not packed and not padded
+
+
+def backends_for(
+    q: Tensor, keys: int, scale: float, *, causal: bool, packed: bool, padded: bool, training: bool
+) -> tuple[str, ...]:
+    """The backends that compute an attention to tokens, best first.
+
+    Args:
+        q: the queries.
+        keys: S, or the longest of packed sequences.
+        scale: of the scores.
+        causal, packed, padded: whether there is a diagonal, cu_seqlens, or key bounds.
+        training: whether a gradient is wanted.
+    """
+    found = [name for name, here in (("triton", has_triton(q)), ("reference", True)) if here]
+    if has_library(q, keys, scale, causal, packed, padded):
+        first = q.device.type == "cpu" and not INTERPRETED
+        if q.device.type == "cuda":
+            direction = "training" if training else "forward"
+            rule = rule_for(capability_of(q.device), q.shape[-1], keys, direction)
+            first = rule.backend == "hybrid" or not HAS_TRITON
+        found.insert(0 if first else found.index("reference"), "hybrid")
+    return tuple(found)
+
+
+def library_of(q: Tensor) -> Library:
+    """The library that attends for these queries."""
+    if q.device.type != "cuda":
+        return LIBRARIES["cpu"]
+    rules = RULES[capability_of(q.device)]
+    chosen = next((rule.library for rule in rules if rule.backend == "hybrid"), "flash")
+    # cuDNN has no backward pass for wider heads
+    return LIBRARIES["flash" if q.shape[-1] > 128 else chosen]

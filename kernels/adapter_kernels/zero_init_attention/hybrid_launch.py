@@ -1,0 +1,168 @@
+"""The hybrid backend of the operations: a library attends to the tokens, a kernel adds the prompt.
+
+What it keeps for the backward pass in place of `out` is the tokens' own output, from which the
+library takes its delta; the prompt's part is computed again, from one tile of scores.
+"""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapter_kernels.backend import INTERPRETED
+
+from . import reference_launch
+from .dispatch import library_of
+from .layouts import Layout, Prompts
+from .library_attention import Library, attend, attend_backward
+
+
+class _Piece(NamedTuple):
+    """Sequences that one call can take: their rows of q, of k and v, and their diagonal."""
+
+    q: tuple[slice, ...]
+    k: tuple[slice, ...]
+    lse: tuple[slice, ...]
+    offset: int | None
+
+
+def _pieces(q: Tensor, k: Tensor, layout: Layout) -> Iterator[_Piece]:
+    """The whole batch where its sequences are alike, else one sequence at a time (on the CPU)."""
+    causal = layout.causal
+    if layout.cu_seqlens_q is not None and layout.cu_seqlens_k is not None:
+        starts = (layout.cu_seqlens_q.tolist(), layout.cu_seqlens_k.tolist())
+        for b in range(len(starts[0]) - 1):
+            rows, keys = (slice(cu[b], cu[b + 1]) for cu in starts)
+            offset = (keys.stop - keys.start) - (rows.stop - rows.start)
+            yield _Piece((rows,), (keys,), (slice(None), rows), offset if causal else None)
+        return
+    offset = k.shape[1] - q.shape[1]
+    if layout.key_starts is None and layout.key_lengths is None:
+        whole = (slice(None),)
+        yield _Piece(whole, whole, whole, offset if causal else None)
+        return
+    batch, keys = k.shape[:2]
+    starts = [0] * batch if layout.key_starts is None else layout.key_starts.tolist()
+    ends = [keys] * batch if layout.key_lengths is None else layout.key_lengths.tolist()
+    for b in range(batch):
+        own = slice(b, b + 1)
+        seen = slice(starts[b], max(starts[b], ends[b]))
+        yield _Piece((own,), (own, seen), (own,), offset - starts[b] if causal else None)
+
+
+def _batched(x: Tensor, index: tuple[slice, ...], packed: bool) -> Tensor:
+    return x[index][None] if packed else x[index]
+
+
+def prompt_module(q: Tensor) -> ModuleType:
+    """What computes the prompt segment beside the library."""
+    if q.device.type == "cuda" or (INTERPRETED and q.dtype != torch.bfloat16):
+        from . import triton_launch
+
+        return triton_launch
+    return reference_launch
+
+
+def tokens(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    """The tokens' own output, like q, and lse (B,H,T), or (H,total_q) of packed sequences."""
+    library, packed = library_of(q), layout.cu_seqlens_q is not None
+    pieces = list(_pieces(q, k, layout))
+    if len(pieces) == 1 and not packed:
+        (piece,) = pieces
+        out, lse = attend(q, k[piece.k], v[piece.k], piece.offset, scale, library)
+        return out.contiguous(), lse.contiguous()
+    *batch, rows, heads, _ = q.shape
+    out = q.new_zeros(q.shape)
+    lse = q.new_full((*batch, heads, rows), -torch.inf, dtype=torch.float32)
+    for piece in pieces:
+        part_q = _batched(q, piece.q, packed)
+        part_k, part_v = (_batched(x, piece.k, packed) for x in (k, v))
+        part, part_lse = attend(part_q, part_k, part_v, piece.offset, scale, library)
+        out[piece.q] = part[0] if packed else part
+        lse[piece.lse] = part_lse[0] if packed else part_lse
+    return out, lse
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result like q, its lse, and the tokens' own output where a prompt was added to it."""
+    own, lse = tokens(q, k, v, layout, scale)
+    if prompts.k is None:
+        return own, lse, q.new_empty(0)
+    where, longest = layout.cu_seqlens_q, layout.max_seqlen_q
+    out = prompt_module(q).prompt(q, prompts, where, own, scale, longest)
+    return out, lse, own
+
+
+def token_gradients(
+    dout: Tensor, dlse: Tensor | None, own: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    layout: Layout, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv of the tokens' segment, float32."""
+    library, packed = library_of(q), layout.cu_seqlens_q is not None
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
+    for piece in _pieces(q, k, layout):
+        part_dout, part_q, part_own = (_batched(x, piece.q, packed) for x in (dout, q, own))
+        part_k, part_v = (_batched(x, piece.k, packed) for x in (k, v))
+        part_lse = _batched(lse, piece.lse, packed)
+        parts = attend_backward(
+            part_dout, part_q, part_k, part_v, part_own, part_lse, piece.offset, scale, library
+        )
+        if dlse is not None:
+            part_dlse = _batched(dlse, piece.lse, packed)
+            added = _lse_gradients(
+                part_dlse, part_q, part_k, part_v, part_lse, piece.offset, scale, library
+            )
+            parts = (parts[0] + added[0], parts[1] + added[1], parts[2])
+        for total, part, index in zip(
+            (dq, dk, dv), parts, (piece.q, piece.k, piece.k), strict=True
+        ):
+            total[index] = part[0] if packed else part
+    return dq, dk, dv
+
+
+def _lse_gradients(
+    dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, offset: int | None, scale: float,
+    library: Library,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """scale dlse P K for dq and scale P^T (dlse o Q) for dk: what dS = P o dlse passes on.
+
+    P K is attention to the keys as values, P^T X the gradient of values for a dO of X.
+    """
+    weight = dlse.masked_fill(lse == -torch.inf, 0.0).transpose(1, 2)[..., None] * scale
+    seen, _ = attend(q, k, k, offset, scale, library)
+    weighted = (q * weight).to(q.dtype)
+    _, _, pulled = attend_backward(weighted, q, k, v, seen, lse, offset, scale, library)
+    return seen * weight, pulled
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    own: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompts: Prompts,
+    layout: Layout,
+    scale: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dprompt_k, dprompt_v, dgate; `own` is the tokens' output of the forward pass."""
+    dq = dk = dv = None
+    prompt_gradients = tuple(q.new_empty(0) for _ in range(3))
+    if any(needs[:3]):
+        dq, dk, dv = token_gradients(dout, dlse, own, lse, q, k, v, layout, scale)
+    if prompts.k is not None and (needs[0] or any(needs[3:])):
+        asked, longest = (needs[0], *needs[3:]), layout.max_seqlen_q
+        dq_prompt, *prompt_gradients = prompt_module(q).prompt_backward(
+            dout, q, prompts, layout.cu_seqlens_q, scale, asked, longest
+        )
+        dq = dq + dq_prompt if needs[0] and dq is not None else dq
+    own_form = zip((dq, dk, dv), (q, k, v), needs[:3], strict=True)
+    first = (x.to(y.dtype) if need and x is not None else y.new_empty(0) for x, y, need in own_form)
+    return *first, *prompt_gradients

@@ -1,0 +1,80 @@
+"""Tensors and bundles of the operations as the arguments that the kernels name.
+
+Every kernel takes a subset of the same names; what a call does not have is None or 0.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .configs import padded_head_dim, prompt_tile
+from .layouts import Layout, Prompts
+
+
+def strides(letter: str, x: Tensor | None, names: str) -> dict[str, int]:
+    """`stride_qb` and so on: all strides of x but the last, 0 for what x does not have."""
+    found = () if x is None else x.stride()[:-1]
+    padded = (0,) * (len(names) - len(found)) + found
+    return {f"stride_{letter}{name}": value for name, value in zip(names, padded, strict=True)}
+
+
+def has_many_tiles(q: Tensor, prompts: Prompts) -> bool:
+    """Whether a prompt has more rows than one tile holds."""
+    rows = 0 if prompts.k is None else prompts.k.shape[-3]
+    return rows > prompt_tile(rows, q.shape[-1], q.dtype)
+
+
+def prompt_arguments(q: Tensor, prompts: Prompts) -> dict[str, Any]:
+    """The prompts as a kernel takes them; a shared prompt has stride 0 from sample to sample."""
+    k, v, gate = prompts.k, prompts.v, prompts.gate
+    rows = 0 if k is None else k.shape[-3]
+    block = prompt_tile(rows, q.shape[-1], q.dtype)
+    return {
+        "prompt_k_ptr": k,
+        "prompt_v_ptr": v,
+        "gate_ptr": gate,
+        "adapter_index_ptr": prompts.adapter_index,
+        "prompt_lengths_ptr": prompts.lengths,
+        **strides("pk", k, "bpg"),
+        **strides("pv", v, "bpg"),
+        **strides("g", None if gate is None else gate[..., None], "bh"),
+        "P": rows,
+        "A": 0 if k is None else k.shape[0],
+        "BLOCK_P": block,
+        "MANY": has_many_tiles(q, prompts),
+    }
+
+
+def shape_arguments(q: Tensor, groups: int) -> dict[str, Any]:
+    """Heads and widths, as every kernel takes them."""
+    heads, width = q.shape[-2:]
+    return {
+        "H": heads,
+        "GROUP": heads // groups,
+        "HEAD_DIM": width,
+        "BLOCK_D": padded_head_dim(width),
+    }
+
+
+def token_arguments(q: Tensor, k: Tensor, layout: Layout) -> dict[str, Any]:
+    """Lengths and what bounds them."""
+    packed = layout.cu_seqlens_q is not None
+    return {
+        "key_starts_ptr": layout.key_starts,
+        "key_lengths_ptr": layout.key_lengths,
+        "cu_q_ptr": layout.cu_seqlens_q,
+        "cu_k_ptr": layout.cu_seqlens_k,
+        "T": layout.max_seqlen_q if packed else q.shape[1],
+        "S": layout.max_seqlen_k if packed else k.shape[1],
+        "CAUSAL": layout.causal,
+    }
+
+
+def tiles_of(length: int, block: int) -> int:
+    """Tiles of `block` that cover a length."""
+    return -(-length // block)
+
+
+def batch_of(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
+    """B, the number of sequences."""
+    return q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1

@@ -1,0 +1,185 @@
+"""The triton backend of the operations in op.py: results allocated, kernels launched in order.
+
+A gradient that was not asked for is an empty tensor, as from the reference backend.
+"""
+
+import torch
+from torch import Tensor
+
+from adapter_kernels.arch import capability_of
+
+from .backward_dkv import chunks_of, key_launch, sum_launch
+from .backward_dq import query_launch
+from .configs import TileConfig, tile
+from .forward import forward_launch, prompt_forward_launch
+from .kernel_arguments import batch_of, has_many_tiles
+from .layouts import Layout, Prompts
+from .reference import Grad
+
+Partials = tuple[Grad, Grad, Grad]
+
+
+def config_of(q: Tensor, direction: str) -> TileConfig:
+    """The tile of a kernel for these queries."""
+    return tile(capability_of(q.device), direction, q.shape[-1], q.dtype)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result like q, and lse (B,H,T), or (H,total_q) of packed sequences; nothing else."""
+    *batch, rows, heads, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((*batch, heads, rows), dtype=torch.float32)
+    config = config_of(q, "forward")
+    forward_launch(q, k, v, prompts, layout, scale, out, lse, config).run()
+    return out, lse, q.new_empty(0)
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x as kernels read it: a gradient arrives with any strides, that of a sum with 0."""
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+def prompt_partials(
+    q: Tensor, prompts: Prompts, batch: int, longest: int, needs: tuple[bool, ...]
+) -> Partials:
+    """Room for the partial sums of dprompt_k, dprompt_v and dgate, of those that are needed."""
+    if prompts.k is None or not any(needs):
+        return None, None, None
+    lead = (batch, chunks_of(longest))
+    shapes = ((*lead, *prompts.k.shape[-3:]),) * 2 + ((*lead, q.shape[-2]),)
+    k, v, gate = (
+        q.new_empty(shape, dtype=torch.float32) if need else None
+        for shape, need in zip(shapes, needs, strict=True)
+    )
+    return k, v, gate
+
+
+def prompt_statistics(
+    q: Tensor, prompts: Prompts, needs: tuple[bool, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """Room for lse and delta_p of a prompt of many tiles, where its gradient is needed."""
+    if prompts.k is None or not any(needs) or not has_many_tiles(q, prompts):
+        return None
+    *batch, rows, heads, _ = q.shape
+    shape = (*batch, heads, rows)
+    return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
+
+
+def prompt_sums(q: Tensor, partials: Partials, prompts: Prompts) -> tuple[Tensor, ...]:
+    """dprompt_k, dprompt_v and dgate from their partial sums, in the caller's form."""
+    sums = []
+    for partial, like in zip(partials, prompts[:3], strict=True):
+        if partial is None or like is None:
+            sums.append(q.new_empty(0))
+            continue
+        out = like.new_empty(like.shape)
+        shared = like.dim() < partial.dim() - 1
+        sum_launch(partial, out, prompts.adapter_index, shared).run()
+        sums.append(out)
+    return tuple(sums)
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompts: Prompts,
+    layout: Layout,
+    scale: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dprompt_k, dprompt_v, dgate."""
+    dout = contiguous_rows(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    dq, dk, dv = (
+        x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs[:3], strict=True)
+    )
+    statistics = prompt_statistics(q, prompts, needs[3:])
+    delta, config = None, config_of(q, "backward_dq")
+    if needs[0] or needs[1]:
+        delta = torch.empty_like(lse)
+        tokens = (q, k, v, prompts, layout, scale, out, dout, lse, dlse, delta, dq)
+        query_launch(*tokens, statistics, config).run()
+    elif statistics is not None:
+        alone = (q, None, None, prompts, layout, scale, None, dout, None, None, None, None)
+        query_launch(*alone, statistics, config).run()
+    longest = q.shape[1] if layout.cu_seqlens_q is None else layout.max_seqlen_q
+    batch = batch_of(q, layout.cu_seqlens_q)
+    partials = prompt_partials(q, prompts, batch, longest, needs[3:])
+    key_launch(
+        q, k, v, prompts, layout, scale, dout, lse, delta, dk, dv, partials, statistics,
+        config_of(q, "backward_dkv"),
+    ).run()  # fmt: skip
+    sums = prompt_sums(q, partials, prompts)
+    return *(q.new_empty(0) if x is None else x for x in (dq, dk, dv)), *sums
+
+
+def as_one_sequence(
+    q: Tensor, prompts: Prompts, cu_seqlens_q: Tensor | None, longest: int | None
+) -> tuple[bool, Tensor | None, int]:
+    """Whether packed rows can pass as one sequence, what then separates them, and the longest.
+
+    Rows of a prompt segment know nothing of each other: sequences matter only to tell them their
+    prompts. A GPU cannot be asked for the longest, which is at most all of them.
+    """
+    if cu_seqlens_q is None:
+        return False, None, q.shape[1]
+    if prompts.k is not None and prompts.k.dim() == 3:
+        return True, None, q.shape[0]
+    return False, cu_seqlens_q, q.shape[0] if longest is None else longest
+
+
+def prompt(
+    q: Tensor,
+    prompts: Prompts,
+    cu_seqlens_q: Tensor | None,
+    out: Tensor | None,
+    scale: float,
+    longest: int | None = None,
+) -> Tensor:
+    """The gated prompt segment alone, plus out where given; like q."""
+    one, cu_seqlens_q, longest = as_one_sequence(q, prompts, cu_seqlens_q, longest)
+    result = q.new_empty(q.shape)
+    rows = (q[None], None if out is None else out[None], result[None]) if one else (q, out, result)
+    prompt_forward_launch(
+        rows[0], prompts, cu_seqlens_q, longest, rows[1], scale, rows[2],
+        config_of(q, "prompt_forward"),
+    ).run()  # fmt: skip
+    return result
+
+
+def prompt_backward(
+    dout: Tensor,
+    q: Tensor,
+    prompts: Prompts,
+    cu_seqlens_q: Tensor | None,
+    scale: float,
+    needs: tuple[bool, ...],
+    longest: int | None = None,
+) -> tuple[Tensor, ...]:
+    """dq, dprompt_k, dprompt_v, dgate."""
+    one, cu_seqlens_q, longest = as_one_sequence(q, prompts, cu_seqlens_q, longest)
+    result = q.new_empty(q.shape) if needs[0] else None
+    dout, dq = contiguous_rows(dout), result
+    if one:
+        q, dout, dq = q[None], dout[None], None if dq is None else dq[None]
+    layout = Layout(None, None, cu_seqlens_q, None, None, longest, 0, False)
+    statistics = prompt_statistics(q, prompts, needs[1:])
+    if dq is not None or statistics is not None:
+        query_launch(
+            q, None, None, prompts, layout, scale, None, dout, None, None, None, dq, statistics,
+            config_of(q, "backward_dq"),
+        ).run()  # fmt: skip
+    partials = prompt_partials(q, prompts, batch_of(q, cu_seqlens_q), longest, needs[1:])
+    key_launch(
+        q, None, None, prompts, layout, scale, dout, None, None, None, None, partials, statistics,
+        config_of(q, "backward_dkv"),
+    ).run()  # fmt: skip
+    sums = prompt_sums(q, partials, prompts)
+    return q.new_empty(0) if result is None else result, *sums

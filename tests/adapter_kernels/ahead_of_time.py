@@ -1,0 +1,139 @@
+"""Compile a launch for a chip that is not here, and read what it takes from the machine code.
+
+The launch is the one that a GPU would run: its tensors may lie on the meta device. `ptxas` comes
+with triton; the compiler itself checks neither shared memory nor spills.
+"""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from adapter_kernels.launch import Launch
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes.
+
+    Attributes:
+        shared: bytes of shared memory per program.
+        registers: per thread.
+        stack: bytes per thread, of which spills are a part.
+        spills: stores and loads of local memory in the machine code.
+        loop_spills: those of them between a label and a jump back to it.
+        tensor_core: instructions that multiply matrices.
+        wide_loads: 128-bit loads from global memory, to registers or to shared memory.
+    """
+
+    shared: int
+    registers: int
+    stack: int
+    spills: int
+    loop_spills: int
+    tensor_core: int
+    wide_loads: int
+
+
+def specialise(
+    launch: Launch,
+) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """Signature, compile-time values and alignments, as triton's own specialisation has them."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.arguments[name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(index,)] = ALIGNED
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = ALIGNED
+    return signature, constants, attributes
+
+
+def compile_for(launch: Launch, capability: int) -> Resources:
+    """Compile a launch for a compute capability and read its resources.
+
+    Args:
+        launch: from a launcher, its tensors anywhere.
+        capability: major * 10 + minor.
+
+    Returns:
+        The resources of its machine code.
+    """
+    signature, constants, attributes = specialise(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=options)
+    return read_resources(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    command = [str(TOOLS / name), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def read_resources(cubin: bytes, shared: int) -> Resources:
+    """Registers, stack and instructions of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    numbers = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
+    spills, loop_spills = count_spills(code)
+    return Resources(
+        shared=shared,
+        registers=int(numbers["REG"]),
+        stack=int(numbers["STACK"]),
+        spills=spills,
+        loop_spills=loop_spills,
+        tensor_core=len(re.findall(r"\b[HIQ]?G?MMA\.", code)),
+        wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:[A-Z]+\.)*(?:LTC\w+\.)?128", code)),
+    )
+
+
+def count_spills(code: str) -> tuple[int, int]:
+    """Accesses of local memory in disassembled code: all, and those inside loops."""
+    lines = code.splitlines()
+    labels = {
+        match[1]: number
+        for number, line in enumerate(lines)
+        if (match := re.match(r"\s*(\.L\w+):", line))
+    }
+    accesses = [number for number, line in enumerate(lines) if re.search(r"\b(STL|LDL)\b", line)]
+    loops = [
+        (labels[match[1]], number)
+        for number, line in enumerate(lines)
+        if (match := re.search(r"\bBRA(?:\.\w+)*\b.*?`\((\.L\w+)\)", line))
+        and labels.get(match[1], number) < number
+    ]
+    inside = [at for at in accesses if any(start < at < end for start, end in loops)]
+    return len(accesses), len(inside)
