@@ -8,7 +8,7 @@ PARALLEL ?= 2
 # one torch thread per test process: two processes with two threads each fight for two cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-all lint gpu clean
+.PHONY: quickstart test test-all lint aot-all gpu gpu-tests gpu-attention clean
 
 quickstart: $(INSTALLED)
 	@env -u OMP_NUM_THREADS $(VENV)/bin/llama-adapter quickstart
@@ -22,14 +22,22 @@ test-all: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m slow
 	$(RUN) -m tests.version_matrix
 
+# every tile of every architecture, into the committed table: 20 minutes on two cores
+aot-all: $(INSTALLED)
+	$(RUN) -m tests.adapter_kernels.ahead_of_time
+
 lint: $(LINTERS)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
 # for a GPU machine without network: uses the machine's own Python and packages
-gpu:
-	$(PYTHON) -m pytest -m gpu
+PART ?= tests attention
+gpu: $(addprefix gpu-,$(PART))
+gpu-tests:
+	$(PYTHON) -m pytest -m "gpu or kernel"
+gpu-attention:
+	$(PYTHON) -m benchmarks.attention
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -42,7 +42,8 @@ def _packages(problems: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
-    yield "cpu", f"{torch.get_num_threads()} threads, backend: reference"
+    backends = "hybrid for attention, reference for the rest"
+    yield "cpu", f"{torch.get_num_threads()} threads, backends: {backends}"
     if not torch.cuda.is_available():
         built = torch.version.cuda
         why = f"torch is built for CUDA {built}, no usable GPU" if built else "torch is a CPU build"
@@ -53,7 +54,11 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
         major, minor = torch.cuda.get_device_capability(index)
         free, total = torch.cuda.mem_get_info(index)
         memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-        yield f"cuda:{index}", f"{name}, sm_{major}{minor}, {memory}, backend: reference"
+        if (major, minor) >= (8, 0) and _version("triton") is not None:
+            backends = "triton and hybrid for attention, reference for the rest"
+        else:
+            backends = "reference"
+        yield f"cuda:{index}", f"{name}, sm_{major}{minor}, {memory}, backends: {backends}"
         if (major, minor) < (8, 0):
             problems.append(f"cuda:{index} is sm_{major}{minor}: bfloat16 needs sm_80 or newer")
 

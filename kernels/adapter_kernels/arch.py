@@ -46,14 +46,16 @@ ARCHS = {
 
 
 def nearest(capability: int, known: Collection[int] = tuple(ARCHS)) -> int:
-    """The highest known capability that is not above `capability`; the lowest of all below that."""
-    return max((c for c in known if c <= capability), default=min(known))
+    """The highest known capability that is not above `capability`."""
+    return max(c for c in known if c <= capability)
 
 
 @lru_cache
-def _capability(index: int) -> int:
+def _capability(index: int) -> int | None:
     major, minor = torch.cuda.get_device_capability(index)
     found = major * 10 + minor
+    if found < min(ARCHS):
+        return None
     if found not in ARCHS:
         warnings.warn(
             f"compute capability {major}.{minor} has no tiles of its own: using those of "
@@ -64,10 +66,11 @@ def _capability(index: int) -> int:
 
 
 @torch.compiler.assume_constant_result
-def capability_of(device: torch.device) -> int:
-    """The key of a device's rows; 80 for a device that is no GPU, where the interpreter runs.
+def capability_of(device: torch.device) -> int | None:
+    """The key of a device's rows, None for a GPU older than all of them.
 
-    A constant to torch.compile, which cannot trace a question to the driver.
+    80 for a device that is no GPU, where the interpreter runs. A constant to torch.compile, which
+    cannot trace a question to the driver.
     """
     if device.type != "cuda":
         return 80

@@ -1,13 +1,18 @@
 """Compile a launch for a chip that is not here, and read what it takes from the machine code.
 
 The launch is the one that a GPU would run: its tensors may lie on the meta device. `ptxas` comes
-with triton; the compiler itself checks neither shared memory nor spills.
+with triton; the compiler itself checks neither shared memory nor spills. As a program this compiles
+every tile of every architecture into the committed table: `make aot-all`.
 """
 
+import hashlib
+import json
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,19 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from adapter_kernels.arch import ARCHS
 from adapter_kernels.launch import Launch
+from adapter_kernels.zero_init_attention import forward
+from tests.adapter_kernels.zero_init_attention.specialisations import (
+    Specialisation,
+    launch_of,
+    table,
+)
 
+MOST_STACK = 64
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "ahead_of_time.json"
+# what decides the machine code
+SOURCES = ("tiles", "forward", "backward_dq", "backward_dkv", "kernel_arguments", "configs")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float16: "*fp16",
@@ -137,3 +153,59 @@ def count_spills(code: str) -> tuple[int, int]:
     ]
     inside = [at for at in accesses if any(start < at < end for start, end in loops)]
     return len(accesses), len(inside)
+
+
+def complaints(found: Resources, spec: Specialisation) -> list[str]:
+    """What is wrong with a kernel on its chip.
+
+    Registers and loads are held to their bounds where heads are multiples of 16 wide, which is all
+    that triton knows of strides, and in float32, which is there for parity, up to a width of 128.
+    """
+    arch, half = ARCHS[spec.capability], spec.dtype != torch.float32
+    strict = spec.head_dim % 16 == 0 and (half or spec.head_dim <= 128)
+    wrong = []
+    if found.shared > arch.shared_memory:
+        wrong.append(f"shared memory {found.shared} exceeds {arch.name}'s {arch.shared_memory}")
+    if strict and found.loop_spills:
+        wrong.append(f"{found.loop_spills} spills inside loops")
+    if strict and found.stack > MOST_STACK:
+        wrong.append(f"a stack of {found.stack} bytes")
+    if half and not found.tensor_core:
+        wrong.append("no tensor-core instruction")
+    if half and strict and not found.wide_loads:
+        wrong.append("no 128-bit load")
+    return wrong
+
+
+def sources_digest() -> str:
+    """SHA-256 of the files that decide the machine code."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((Path(forward.__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def row_of(spec: Specialisation) -> dict[str, Any]:
+    """One row of the table: the specialisation, its resources, and what is wrong with them."""
+    found = compile_for(launch_of(spec), spec.capability)
+    named = {name: str(value).removeprefix("torch.") for name, value in asdict(spec).items()}
+    return {**named, **asdict(found), "complaints": complaints(found, spec)}
+
+
+def main() -> int:
+    """Compile every row of the table, in two processes, and write it; returns 0."""
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        rows = []
+        for number, row in enumerate(pool.imap(row_of, table()), 1):
+            rows.append(row)
+            if row["complaints"]:
+                print(number, row, flush=True)
+    content = {"triton": triton.__version__, "sources_sha256": sources_digest()}
+    text = json.dumps(content, indent=1)[:-2] + ',\n "rows": [\n  '
+    TABLE.write_text(text + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n", encoding="utf-8")
+    print(f"{len(rows)} rows in {TABLE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,7 +14,7 @@ def test_healthy_environment(capsys: pytest.CaptureFixture[str]) -> None:
     named = dict(facts)
     assert problems == []
     assert named["torch"] == importlib.metadata.version("torch")
-    assert "backend" in named["cpu"]
+    assert named["cpu"].endswith("backends: hybrid for attention, reference for the rest")
     assert doctor.main() == 0
     assert "everything needed is here" in capsys.readouterr().out
 
@@ -65,4 +65,5 @@ def test_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "mem_get_info", lambda index: (8 * 2**30, 16 * 2**30))
     facts, problems = doctor.report()
     assert dict(facts)["cuda:0"].startswith("Tesla V100, sm_70, 8 of 16 GiB free")
+    assert dict(facts)["cuda:0"].endswith("backends: reference")
     assert problems == ["cuda:0 is sm_70: bfloat16 needs sm_80 or newer"]

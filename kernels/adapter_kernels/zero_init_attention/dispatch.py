@@ -80,7 +80,7 @@ def rule_for(capability: int, head_dim: int, keys: int, direction: str) -> Rule:
 def has_triton(q: Tensor) -> bool:
     """Whether kernels run on the device of q; the interpreter computes nonsense in bfloat16."""
     if q.device.type == "cuda":
-        return HAS_TRITON
+        return HAS_TRITON and capability_of(q.device) is not None
     return INTERPRETED and q.device.type == "cpu" and q.dtype != torch.bfloat16
 
 
@@ -93,7 +93,8 @@ def has_library(
     if q.device.type == "cpu":
         return True
     square = not causal or keys == q.shape[1]
-    return q.dtype in HALVES and square and not packed and not padded
+    known = capability_of(q.device) is not None
+    return known and q.dtype in HALVES and square and not packed and not padded
 
 
 def backends_for(
@@ -113,7 +114,9 @@ def backends_for(
         first = q.device.type == "cpu" and not INTERPRETED
         if q.device.type == "cuda":
             direction = "training" if training else "forward"
-            rule = rule_for(capability_of(q.device), q.shape[-1], keys, direction)
+            capability = capability_of(q.device)
+            assert capability is not None, "has_library says so"
+            rule = rule_for(capability, q.shape[-1], keys, direction)
             first = rule.backend == "hybrid" or not HAS_TRITON
         found.insert(0 if first else found.index("reference"), "hybrid")
     return tuple(found)
@@ -123,7 +126,7 @@ def library_of(q: Tensor) -> Library:
     """The library that attends for these queries."""
     if q.device.type != "cuda":
         return LIBRARIES["cpu"]
-    rules = RULES[capability_of(q.device)]
+    rules = RULES.get(capability_of(q.device) or 0, ())
     chosen = next((rule.library for rule in rules if rule.backend == "hybrid"), "flash")
     # cuDNN has no backward pass for wider heads
     return LIBRARIES["flash" if q.shape[-1] > 128 else chosen]

@@ -21,7 +21,9 @@ Partials = tuple[Grad, Grad, Grad]
 
 def config_of(q: Tensor, direction: str) -> TileConfig:
     """The tile of a kernel for these queries."""
-    return tile(capability_of(q.device), direction, q.shape[-1], q.dtype)
+    capability = capability_of(q.device)
+    assert capability is not None, "dispatch.py sends no older GPU here"
+    return tile(capability, direction, q.shape[-1], q.dtype)
 
 
 def attention(

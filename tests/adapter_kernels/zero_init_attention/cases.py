@@ -17,6 +17,8 @@ LAYOUTS = ("causal", "bidirectional", "padded", "blind", "packed", "packed_bidir
 NAMES = ("q", "k", "v", "prompt_k", "prompt_v", "gate")
 # which backend `Case.public` asks for; None is what users get here. Tests of one backend set it.
 BACKEND: str | None = None
+# where every case lies; tests of the kernels set the GPU
+DEVICE = "cpu"
 
 
 @dataclass
@@ -104,12 +106,12 @@ class Case:
 
 def int32(*values: int) -> Tensor:
     """An index tensor."""
-    return torch.tensor(values, dtype=torch.int32)
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def normal(generator: torch.Generator, *shape: int) -> Tensor:
     """Normal float64 numbers."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
 
 
 def make_case(form: str, layout: str, *, seed: int = 0, head_dim: int = 8) -> Case:

@@ -30,7 +30,7 @@ FLOAT32 = torch.float32
 def random_like(x: Tensor, seed: int = 99) -> Tensor:
     """Random numbers in the shape and dtype of x."""
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)
+    return torch.randn(x.shape, generator=g, dtype=torch.float64).to(x)
 
 
 def gradients(case: Case, out: Tensor, lse: Tensor) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ def check_prompt_rows_may_be_permuted(form: str, layout: str) -> None:
     case = make_case(form, layout).cast(FLOAT32)
     assert case.prompt_k is not None
     assert case.prompt_v is not None
-    order = torch.tensor([2, 0, 1])
+    order = torch.tensor([2, 0, 1], device=case.prompt_k.device)
     permuted = replace(
         case,
         prompt_k=case.prompt_k.index_select(-3, order).detach().requires_grad_(),

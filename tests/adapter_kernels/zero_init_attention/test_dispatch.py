@@ -75,6 +75,11 @@ def test_without_triton_a_library_is_better_than_the_reference(
     assert backends(Gpu(), packed=True) == ("reference",)
 
 
+@pytest.mark.parametrize("capability", [None], indirect=True)
+def test_a_gpu_older_than_all_rows_gets_the_reference(capability: None) -> None:
+    assert backends(Gpu()) == ("reference",)
+
+
 @pytest.mark.parametrize("capability", [90, 80], indirect=True)
 def test_libraries(capability: int) -> None:
     def name(q: object) -> str:

@@ -20,6 +20,7 @@ from tests.adapter_kernels.tolerances import check_bitwise
 from tests.adapter_kernels.zero_init_attention import cases, checkers
 from tests.adapter_kernels.zero_init_attention.cases import FORMS, LAYOUTS, Case, make_case, normal
 from tests.adapter_kernels.zero_init_attention.kernel_runs import (
+    DEVICE,
     DTYPES,
     check_against_reference,
     launched,
@@ -35,6 +36,7 @@ FOLDER = Path(library.__file__).parent
 @pytest.fixture(autouse=True)
 def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "BACKEND", "triton")
+    monkeypatch.setattr(cases, "DEVICE", DEVICE)
 
 
 @pytest.fixture
