@@ -95,3 +95,5 @@ def test_spills_are_told_apart_by_loops() -> None:
         EXIT ;
     """
     assert count_spills(code) == (3, 1)
+    outer = f".L_x_0:\n        LDL R9, [R1] ;\n{code}\n        @P1 BRA `(.L_x_0) ;"
+    assert count_spills(outer) == (4, 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 UNMEASURED = "unmeasured"
-DIRECTIONS = ("forward", "backward_dq", "backward_dkv", "prompt_forward")
+DIRECTIONS = ("forward", "backward_dq", "backward_dkv", "backward_dkv_grouped", "prompt_forward")
 HEAD_DIMS = (16, 32, 64, 128, 256)
 # prompt rows in one tile: more registers than this and the accumulators spill
 WIDEST_PROMPT = 64
@@ -55,9 +55,17 @@ def prompt_tile(rows: int, head_dim: int, dtype: torch.dtype) -> int:
 Rows = dict[str, dict[int, TileConfig]]
 
 
-def _rows(forward: list[TileConfig], dq: list[TileConfig], dkv: list[TileConfig]) -> Rows:
-    """Rows by direction and head width, in the order of HEAD_DIMS."""
-    found = (forward, dq, dkv, _PROMPT_FORWARD)
+def _rows(
+    forward: list[TileConfig],
+    dq: list[TileConfig],
+    dkv: list[TileConfig],
+    grouped: list[TileConfig],
+) -> Rows:
+    """Rows by direction and head width, in the order of HEAD_DIMS.
+
+    `grouped` is dkv where several query heads share a key head: their loop wants registers.
+    """
+    found = (forward, dq, dkv, grouped, _PROMPT_FORWARD)
     return {
         direction: dict(zip(HEAD_DIMS, rows, strict=True))
         for direction, rows in zip(DIRECTIONS, found, strict=True)
@@ -95,12 +103,20 @@ _SM80 = _rows(
         TileConfig(64, 64, 8, 2),
         TileConfig(32, 64, 8, 1),
     ],
+    grouped=[
+        TileConfig(64, 128, 8, 3),
+        TileConfig(64, 128, 8, 3),
+        TileConfig(64, 128, 8, 3),
+        TileConfig(32, 64, 8, 2),
+        TileConfig(32, 32, 8, 1),
+    ],
 )
 # the instructions of sm_80 with less shared memory: other rows where heads are widest
 _SMALL = _rows(
     forward=[*list(_SM80["forward"].values())[:4], TileConfig(64, 32, 8, 2, reload_q=True)],
     dq=[*list(_SM80["backward_dq"].values())[:4], TileConfig(32, 32, 8, 2)],
     dkv=[*list(_SM80["backward_dkv"].values())[:4], TileConfig(32, 32, 8, 2)],
+    grouped=list(_SM80["backward_dkv_grouped"].values()),
 )
 # q stays where wgmma reads it: reading it again costs 58 registers at D = 128
 _SM90 = _rows(
@@ -125,6 +141,13 @@ _SM90 = _rows(
         TileConfig(32, 128, 8, 2),
         TileConfig(32, 32, 8, 2),
     ],
+    grouped=[
+        TileConfig(64, 128, 8, 3),
+        TileConfig(64, 128, 8, 3),
+        TileConfig(32, 128, 8, 3),
+        TileConfig(32, 128, 8, 2),
+        TileConfig(32, 32, 8, 1),
+    ],
 )
 # accumulators in memory of their own, which leaves registers but wants narrower tiles of keys
 _SM100 = _rows(
@@ -137,30 +160,31 @@ _SM100 = _rows(
     ],
     dq=list(_SM90["backward_dq"].values()),
     dkv=list(_SM90["backward_dkv"].values()),
+    grouped=list(_SM90["backward_dkv_grouped"].values()),
 )
 _SM120 = _rows(
     forward=[
-        *list(_SM80["forward"].values())[:3],
-        *(
-            TileConfig(128, 32, 8, 2),
-            TileConfig(64, 32, 8, 2, reload_q=True),
-        ),
+        TileConfig(128, 64, 4, 3),
+        TileConfig(128, 64, 4, 3),
+        TileConfig(128, 64, 8, 3),
+        TileConfig(128, 32, 8, 2),
+        TileConfig(64, 32, 8, 2, reload_q=True),
     ],
     dq=[
-        *list(_SM80["backward_dq"].values())[:3],
-        *(
-            TileConfig(128, 32, 8, 2),
-            TileConfig(32, 32, 8, 2),
-        ),
+        TileConfig(128, 64, 8, 3),
+        TileConfig(128, 64, 8, 3),
+        TileConfig(128, 64, 8, 3),
+        TileConfig(128, 32, 8, 2),
+        TileConfig(32, 32, 8, 2),
     ],
     dkv=[
-        *list(_SM80["backward_dkv"].values())[:2],
-        *(
-            TileConfig(32, 64, 4, 2),
-            TileConfig(64, 64, 8, 2),
-            TileConfig(32, 32, 8, 2),
-        ),
+        TileConfig(64, 128, 8, 3),
+        TileConfig(64, 128, 8, 3),
+        TileConfig(32, 64, 4, 2),
+        TileConfig(64, 64, 8, 2),
+        TileConfig(32, 32, 8, 2),
     ],
+    grouped=list(_SM80["backward_dkv_grouped"].values()),
 )
 _HALF: dict[int, Rows] = {80: _SM80, 86: _SMALL, 89: _SMALL, 90: _SM90, 100: _SM100, 120: _SM120}
 # exact products have no matrix unit: the same small tiles on every architecture; they serve parity,
@@ -170,7 +194,7 @@ _FLOAT32: Rows = _rows(
         TileConfig(64, 32, 4, 3),
         TileConfig(64, 32, 4, 3),
         TileConfig(64, 32, 8, 2),
-        TileConfig(32, 32, 8, 2, reload_q=True),
+        TileConfig(16, 32, 8, 2, reload_q=True),
         TileConfig(16, 16, 4, 2, reload_q=True),
     ],
     dq=[
@@ -182,9 +206,16 @@ _FLOAT32: Rows = _rows(
     ],
     dkv=[
         TileConfig(32, 64, 8, 2),
-        TileConfig(32, 64, 8, 2),
+        TileConfig(32, 32, 8, 2),
         TileConfig(32, 32, 8, 2),
         TileConfig(16, 32, 8, 1),
+        TileConfig(16, 16, 8, 1),
+    ],
+    grouped=[
+        TileConfig(32, 64, 8, 2),
+        TileConfig(16, 32, 8, 1),
+        TileConfig(32, 32, 8, 2),
+        TileConfig(16, 16, 8, 1),
         TileConfig(16, 16, 8, 1),
     ],
 ) | {

@@ -38,6 +38,11 @@ def attention(
     return out, lse, q.new_empty(0)
 
 
+def key_config_of(q: Tensor, groups: int) -> TileConfig:
+    """The tile of the key kernel, which is another one where query heads share a key head."""
+    return config_of(q, "backward_dkv" if q.shape[-2] == groups else "backward_dkv_grouped")
+
+
 def contiguous_rows(x: Tensor) -> Tensor:
     """x as kernels read it: a gradient arrives with any strides, that of a sum with 0."""
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
@@ -116,7 +121,7 @@ def attention_backward(
     partials = prompt_partials(q, prompts, batch, longest, needs[3:])
     key_launch(
         q, k, v, prompts, layout, scale, dout, lse, delta, dk, dv, partials, statistics,
-        config_of(q, "backward_dkv"),
+        key_config_of(q, k.shape[-2]),
     ).run()  # fmt: skip
     sums = prompt_sums(q, partials, prompts)
     return *(q.new_empty(0) if x is None else x for x in (dq, dk, dv)), *sums
@@ -179,9 +184,10 @@ def prompt_backward(
             config_of(q, "backward_dq"),
         ).run()  # fmt: skip
     partials = prompt_partials(q, prompts, batch_of(q, cu_seqlens_q), longest, needs[1:])
+    assert prompts.k is not None, "op.py lets no call without prompts pass"
     key_launch(
         q, None, None, prompts, layout, scale, dout, None, None, None, None, partials, statistics,
-        config_of(q, "backward_dkv"),
+        key_config_of(q, prompts.k.shape[-2]),
     ).run()  # fmt: skip
     sums = prompt_sums(q, partials, prompts)
     return q.new_empty(0) if result is None else result, *sums

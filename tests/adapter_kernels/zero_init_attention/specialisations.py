@@ -22,7 +22,7 @@ from adapter_kernels.zero_init_attention.layouts import Layout, Prompts
 BATCH, TOKENS, HEADS = 4, 2048, 32
 CHOICES: dict[str, tuple] = {
     "capability": (80, 90),
-    "direction": ("forward", "backward_dq", "backward_dkv", "prompt_forward"),
+    "direction": DIRECTIONS,
     "head_dim": (8, 16, 32, 40, 64, 80, 96, 128, 256),
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "form": ("none", "shared", "sample", "bank"),
@@ -65,7 +65,11 @@ class Specialisation:
 
 
 def valid(spec: Specialisation) -> bool:
-    """Whether there is such a kernel: the prompt's own needs a prompt, and has no keys."""
+    """Whether there is such a kernel: the prompt's own has no keys, grouped heads are grouped."""
+    if spec.direction.startswith("backward_dkv") and (
+        (spec.group > 1) != (spec.direction == "backward_dkv_grouped")
+    ):
+        return False
     if spec.direction == "prompt_forward":
         return spec.form != "none" and spec.layout in ("causal", "packed")
     return spec.form != "none" or spec.rows == 1
@@ -172,6 +176,7 @@ def table() -> list[Specialisation]:
                 ("bank", 64, "packed" if direction == "prompt_forward" else "padded"),
                 ("bank", 300, "packed"),
             ):
-                spec = (capability, direction, head_dim, dtype, form, rows, layout, 1, "all")
+                group = 4 if direction == "backward_dkv_grouped" else 1
+                spec = (capability, direction, head_dim, dtype, form, rows, layout, group, "all")
                 found.append(Specialisation(*spec))
     return found
