@@ -22,7 +22,7 @@ test-all: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m slow
 	$(RUN) -m tests.version_matrix
 
-# every tile of every architecture, into the committed table: 20 minutes on two cores
+# every tile of every architecture, into benchmarks/results/ahead_of_time.json: 20 minutes on two cores
 aot-all: $(INSTALLED)
 	$(RUN) -m tests.adapter_kernels.ahead_of_time
 

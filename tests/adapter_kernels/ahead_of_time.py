@@ -2,7 +2,7 @@
 
 The launch is the one that a GPU would run: its tensors may lie on the meta device. `ptxas` comes
 with triton; the compiler itself checks neither shared memory nor spills. As a program this compiles
-every tile of every architecture into the committed table: `make aot-all`.
+every tile of every architecture into a table: `make aot-all`.
 """
 
 import hashlib

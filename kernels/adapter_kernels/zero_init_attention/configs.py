@@ -3,7 +3,7 @@
 A row is chosen by these alone: never by the prompt, the gate or the length, so that none of them
 changes a result's bits. Every row is compiled ahead of time in the tests, which hold it to the
 chip's shared memory and to registers without spills inside loops; what a row says of its speed was
-measured on its GPU, or it says "unmeasured". `python -m benchmarks.tune` proposes rows.
+measured on its GPU, or it says "unmeasured".
 """
 
 from dataclasses import dataclass
