@@ -24,7 +24,7 @@ test-all: $(INSTALLED)
 
 # every tile of every architecture, into benchmarks/results/ahead_of_time.json: 20 minutes on two cores
 aot-all: $(INSTALLED)
-	$(RUN) -m tests.adapter_kernels.ahead_of_time
+	$(RUN) -m benchmarks.ahead_of_time
 
 lint: $(LINTERS)
 	$(RUN) -m ruff check .

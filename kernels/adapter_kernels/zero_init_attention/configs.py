@@ -228,6 +228,10 @@ _FLOAT32: Rows = _rows(
     }
 }
 CAPABILITIES = tuple(_HALF)
+# heads that do not fill their tile hold masks in registers as well: the row of 128 would spill
+_UNFILLED = {
+    (capability, "backward_dq", 128): TileConfig(128, 32, 8, 3) for capability in (80, 86, 89)
+}
 
 
 def tile(capability: int, direction: str, head_dim: int, dtype: torch.dtype) -> TileConfig:
@@ -239,5 +243,8 @@ def tile(capability: int, direction: str, head_dim: int, dtype: torch.dtype) -> 
         head_dim: D, padded here.
         dtype: of q.
     """
-    rows = _FLOAT32 if dtype == torch.float32 else _HALF[capability]
-    return rows[direction][padded_head_dim(head_dim)]
+    padded = padded_head_dim(head_dim)
+    if dtype == torch.float32:
+        return _FLOAT32[direction][padded]
+    row = _HALF[capability][direction][padded]
+    return row if padded == head_dim else _UNFILLED.get((capability, direction, padded), row)

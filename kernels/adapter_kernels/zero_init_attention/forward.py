@@ -19,6 +19,7 @@ from .configs import TileConfig
 from .kernel_arguments import (
     batch_of,
     prompt_arguments,
+    row_strides,
     shape_arguments,
     strides,
     tiles_of,
@@ -32,6 +33,7 @@ from .tiles import (
     key_bounds,
     load_rows,
     prompt_of,
+    row_pointers,
     sequence,
     store_rows,
     visible,
@@ -132,7 +134,7 @@ def _load_q(
     AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Query rows times the sign of the scale, so that the scale itself is positive."""
-    ptrs = ptr + (rows.to(tl.int64)[:, None] * stride + offs_d[None, :])
+    ptrs = row_pointers(ptr, stride, rows, offs_d)
     mask = (rows < count)[:, None] & (offs_d < HEAD_DIM)[None, :]
     q = tl.load(ptrs, mask=mask, other=0.0, volatile=AGAIN)
     return q if SIGN == 1 else (q * SIGN).to(q.dtype)
@@ -268,10 +270,10 @@ def forward_launch(
         "v_ptr": v,
         "out_ptr": out,
         "lse_ptr": lse,
-        **strides("q", q, "bth"),
-        **strides("k", k, "bsg"),
-        **strides("v", v, "bsg"),
-        **strides("o", out, "bth"),
+        **row_strides("q", q, "bth"),
+        **row_strides("k", k, "bsg"),
+        **row_strides("v", v, "bsg"),
+        **row_strides("o", out, "bth"),
         **strides("l", lse, "bh"),
         **prompt_arguments(q, prompts),
         **shape_arguments(q, k.shape[-2]),
@@ -300,9 +302,9 @@ def prompt_forward_launch(
         "base_ptr": base,
         "out_ptr": out,
         "cu_q_ptr": cu_seqlens_q,
-        **strides("q", q, "bth"),
-        **strides("b", base, "bth"),
-        **strides("o", out, "bth"),
+        **row_strides("q", q, "bth"),
+        **row_strides("b", base, "bth"),
+        **row_strides("o", out, "bth"),
         **prompt_arguments(q, prompts),
         **shape_arguments(q, prompts.k.shape[-2]),
         "T": longest,

@@ -5,10 +5,14 @@ Every kernel takes a subset of the same names; what a call does not have is None
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .configs import padded_head_dim, prompt_tile
 from .layouts import Layout, Prompts
+
+# what one thread loads at most; D is a multiple of 8, so that contiguous rows are aligned
+ROW_BYTES = 16
 
 
 def strides(letter: str, x: Tensor | None, names: str) -> dict[str, int]:
@@ -16,6 +20,25 @@ def strides(letter: str, x: Tensor | None, names: str) -> dict[str, int]:
     found = () if x is None else x.stride()[:-1]
     padded = (0,) * (len(names) - len(found)) + found
     return {f"stride_{letter}{name}": value for name, value in zip(names, padded, strict=True)}
+
+
+def are_aligned(x: Tensor) -> bool:
+    """Whether rows are contiguous and each begins at a multiple of 16 bytes, the widest load."""
+    rows = (stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
+    unit = ROW_BYTES // x.element_size()
+    whole = x.stride(-1) == 1 and all(stride % unit == 0 for stride in rows)
+    return whole and x.data_ptr() % ROW_BYTES == 0
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x as kernels read it: itself, or a copy where a slice or an expanded gradient is not so."""
+    return x if x.numel() == 0 or are_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def row_strides(letter: str, x: Tensor | None, names: str) -> dict[str, int]:
+    """strides of a tensor of heads, whose rows kernels load in pieces of 16 bytes."""
+    assert x is None or x.numel() == 0 or are_aligned(x), f"{letter}: rows are not aligned"
+    return strides(letter, x, names)
 
 
 def has_many_tiles(q: Tensor, prompts: Prompts) -> bool:
@@ -35,8 +58,8 @@ def prompt_arguments(q: Tensor, prompts: Prompts) -> dict[str, Any]:
         "gate_ptr": gate,
         "adapter_index_ptr": prompts.adapter_index,
         "prompt_lengths_ptr": prompts.lengths,
-        **strides("pk", k, "bpg"),
-        **strides("pv", v, "bpg"),
+        **row_strides("pk", k, "bpg"),
+        **row_strides("pv", v, "bpg"),
         **strides("g", None if gate is None else gate[..., None], "bh"),
         "P": rows,
         "A": 0 if k is None else k.shape[0],

@@ -57,13 +57,19 @@ def far(row, stride):
 
 
 @triton.jit
+def row_pointers(ptr, stride, rows, offs_d):
+    """Pointers (N, BLOCK_D) to rows of a matrix, each at a multiple of 16 bytes: row_strides."""
+    return tl.multiple_of(ptr + (rows.to(tl.int64)[:, None] * stride + offs_d[None, :]), (1, 16))
+
+
+@triton.jit
 def load_rows(ptr, stride, rows, low, high, offs_d, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
     """Rows (N) of a matrix as (N, BLOCK_D), 0 beyond HEAD_DIM and, if MASKED, outside low to high.
 
     What is masked is not read: it may hold NaN. `ptr` points at row 0, and is what a loop moves:
     the offsets are then computed once.
     """
-    ptrs = ptr + (rows.to(tl.int64)[:, None] * stride + offs_d[None, :])
+    ptrs = row_pointers(ptr, stride, rows, offs_d)
     if MASKED:
         mask = ((rows >= low) & (rows < high))[:, None] & (offs_d < HEAD_DIM)[None, :]
         tile = tl.load(ptrs, mask=mask, other=0.0)
@@ -97,7 +103,7 @@ def key_bands(
 @triton.jit
 def store_rows(ptr, stride, rows, count, offs_d, tile, HEAD_DIM: tl.constexpr):
     """Store (N, BLOCK_D) as the first `count` rows of a matrix, rounded to its dtype."""
-    ptrs = ptr + (rows.to(tl.int64)[:, None] * stride + offs_d[None, :])
+    ptrs = row_pointers(ptr, stride, rows, offs_d)
     mask = (rows < count)[:, None] & (offs_d < HEAD_DIM)[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 

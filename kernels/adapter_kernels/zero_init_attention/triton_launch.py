@@ -12,7 +12,7 @@ from .backward_dkv import chunks_of, key_launch, sum_launch
 from .backward_dq import query_launch
 from .configs import TileConfig, tile
 from .forward import forward_launch, prompt_forward_launch
-from .kernel_arguments import batch_of, has_many_tiles
+from .kernel_arguments import aligned_rows, batch_of, has_many_tiles
 from .layouts import Layout, Prompts
 from .reference import Grad
 
@@ -31,6 +31,7 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result like q, and lse (B,H,T), or (H,total_q) of packed sequences; nothing else."""
     *batch, rows, heads, _ = q.shape
+    q, k, v, prompts = *map(aligned_rows, (q, k, v)), aligned_prompts(prompts)
     out = q.new_empty(q.shape)
     lse = q.new_empty((*batch, heads, rows), dtype=torch.float32)
     config = config_of(q, "forward")
@@ -43,9 +44,10 @@ def key_config_of(q: Tensor, groups: int) -> TileConfig:
     return config_of(q, "backward_dkv" if q.shape[-2] == groups else "backward_dkv_grouped")
 
 
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x as kernels read it: a gradient arrives with any strides, that of a sum with 0."""
-    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+def aligned_prompts(prompts: Prompts) -> Prompts:
+    """The prompts as kernels read them."""
+    k, v = (None if x is None else aligned_rows(x) for x in prompts[:2])
+    return prompts._replace(k=k, v=v)
 
 
 def prompt_partials(
@@ -102,7 +104,8 @@ def attention_backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dprompt_k, dprompt_v, dgate."""
-    dout = contiguous_rows(dout)
+    q, k, v, out, dout = map(aligned_rows, (q, k, v, out, dout))
+    prompts = aligned_prompts(prompts)
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (
         x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs[:3], strict=True)
@@ -153,6 +156,8 @@ def prompt(
     """The gated prompt segment alone, plus out where given; like q."""
     one, cu_seqlens_q, longest = as_one_sequence(q, prompts, cu_seqlens_q, longest)
     result = q.new_empty(q.shape)
+    q, prompts = aligned_rows(q), aligned_prompts(prompts)
+    out = None if out is None else aligned_rows(out)
     rows = (q[None], None if out is None else out[None], result[None]) if one else (q, out, result)
     prompt_forward_launch(
         rows[0], prompts, cu_seqlens_q, longest, rows[1], scale, rows[2],
@@ -173,7 +178,8 @@ def prompt_backward(
     """dq, dprompt_k, dprompt_v, dgate."""
     one, cu_seqlens_q, longest = as_one_sequence(q, prompts, cu_seqlens_q, longest)
     result = q.new_empty(q.shape) if needs[0] else None
-    dout, dq = contiguous_rows(dout), result
+    q, dout, dq = aligned_rows(q), aligned_rows(dout), result
+    prompts = aligned_prompts(prompts)
     if one:
         q, dout, dq = q[None], dout[None], None if dq is None else dq[None]
     layout = Layout(None, None, cu_seqlens_q, None, None, longest, 0, False)

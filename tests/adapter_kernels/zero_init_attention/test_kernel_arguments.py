@@ -1,5 +1,6 @@
 """Do tensors in every form become the arguments that the kernels name?"""
 
+import pytest
 import torch
 
 from adapter_kernels.zero_init_attention import kernel_arguments
@@ -15,6 +16,24 @@ def test_strides_of_absent_dimensions_are_zero() -> None:
     assert strides("q", None, "bth") == {"stride_qb": 0, "stride_qt": 0, "stride_qh": 0}
     expanded = torch.empty(1, 3, 5, 8).expand(2, 3, 5, 8)
     assert strides("k", expanded, "bsg")["stride_kb"] == 0
+
+
+def test_rows_are_copied_only_where_they_are_not_aligned() -> None:
+    aligned_rows = kernel_arguments.aligned_rows
+    room = torch.randn(2, 3, 5, 24)
+    for x in (room, room[..., 8:16], room[:, :, 1:2], room[:, :0], room.expand(7, 2, 3, 5, 24)):
+        assert aligned_rows(x) is x
+    odd = torch.randn(3, 5, 27)
+    for x in (room[..., 1:9], odd[..., :8], odd[0, 0, 0].expand(2, 3, 8), room.mT):
+        copy = aligned_rows(x)
+        assert torch.equal(copy, x)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+        with pytest.raises(AssertionError, match="q: rows are not aligned"):
+            kernel_arguments.row_strides("q", x, "abcde")
+    # four elements of float32 are 16 bytes, of float16 8
+    assert aligned_rows(torch.randn(3, 12)[..., :8]).stride() == (12, 1)
+    assert aligned_rows(torch.randn(3, 12).half()[..., :8]).stride() == (8, 1)
 
 
 def test_prompts() -> None:

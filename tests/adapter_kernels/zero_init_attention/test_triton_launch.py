@@ -127,6 +127,20 @@ def test_prompt_lengths(rows: int, form: str) -> None:
     check_against_reference(on_device(case, DTYPES[1]), "triton")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_lie_at_odd_places(dtype: torch.dtype) -> None:
+    """Slices with odd strides and offsets: no row begins where a kernel may load 16 bytes."""
+
+    def shifted(x: torch.Tensor) -> torch.Tensor:
+        room = x.new_empty(*x.shape[:-1], x.shape[-1] + 3)
+        room[..., 1:-2] = x.detach()
+        return room[..., 1:-2].requires_grad_()
+
+    case = on_device(sized("sample", queries=9, keys=13, head_dim=16, rows=5), dtype)
+    leaves = {name: shifted(x) for name, x in case.leaves.items() if name != "gate"}
+    check_against_reference(replace(case, **leaves), "triton")
+
+
 @pytest.mark.parametrize("scale", [-0.7, 0.0, 2.5])
 def test_scales(scale: float) -> None:
     case = replace(make_case("shared", "causal"), scale=scale)

@@ -11,13 +11,13 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter replaces what a compiler takes", allow_module_level=True)
 
-from tests.adapter_kernels.ahead_of_time import (  # a GPU's compiler, with triton alone
+from benchmarks.ahead_of_time import (  # a GPU's compiler, with triton alone
     Resources,
     compile_for,
     complaints,
     count_spills,
 )
-from tests.adapter_kernels.zero_init_attention.specialisations import (
+from benchmarks.specialisations import (
     Specialisation,
     launch_of,
     pairwise,

@@ -14,7 +14,13 @@ from torch import Tensor
 from adapter_kernels.launch import Launch
 from adapter_kernels.zero_init_attention.backward_dkv import key_launch
 from adapter_kernels.zero_init_attention.backward_dq import query_launch
-from adapter_kernels.zero_init_attention.configs import DIRECTIONS, HEAD_DIMS, TileConfig, tile
+from adapter_kernels.zero_init_attention.configs import (
+    CAPABILITIES,
+    DIRECTIONS,
+    HEAD_DIMS,
+    TileConfig,
+    tile,
+)
 from adapter_kernels.zero_init_attention.forward import forward_launch, prompt_forward_launch
 from adapter_kernels.zero_init_attention.kernel_arguments import has_many_tiles
 from adapter_kernels.zero_init_attention.layouts import Layout, Prompts
@@ -166,11 +172,10 @@ def launch_of(spec: Specialisation, config: TileConfig | None = None) -> Launch:
 
 def table() -> list[Specialisation]:
     """Every tile of every architecture, each in three forms: the papers' prompt, a wide, a long."""
+    tiles = [*product(HEAD_DIMS, (torch.bfloat16, torch.float32)), (96, torch.bfloat16)]
     found = []
-    for capability in (80, 86, 90, 100, 120):
-        for direction, head_dim, dtype in product(
-            DIRECTIONS, HEAD_DIMS, (torch.bfloat16, torch.float32)
-        ):
+    for capability in CAPABILITIES:
+        for direction, (head_dim, dtype) in product(DIRECTIONS, tiles):
             for form, rows, layout in (
                 ("shared", 10, "causal"),
                 ("bank", 64, "packed" if direction == "prompt_forward" else "padded"),
