@@ -8,7 +8,7 @@ PARALLEL ?= 2
 # one torch thread per test process: two processes with two threads each fight for two cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-all lint aot-all gpu gpu-tests gpu-attention clean
+.PHONY: quickstart test test-all lint aot-all gpu gpu-tests gpu-sanitizer gpu-attention gpu-tune clean
 
 quickstart: $(INSTALLED)
 	@env -u OMP_NUM_THREADS $(VENV)/bin/llama-adapter quickstart
@@ -16,7 +16,7 @@ quickstart: $(INSTALLED)
 # twice: as users run it, then the Triton kernels in the interpreter, which cannot share a process
 test: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m "not slow"
-	TRITON_INTERPRET=1 $(RUN) -m pytest -n $(PARALLEL) -m "kernel and not slow" tests/adapter_kernels
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n $(PARALLEL) -m "kernel and not slow" tests/adapter_kernels tests/benchmarks/test_tune.py
 
 test-all: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m slow
@@ -31,13 +31,24 @@ lint: $(LINTERS)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-# for a GPU machine without network: uses the machine's own Python and packages
-PART ?= tests attention
+# for a GPU machine without network: uses the machine's own Python and packages. Kernels are compiled
+# in processes side by side, by pytest-xdist where it is installed; each part takes under 10 minutes
+PART ?= tests sanitizer attention
+XDIST = $(shell $(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
+# without torch's cache of memory every tensor is an allocation of its own, whose ends are guarded
+SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool
+CHECKED = $(PYTHON) -m pytest tests/adapter_kernels/zero_init_attention/test_triton_launch.py
 gpu: $(addprefix gpu-,$(PART))
 gpu-tests:
-	$(PYTHON) -m pytest -m "gpu or kernel"
+	$(PYTHON) -m pytest $(XDIST) -m "gpu or kernel"
+gpu-sanitizer:
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer, of the CUDA toolkit, is not on the PATH"; exit 2; }
+	$(SANITIZED) memcheck $(CHECKED) -k "every_form or around_the_tiles or padding_and_packing"
+	$(SANITIZED) racecheck $(CHECKED) -k "padding_and_packing or (prompt_lengths and bank)"
 gpu-attention:
 	$(PYTHON) -m benchmarks.attention
+gpu-tune:
+	$(PYTHON) -m benchmarks.tune --processes 16
 
 clean:
 	rm -rf $(VENV) build *.egg-info

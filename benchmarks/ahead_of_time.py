@@ -132,7 +132,7 @@ def read_resources(cubin: bytes, shared: int) -> Resources:
         stack=int(numbers["STACK"]),
         spills=spills,
         loop_spills=loop_spills,
-        tensor_core=len(re.findall(r"\b[HIQ]?G?MMA\.", code)),
+        tensor_core=len(re.findall(r"\b(?:UTC)?[HIQ]?G?MMA\b", code)),
         wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:[A-Z]+\.)*(?:LTC\w+\.)?128", code)),
     )
 

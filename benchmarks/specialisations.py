@@ -5,6 +5,7 @@ in which every two values of any two properties occur together; `make aot-all` t
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from itertools import combinations, product
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.launch import Launch
-from adapter_kernels.zero_init_attention.backward_dkv import key_launch
+from adapter_kernels.zero_init_attention.backward_dkv import chunks_of, key_launch
 from adapter_kernels.zero_init_attention.backward_dq import query_launch
 from adapter_kernels.zero_init_attention.configs import (
     CAPABILITIES,
@@ -102,86 +103,107 @@ def pairwise(seed: int = 0) -> list[Specialisation]:
     return chosen
 
 
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+Make = Callable[[tuple[int, ...], torch.dtype], Tensor]
+
+
+def on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor for a compiler: nothing but shape, strides and dtype."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _prompts(spec: Specialisation) -> Prompts:
+def _prompts(spec: Specialisation, make: Make) -> Prompts:
     if spec.form == "none":
         return Prompts(None, None, None, None, None)
     lead = {"shared": (), "sample": (BATCH,), "bank": (3,)}[spec.form]
-    k, v = (
-        _meta(*lead, spec.rows, HEADS // spec.group, spec.head_dim, dtype=spec.dtype) for _ in "kv"
-    )
-    gate = _meta(*(lead if spec.form == "bank" else ()), HEADS, dtype=torch.float32)
+    k, v = (make((*lead, spec.rows, HEADS // spec.group, spec.head_dim), spec.dtype) for _ in "kv")
+    gate = make((*(lead if spec.form == "bank" else ()), HEADS), torch.float32)
     index = lengths = None
     if spec.form == "bank":
-        index, lengths = _meta(BATCH, dtype=torch.int32), _meta(3, dtype=torch.int32)
+        index, lengths = make((BATCH,), torch.int32), make((3,), torch.int32)
     return Prompts(k, v, gate, index, lengths)
 
 
-def _layout(spec: Specialisation) -> Layout:
+def _layout(spec: Specialisation, make: Make) -> Layout:
     bounds = cu = None
     if spec.layout == "padded":
-        bounds = _meta(BATCH, dtype=torch.int32)
+        bounds = make((BATCH,), torch.int32)
     if spec.layout == "packed":
-        cu = _meta(BATCH + 1, dtype=torch.int32)
+        cu = make((BATCH + 1,), torch.int32)
     length = TOKENS if cu is not None else 0
     return Layout(bounds, bounds, cu, cu, None, length, length, spec.layout != "bidirectional")
 
 
-def launch_of(spec: Specialisation, config: TileConfig | None = None) -> Launch:
-    """The launch of a specialisation, with the shipped tile unless another is given."""
+def launch_of(
+    spec: Specialisation, config: TileConfig | None = None, make: Make = on_meta
+) -> Launch:
+    """The launch of a specialisation.
+
+    Args:
+        spec: what is compiled.
+        config: its tile; the shipped one unless given.
+        make: a tensor of a shape and a dtype; called in one order for every tile.
+    """
     config = config or tile(spec.capability, spec.direction, spec.head_dim, spec.dtype)
     packed = spec.layout == "packed"
     lead = (BATCH * TOKENS,) if packed else (BATCH, TOKENS)
     scale, groups = spec.head_dim**-0.5, HEADS // spec.group
 
-    def rows(heads: int, dtype: torch.dtype = spec.dtype) -> Tensor:
-        return _meta(*lead, heads, spec.head_dim, dtype=dtype)
+    def rows(heads: int) -> Tensor:
+        return make((*lead, heads, spec.head_dim), spec.dtype)
 
-    statistic = (HEADS, *lead) if packed else (BATCH, HEADS, TOKENS)
-    lse = _meta(*statistic, dtype=torch.float32)
-    q, k, v = rows(HEADS), rows(groups), rows(groups)
-    prompts, layout = _prompts(spec), _layout(spec)
+    def statistic() -> Tensor:
+        return make((HEADS, *lead) if packed else (BATCH, HEADS, TOKENS), torch.float32)
+
+    q, k, v, lse = rows(HEADS), rows(groups), rows(groups), statistic()
+    prompts, layout = _prompts(spec, make), _layout(spec, make)
     if spec.direction == "forward":
         return forward_launch(q, k, v, prompts, layout, scale, rows(HEADS), lse, config)
     if spec.direction == "prompt_forward":
         base = rows(HEADS) if spec.only == "all" else None
         cu = layout.cu_seqlens_q
         return prompt_forward_launch(q, prompts, cu, TOKENS, base, scale, rows(HEADS), config)
-    statistics = (lse, lse) if has_many_tiles(q, prompts) else None
-    dlse = lse if spec.only == "all" else None
+    statistics = (statistic(), statistic()) if has_many_tiles(q, prompts) else None
+    dlse = statistic() if spec.only == "all" else None
     if spec.direction == "backward_dq":
         return query_launch(
-            q, k, v, prompts, layout, scale, rows(HEADS), rows(HEADS), lse, dlse, lse,
+            q, k, v, prompts, layout, scale, rows(HEADS), rows(HEADS), lse, dlse, statistic(),
             rows(HEADS), statistics, config,
         )  # fmt: skip
     sums = dv_sums = gates = None
     if prompts.k is not None:
-        shape = (BATCH, 2, spec.rows, groups, spec.head_dim)
-        sums = _meta(*shape, dtype=torch.float32)
-        dv_sums = sums if spec.only == "all" else None
-        gates = _meta(BATCH, 2, HEADS, dtype=torch.float32)
+        parts = (BATCH, chunks_of(TOKENS))
+        shape = (*parts, spec.rows, groups, spec.head_dim)
+        sums = make(shape, torch.float32)
+        dv_sums = make(shape, torch.float32) if spec.only == "all" else None
+        gates = make((*parts, HEADS), torch.float32)
     dk = rows(groups) if spec.only == "all" else None
     return key_launch(
-        q, k, v, prompts, layout, scale, rows(HEADS), lse, lse, dk, rows(groups),
+        q, k, v, prompts, layout, scale, rows(HEADS), lse, statistic(), dk, rows(groups),
         (sums, dv_sums, gates), statistics, config,
     )  # fmt: skip
 
 
+def forms(
+    capability: int, direction: str, head_dim: int, dtype: torch.dtype
+) -> list[Specialisation]:
+    """Three forms of a kernel: the papers' prompt, a wide one, a long one."""
+    group = 4 if direction == "backward_dkv_grouped" else 1
+    wide = "packed" if direction == "prompt_forward" else "padded"
+    return [
+        Specialisation(capability, direction, head_dim, dtype, form, rows, layout, group, "all")
+        for form, rows, layout in (
+            ("shared", 10, "causal"),
+            ("bank", 64, wide),
+            ("bank", 300, "packed"),
+        )
+    ]
+
+
 def table() -> list[Specialisation]:
-    """Every tile of every architecture, each in three forms: the papers' prompt, a wide, a long."""
+    """Every tile of every architecture in its three forms."""
     tiles = [*product(HEAD_DIMS, (torch.bfloat16, torch.float32)), (96, torch.bfloat16)]
-    found = []
-    for capability in CAPABILITIES:
-        for direction, (head_dim, dtype) in product(DIRECTIONS, tiles):
-            for form, rows, layout in (
-                ("shared", 10, "causal"),
-                ("bank", 64, "packed" if direction == "prompt_forward" else "padded"),
-                ("bank", 300, "packed"),
-            ):
-                group = 4 if direction == "backward_dkv_grouped" else 1
-                spec = (capability, direction, head_dim, dtype, form, rows, layout, group, "all")
-                found.append(Specialisation(*spec))
-    return found
+    return [
+        spec
+        for capability, direction, (head_dim, dtype) in product(CAPABILITIES, DIRECTIONS, tiles)
+        for spec in forms(capability, direction, head_dim, dtype)
+    ]

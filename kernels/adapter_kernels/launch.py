@@ -7,6 +7,9 @@ arguments for chips that are not there.
 from collections import Counter
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 # launches by kernel name since the process began: tests read it to prove what really ran
 counts: Counter[str] = Counter()
 
@@ -28,8 +31,13 @@ class Launch(NamedTuple):
     num_stages: int
 
     def run(self) -> None:
-        """Start the kernel on the current stream; nothing is done for an empty grid."""
+        """Start the kernel on the current stream of its tensors' device, if its grid is not empty.
+
+        Triton asks for the current device, which need not be where the tensors are.
+        """
         if self.grid:
             counts[self.kernel.__name__] += 1
             options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-            self.kernel[(self.grid,)](**self.arguments, **options)
+            first = next(x for x in self.arguments.values() if isinstance(x, Tensor))
+            with torch.cuda.device_of(first):
+                self.kernel[(self.grid,)](**self.arguments, **options)

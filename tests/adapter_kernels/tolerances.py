@@ -15,6 +15,8 @@ GRADIENT_FACTOR = 3.0
 FLOOR_ROUNDINGS = 4.0
 # float32 throughout: products of 8 to 256 terms, about sqrt(256) roundings of 6e-8 each
 FLOAT32_RELATIVE = 1e-5
+# lse scales a row of P, which is rounded to half precision: this share of that rounding is free
+LSE_SHARE = 1 / 32
 # float64 against float64, the same equation summed in another order
 FLOAT64_RELATIVE = 1e-11
 # two results that are equal in exact arithmetic, each rounded to its own dtype a few times
@@ -52,6 +54,16 @@ def check_as_accurate_as_eager(
     if eager.dtype == torch.float32:
         bound = FLOAT32_RELATIVE * largest(truth) + floor
         assert error <= bound, f"{name}: {error} exceeds {bound} in float32"
+
+
+def check_lse(ours: Tensor, eager: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
+    """Assert that an lse is right: as the formula's in float32, or lost in P's rounding below."""
+    floor = None
+    if dtype != torch.float32:
+        floor = LSE_SHARE * torch.finfo(dtype).eps
+        # not the rule of float32 on top
+        eager = eager.double()
+    check_as_accurate_as_eager("lse", ours, eager, truth, floor=floor)
 
 
 def check_float64(name: str, got: Tensor, expected: Tensor) -> None:

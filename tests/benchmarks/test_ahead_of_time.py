@@ -1,5 +1,7 @@
 """Do the shipped kernels fit the chips that are not here: memory, registers, instructions?"""
 
+import json
+
 import pytest
 import torch
 
@@ -12,15 +14,19 @@ if INTERPRETED:
     pytest.skip("the interpreter replaces what a compiler takes", allow_module_level=True)
 
 from benchmarks.ahead_of_time import (  # a GPU's compiler, with triton alone
+    TABLE,
     Resources,
     compile_for,
     complaints,
     count_spills,
+    named,
+    sources_digest,
 )
 from benchmarks.specialisations import (
     Specialisation,
     launch_of,
     pairwise,
+    table,
 )
 
 # three choices that cover every pair, so most triples too
@@ -66,6 +72,15 @@ def test_an_oversized_tile_is_noticed(config: TileConfig, complaint: str) -> Non
     spec = COMMON[0]
     found = complaints(compile_for(launch_of(spec, config), spec.capability), spec)
     assert any(complaint in text for text in found), found
+
+
+def test_the_committed_table_is_that_of_the_sources() -> None:
+    """Every tile of every architecture: `make aot-all` after a change of what it compiles."""
+    held = json.loads(TABLE.read_text(encoding="utf-8"))
+    assert held["sources_sha256"] == sources_digest(), "the table is stale: make aot-all"
+    wanted = [named(spec) for spec in table()]
+    assert [{name: row[name] for name in wanted[0]} for row in held["rows"]] == wanted
+    assert not [row for row in held["rows"] if row["complaints"]]
 
 
 def test_complaints_say_what_is_wrong() -> None:

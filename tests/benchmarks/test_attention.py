@@ -269,3 +269,24 @@ def test_quick_command_on_a_gpu(tmp_path: Path) -> None:
     for name in ("ours", "fused", "ours_plain", "fused_plain", "ours_block"):
         assert all(status[name, mode] == TIMED for mode in MODES), name
     assert WRONG not in status.values()
+
+
+def test_what_has_no_result_is_compiled_in_other_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each pass runs for real; the one that cannot run says so and stops nothing."""
+    shape, device = shapes("cpu", "quick")[0], torch.device("cpu")
+    results = harness.ResultFile(tmp_path / "a.json", "attention", {}, fresh=True)
+    hybrid = BY_NAME["hybrid"]
+    monkeypatch.setattr(attention, "COMPILED", ("hybrid", "fused"))
+    fused = replace(BY_NAME["fused"], devices=("cpu",))
+    attention.compile_ahead([shape], [hybrid, fused, BY_NAME["official"]], device, results)
+    said = capfd.readouterr().err
+    assert said.startswith("fused S=64")
+    assert said.count("backend 'triton' is not available") == said.count("\n") == 1
+    for mode in MODES:
+        results.add(attention.cell_of(shape, mode), {"hybrid": {"status": TIMED}})
+    monkeypatch.setattr(
+        attention.multiprocessing, "get_context", lambda _: pytest.fail("compiled again")
+    )
+    attention.compile_ahead([shape], [hybrid], device, results)

@@ -160,7 +160,13 @@ _SM100 = _rows(
     ],
     dq=list(_SM90["backward_dq"].values()),
     dkv=list(_SM90["backward_dkv"].values()),
-    grouped=list(_SM90["backward_dkv_grouped"].values()),
+    grouped=[
+        TileConfig(64, 128, 8, 3),
+        TileConfig(32, 128, 8, 3),
+        TileConfig(32, 128, 8, 3),
+        TileConfig(32, 64, 8, 1),
+        TileConfig(32, 32, 8, 1),
+    ],
 )
 _SM120 = _rows(
     forward=[
@@ -181,10 +187,16 @@ _SM120 = _rows(
         TileConfig(64, 128, 8, 3),
         TileConfig(64, 128, 8, 3),
         TileConfig(32, 64, 4, 2),
-        TileConfig(64, 64, 8, 2),
+        TileConfig(64, 64, 8, 1),
         TileConfig(32, 32, 8, 2),
     ],
-    grouped=list(_SM80["backward_dkv_grouped"].values()),
+    grouped=[
+        TileConfig(64, 128, 8, 3),
+        TileConfig(32, 128, 8, 3),
+        TileConfig(32, 128, 8, 3),
+        TileConfig(32, 64, 8, 2),
+        TileConfig(32, 32, 8, 1),
+    ],
 )
 _HALF: dict[int, Rows] = {80: _SM80, 86: _SMALL, 89: _SMALL, 90: _SM90, 100: _SM100, 120: _SM120}
 # exact products have no matrix unit: the same small tiles on every architecture; they serve parity,
@@ -198,8 +210,8 @@ _FLOAT32: Rows = _rows(
         TileConfig(16, 16, 4, 2, reload_q=True),
     ],
     dq=[
-        TileConfig(32, 32, 4, 2),
-        TileConfig(32, 32, 4, 2),
+        TileConfig(16, 32, 4, 2),
+        TileConfig(16, 32, 4, 2),
         TileConfig(64, 32, 8, 2),
         TileConfig(16, 32, 8, 2),
         TileConfig(16, 16, 8, 2),
@@ -230,7 +242,11 @@ _FLOAT32: Rows = _rows(
 CAPABILITIES = tuple(_HALF)
 # heads that do not fill their tile hold masks in registers as well: the row of 128 would spill
 _UNFILLED = {
-    (capability, "backward_dq", 128): TileConfig(128, 32, 8, 3) for capability in (80, 86, 89)
+    (80, "backward_dq", 128): TileConfig(128, 32, 8, 3),
+    (86, "backward_dq", 128): TileConfig(128, 32, 8, 3),
+    (89, "backward_dq", 128): TileConfig(128, 32, 8, 3),
+    (120, "forward", 128): TileConfig(128, 32, 8, 2, reload_q=True),
+    (120, "backward_dq", 128): TileConfig(64, 64, 8, 2),
 }
 
 

@@ -146,3 +146,29 @@ def make_case(form: str, layout: str, *, seed: int = 0, head_dim: int = 8) -> Ca
         q, k, v, prompt_k, prompt_v, gate, index, lengths, starts, ends, cu_q, cu_k, causal, 0.37
     )
     return case.double()
+
+
+def sized(
+    form: str, *, queries: int, keys: int, head_dim: int, rows: int, causal: bool = True
+) -> Case:
+    """A dense case of these sizes, B = 2, H = 6 and G = 2."""
+    g = torch.Generator().manual_seed(queries + keys)
+    case = make_case(form, "causal")
+    lead = {"shared": (), "sample": (2,), "bank_lengths": (4,)}.get(form)
+    case = replace(
+        case,
+        q=normal(g, 2, queries, 6, head_dim),
+        k=normal(g, 2, keys, 2, head_dim),
+        v=normal(g, 2, keys, 2, head_dim),
+        causal=causal,
+        scale=head_dim**-0.5,
+    )
+    if lead is None:
+        return case
+    prompt = [normal(g, *lead, rows, 2, head_dim) for _ in "kv"]
+    gate = 1.5 * normal(g, *(lead if form == "bank_lengths" else ()), 6)
+    case = replace(case, prompt_k=prompt[0], prompt_v=prompt[1], gate=gate)
+    if form == "bank_lengths":
+        index, lengths = int32(2, -1), int32(1, rows, max(1, rows - 3), rows)
+        case = replace(case, adapter_index=index, prompt_lengths=lengths)
+    return case

@@ -19,6 +19,7 @@ from tests.adapter_kernels.tolerances import (
     OUT_FACTOR,
     check_as_accurate_as_eager,
     check_bitwise,
+    check_lse,
     largest,
 )
 from tests.adapter_kernels.zero_init_attention.cases import Case
@@ -52,17 +53,17 @@ def floors(
 
     All: a few roundings of the largest, and of P, which is rebuilt from the stored lse and so off
     by float32's eps |lse|. dgate: eps times the sum of its terms. dq, dk: delta comes from the
-    rounded `out`, so a row of scores is off by eps |dO o out|, which matters where the prompt's
-    part of it dwarfs the tokens'.
+    rounded `out`, so a row of scores is off by the norm of eps dO o out, roundings being random,
+    which matters where the prompt's part of it dwarfs the tokens'.
     """
     eps, single = torch.finfo(case.q.dtype).eps, torch.finfo(torch.float32).eps
     products = (dout.double() * out).abs()
-    rows, keys = float(products.sum(-1).max()), max(largest(case.k), largest(case.q))
+    rows, keys = float(products.norm(dim=-1).max()), max(largest(case.k), largest(case.q))
     found = {}
     for name, grad in grads.items():
         found[name] = 4 * (eps + single * largest(lse)) * largest(grad)
         if name in ("q", "k"):
-            found[name] = max(found[name], 4 * eps * rows * keys * abs(case.scale))
+            found[name] = max(found[name], 2 * eps * rows * keys * abs(case.scale))
         if name == "gate":
             found[name] = max(found[name], eps * float(products.sum()))
     return found
@@ -90,7 +91,7 @@ def check_against_reference(case: Case, backend: str, lse_gradient: bool = True)
     check_bitwise("rows without keys", lse == -torch.inf, blind)
     check_as_accurate_as_eager("out", out, results["reference"][0], true_out, OUT_FACTOR)
     seen = [x.masked_fill(blind, 0.0) for x in (lse, results["reference"][1], true_lse)]
-    check_as_accurate_as_eager("lse", *seen, OUT_FACTOR)
+    check_lse(*seen, case.q.dtype)
 
     dout = random_like(case.q)
     # no gradient may pass a row without keys, so what it is given there is large

@@ -18,7 +18,13 @@ from adapter_kernels import launch
 from adapter_kernels.zero_init_attention import backward_dkv, configs, library, triton_launch
 from tests.adapter_kernels.tolerances import check_bitwise
 from tests.adapter_kernels.zero_init_attention import cases, checkers
-from tests.adapter_kernels.zero_init_attention.cases import FORMS, LAYOUTS, Case, make_case, normal
+from tests.adapter_kernels.zero_init_attention.cases import (
+    FORMS,
+    LAYOUTS,
+    make_case,
+    normal,
+    sized,
+)
 from tests.adapter_kernels.zero_init_attention.kernel_runs import (
     DEVICE,
     DTYPES,
@@ -43,32 +49,6 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 16 rows and 16 keys, so that short sequences have many of them."""
     monkeypatch.setattr(triton_launch, "tile", lambda *_: configs.TileConfig(16, 16, 4, 1))
-
-
-def sized(
-    form: str, *, queries: int, keys: int, head_dim: int, rows: int, causal: bool = True
-) -> Case:
-    """A dense case of these sizes, B = 2, H = 6 and G = 2."""
-    g = torch.Generator().manual_seed(queries + keys)
-    case = make_case(form, "causal")
-    lead = {"shared": (), "sample": (2,), "bank_lengths": (4,)}.get(form)
-    case = replace(
-        case,
-        q=normal(g, 2, queries, 6, head_dim),
-        k=normal(g, 2, keys, 2, head_dim),
-        v=normal(g, 2, keys, 2, head_dim),
-        causal=causal,
-        scale=head_dim**-0.5,
-    )
-    if lead is None:
-        return case
-    prompt = [normal(g, *lead, rows, 2, head_dim) for _ in "kv"]
-    gate = 1.5 * normal(g, *(lead if form == "bank_lengths" else ()), 6)
-    case = replace(case, prompt_k=prompt[0], prompt_v=prompt[1], gate=gate)
-    if form == "bank_lengths":
-        index, lengths = cases.int32(2, -1), cases.int32(1, rows, max(1, rows - 3), rows)
-        case = replace(case, adapter_index=index, prompt_lengths=lengths)
-    return case
 
 
 @pytest.mark.parametrize(
