@@ -234,7 +234,7 @@ def compile_ahead(
     device: torch.device,
     results: ResultFile,
 ) -> None:
-    """Compile what has no result yet, in processes side by side: it takes longer than the timing."""
+    """Compile what has no result yet, in processes side by side: timing takes less than that."""
     jobs = [
         (shape, provider.name, device)
         for shape in wanted
