@@ -39,9 +39,12 @@ XDIST = $(shell $(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool
 CHECKED = $(PYTHON) -m pytest tests/adapter_kernels/zero_init_attention/test_triton_launch.py
 gpu: $(addprefix gpu-,$(PART))
+HAS_GPU = @$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available() and "make gpu: torch sees no GPU here")'
 gpu-tests:
+	$(HAS_GPU)
 	$(PYTHON) -m pytest $(XDIST) -m "gpu or kernel"
 gpu-sanitizer:
+	$(HAS_GPU)
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer, of the CUDA toolkit, is not on the PATH"; exit 2; }
 	$(SANITIZED) memcheck $(CHECKED) -k "every_form or around_the_tiles or padding_and_packing"
 	$(SANITIZED) racecheck $(CHECKED) -k "padding_and_packing or (prompt_lengths and bank)"

@@ -8,7 +8,6 @@ table, some 20 minutes on two cores; a test holds the table to the sources.
 
 import hashlib
 import json
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from adapter_kernels.arch import ARCHS
 from adapter_kernels.launch import Launch
 from adapter_kernels.zero_init_attention import forward
 from benchmarks.specialisations import Specialisation, launch_of, table
+from benchmarks.workers import WorkerLost, positive, side_by_side
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
 
@@ -35,12 +35,15 @@ from llama_adapter.options import Parser
 MOST_STACK, MOST_STACK_GROUPED = 64, 240
 TABLE = Path(__file__).parent / "results" / "ahead_of_time.json"
 # what decides the machine code
-SOURCES = ("tiles", "forward", "backward_dq", "backward_dkv", "kernel_arguments", "configs")
+SOURCES = (
+    "tiles", "forward", "backward_dq", "backward_dkv", "decode", "kernel_arguments", "configs",
+)  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -132,7 +135,7 @@ def read_resources(cubin: bytes, shared: int) -> Resources:
         stack=int(numbers["STACK"]),
         spills=spills,
         loop_spills=loop_spills,
-        tensor_core=len(re.findall(r"\b(?:UTC)?[HIQ]?G?MMA\b", code)),
+        tensor_core=len(re.findall(r"\b(?:[HIQ]?G?MMA\.|UTC\w*MMA\b)", code)),
         wide_loads=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:[A-Z]+\.)*(?:LTC\w+\.)?128", code)),
     )
 
@@ -177,9 +180,12 @@ def complaints(found: Resources, spec: Specialisation) -> list[str]:
         wrong.append(f"{found.loop_spills} spills inside loops")
     if strict and found.stack > stack:
         wrong.append(f"a stack of {found.stack} bytes")
-    if half and not found.tensor_core:
+    # what combines splits multiplies nothing but the prompt
+    if half and not found.tensor_core and (spec.direction, spec.form) != ("combine", "none"):
         wrong.append("no tensor-core instruction")
-    if not found.wide_loads:
+    # some 16 rows of 16 elements are less than 16 bytes for each thread
+    few = spec.head_dim <= 16 and spec.direction in ("decode", "combine")
+    if not found.wide_loads and not few:
         wrong.append("no 128-bit load")
     return wrong
 
@@ -214,22 +220,38 @@ def main(arguments: list[str] | None = None) -> int:
         0, or 1 if a kernel does not fit its chip.
     """
     parser = Parser(prog="python -m benchmarks.ahead_of_time", description=__doc__)
-    parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
+    parser.add_argument("--processes", type=positive, default=2, help="that compile side by side")
     parser.add_argument("--output", type=Path, default=TABLE, help="the table, as JSON")
     options = parser.parse(arguments)
-    rows, specs = [], table()
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-        for row in tqdm(pool.imap(row_of, specs), total=len(specs), mininterval=10):
-            rows.append(row)
-            if row["complaints"]:
-                tqdm.write(f"{specs[len(rows) - 1]}: {'; '.join(row['complaints'])}")
+    try:
+        # before the minutes that it takes, not after them
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        wrong = write_table(options.output, options.processes)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the compiler keeps what it has compiled", file=sys.stderr)
+        return 130
+    except (OSError, WorkerLost) as error:
+        print(f"ahead_of_time: error: {error}", file=sys.stderr)
+        return 2
+    return 1 if wrong else 0
+
+
+def write_table(output: Path, processes: int) -> int:
+    """Compile every row and write the table; returns how many have complaints."""
+    # of what is compiled, whatever is edited meanwhile
     content = {"triton": triton.__version__, "sources_sha256": sources_digest()}
+    rows, specs = [], table()
+    found = side_by_side(row_of, specs, processes)
+    for row in tqdm(found, total=len(specs), mininterval=10):
+        rows.append(row)
+        if row["complaints"]:
+            tqdm.write(f"{specs[len(rows) - 1]}: {'; '.join(row['complaints'])}")
     text = json.dumps(content, indent=1)[:-2] + ',\n "rows": [\n  '
     text += ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n"
-    write_atomically(options.output, text.encode())
+    write_atomically(output, text.encode())
     wrong = sum(bool(row["complaints"]) for row in rows)
-    print(f"{len(rows)} rows, {wrong} with complaints, in {options.output}")
-    return 1 if wrong else 0
+    print(f"{len(rows)} rows, {wrong} with complaints, in {output}")
+    return wrong
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ command again continues. `--quick` only tries the machinery out, in seconds.
 """
 
 import argparse
-import multiprocessing
 import os
 import re
 import sys
@@ -26,8 +25,16 @@ from adapter_kernels import zero_init_attention
 from benchmarks import baselines, harness
 from benchmarks.attention_report import cells_of, figures, report
 from benchmarks.baselines import BASELINES, Call, Problem, Provider, formula_results, wider
-from benchmarks.harness import Candidate, DeviceLost, Expected, Protocol, ResultFile, Work
+from benchmarks.harness import (
+    Candidate,
+    DeviceLost,
+    Expected,
+    Protocol,
+    ResultFile,
+    Work,
+)
 from benchmarks.roofline import DTYPES, MODES, Shape, gpu_of
+from benchmarks.workers import WorkerLost, side_by_side
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
 
@@ -216,8 +223,9 @@ def measure_shape(
         print(f"{shape.describe()} {mode}, ms: {', '.join(shown)}", flush=True)
 
 
-def compile_one(shape: Shape, name: str, device: torch.device) -> None:
+def compile_one(job: tuple[Shape, str, torch.device]) -> None:
     """One pass of a provider, for what its compilers leave on disk; failures show when measured."""
+    shape, name, device = job
     provider = next(one for one in PROVIDERS if one.name == name)
     try:
         given = baselines.problem(provider.kind, shape, device)
@@ -245,8 +253,10 @@ def compile_ahead(
     if not jobs:
         return
     processes = min(COMPILERS, len(jobs), os.cpu_count() or 1)
-    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=4) as pool:
-        pool.starmap(compile_one, jobs, chunksize=1)
+    try:
+        list(side_by_side(compile_one, jobs, processes))
+    except WorkerLost as lost:
+        print(f"{lost}; what is missing is compiled while measuring", file=sys.stderr)
 
 
 def folder_of(device: torch.device) -> Path:

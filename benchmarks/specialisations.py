@@ -6,7 +6,7 @@ in which every two values of any two properties occur together; `make aot-all` t
 
 import random
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import combinations, product
 
 import torch
@@ -22,19 +22,24 @@ from adapter_kernels.zero_init_attention.configs import (
     TileConfig,
     tile,
 )
+from adapter_kernels.zero_init_attention.decode import decode_launches, splits_of
 from adapter_kernels.zero_init_attention.forward import forward_launch, prompt_forward_launch
 from adapter_kernels.zero_init_attention.kernel_arguments import has_many_tiles
 from adapter_kernels.zero_init_attention.layouts import Layout, Prompts
 
 BATCH, TOKENS, HEADS = 4, 2048, 32
+# of decoding: new tokens of a sequence, keys of a page
+NEW_TOKENS, PAGE = 4, 64
+# rows of configs.py, and the kernel that finishes what decoding splits, which shares its row
+KERNELS = (*DIRECTIONS, "combine")
 CHOICES: dict[str, tuple] = {
     "capability": (80, 90),
-    "direction": DIRECTIONS,
+    "direction": KERNELS,
     "head_dim": (8, 16, 32, 40, 64, 80, 96, 128, 256),
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "form": ("none", "shared", "sample", "bank"),
     "rows": (1, 10, 16, 17, 64, 65, 300),
-    "layout": ("causal", "bidirectional", "padded", "packed"),
+    "layout": ("causal", "bidirectional", "padded", "packed", "paged", "eight_bits"),
     "group": (1, 4, 32),
     "only": ("all", "some"),
 }
@@ -46,14 +51,15 @@ class Specialisation:
 
     Attributes:
         capability: of the chip, major * 10 + minor.
-        direction: of configs.DIRECTIONS.
+        direction: of KERNELS.
         head_dim: D.
         dtype: of q.
         form: of the prompt.
         rows: P.
-        layout: of the sequences.
+        layout: of the sequences, or of a cache: "causal" is in order, "eight_bits" of that width.
         group: H / G.
-        only: "some" leaves out dlse, and of the gradients dk and dprompt_v.
+        only: "some" leaves out dlse, and of the gradients dk and dprompt_v; decoding then has one
+            new token and one split.
     """
 
     capability: int
@@ -71,14 +77,27 @@ class Specialisation:
         return "-".join(names)
 
 
+def layouts_of(spec: Specialisation) -> tuple[str, ...]:
+    """The layouts that a kernel takes, on this chip and in this dtype."""
+    if spec.direction in ("prompt_forward", "combine"):
+        return ("causal", "packed") if spec.direction == "prompt_forward" else ("causal",)
+    if spec.direction == "decode":
+        narrow = spec.capability >= 89 and spec.dtype != torch.float32
+        return ("causal", "paged", "eight_bits") if narrow else ("causal", "paged")
+    every = ("causal", "bidirectional", "padded", "packed")
+    return (*every, "paged") if spec.direction == "forward" else every
+
+
 def valid(spec: Specialisation) -> bool:
     """Whether there is such a kernel: the prompt's own has no keys, grouped heads are grouped."""
     if spec.direction.startswith("backward_dkv") and (
         (spec.group > 1) != (spec.direction == "backward_dkv_grouped")
     ):
         return False
-    if spec.direction == "prompt_forward":
-        return spec.form != "none" and spec.layout in ("causal", "packed")
+    if spec.layout not in layouts_of(spec):
+        return False
+    if spec.direction == "prompt_forward" and spec.form == "none":
+        return False
     return spec.form != "none" or spec.rows == 1
 
 
@@ -127,10 +146,35 @@ def _layout(spec: Specialisation, make: Make) -> Layout:
     bounds = cu = None
     if spec.layout == "padded":
         bounds = make((BATCH,), torch.int32)
-    if spec.layout == "packed":
+    table = None
+    if spec.layout in ("packed", "paged"):
         cu = make((BATCH + 1,), torch.int32)
+    if spec.layout == "paged":
+        table = make((BATCH, TOKENS // PAGE), torch.int32)
     length = TOKENS if cu is not None else 0
-    return Layout(bounds, bounds, cu, cu, None, length, length, spec.layout != "bidirectional")
+    return Layout(bounds, bounds, cu, cu, table, length, length, spec.layout != "bidirectional")
+
+
+def _decode_launch(spec: Specialisation, config: TileConfig, make: Make) -> Launch:
+    groups, tokens = HEADS // spec.group, NEW_TOKENS if spec.only == "all" else 1
+    several = spec.only == "all" or spec.direction == "combine"
+    paged, narrow = spec.layout == "paged", spec.layout == "eight_bits"
+    lead = (BATCH * TOKENS // PAGE, PAGE) if paged else (BATCH, TOKENS)
+    dtype = torch.float8_e4m3fn if narrow else spec.dtype
+    q, out = (make((BATCH, tokens, HEADS, spec.head_dim), spec.dtype) for _ in range(2))
+    k, v = (make((*lead, groups, spec.head_dim), dtype) for _ in "kv")
+    lengths = make((BATCH,), torch.int32)
+    table = make((BATCH, TOKENS // PAGE), torch.int32) if paged else None
+    k_scale, v_scale = (make((groups,), torch.float32) if narrow else None for _ in "kv")
+    partials = None
+    if several:
+        shape = (BATCH, groups, splits_of(TOKENS), spec.group * tokens)
+        partials = make((*shape, spec.head_dim), torch.float32), make(shape, torch.float32)
+    launches = decode_launches(
+        q, k, v, _prompts(spec, make), lengths, table, k_scale, v_scale, spec.head_dim**-0.5, out,
+        partials, config,
+    )  # fmt: skip
+    return launches[-1 if spec.direction == "combine" else 0]
 
 
 def launch_of(
@@ -143,8 +187,11 @@ def launch_of(
         config: its tile; the shipped one unless given.
         make: a tensor of a shape and a dtype; called in one order for every tile.
     """
-    config = config or tile(spec.capability, spec.direction, spec.head_dim, spec.dtype)
-    packed = spec.layout == "packed"
+    row = "decode" if spec.direction == "combine" else spec.direction
+    config = config or tile(spec.capability, row, spec.head_dim, spec.dtype)
+    if row == "decode":
+        return _decode_launch(spec, config, make)
+    packed, paged = spec.layout in ("packed", "paged"), spec.layout == "paged"
     lead = (BATCH * TOKENS,) if packed else (BATCH, TOKENS)
     scale, groups = spec.head_dim**-0.5, HEADS // spec.group
 
@@ -154,7 +201,13 @@ def launch_of(
     def statistic() -> Tensor:
         return make((HEADS, *lead) if packed else (BATCH, HEADS, TOKENS), torch.float32)
 
-    q, k, v, lse = rows(HEADS), rows(groups), rows(groups), statistic()
+    q, lse = rows(HEADS), statistic()
+    k, v = (
+        make((BATCH * TOKENS // PAGE, PAGE, groups, spec.head_dim), spec.dtype)
+        if paged
+        else rows(groups)
+        for _ in "kv"
+    )
     prompts, layout = _prompts(spec, make), _layout(spec, make)
     if spec.direction == "forward":
         return forward_launch(q, k, v, prompts, layout, scale, rows(HEADS), lse, config)
@@ -186,17 +239,27 @@ def launch_of(
 def forms(
     capability: int, direction: str, head_dim: int, dtype: torch.dtype
 ) -> list[Specialisation]:
-    """Three forms of a kernel: the papers' prompt, a wide one, a long one."""
-    group = 4 if direction == "backward_dkv_grouped" else 1
-    wide = "packed" if direction == "prompt_forward" else "padded"
-    return [
-        Specialisation(capability, direction, head_dim, dtype, form, rows, layout, group, "all")
-        for form, rows, layout in (
-            ("shared", 10, "causal"),
-            ("bank", 64, wide),
-            ("bank", 300, "packed"),
+    """Forms of a kernel: the papers' prompt, a wide one, a long one, and those of a cache."""
+    group = 4 if direction in ("backward_dkv_grouped", "decode", "combine") else 1
+    wide, long, only = "padded", "packed", "all"
+    if direction == "prompt_forward":
+        wide = "packed"
+    if direction == "combine":
+        wide = long = "causal"
+    if direction == "decode":
+        narrow = capability >= 89 and dtype != torch.float32
+        wide, long, only = "paged", "eight_bits" if narrow else "causal", "some"
+    found = [
+        Specialisation(capability, direction, head_dim, dtype, form, rows, layout, group, of)
+        for form, rows, layout, of in (
+            ("shared", 10, "causal", "all"),
+            ("bank", 64, wide, only),
+            ("bank", 300, long, only),
         )
     ]
+    if direction == "forward":
+        found.append(replace(found[0], layout="paged"))
+    return found
 
 
 def table() -> list[Specialisation]:
@@ -204,6 +267,6 @@ def table() -> list[Specialisation]:
     tiles = [*product(HEAD_DIMS, (torch.bfloat16, torch.float32)), (96, torch.bfloat16)]
     return [
         spec
-        for capability, direction, (head_dim, dtype) in product(CAPABILITIES, DIRECTIONS, tiles)
+        for capability, direction, (head_dim, dtype) in product(CAPABILITIES, KERNELS, tiles)
         for spec in forms(capability, direction, head_dim, dtype)
     ]

@@ -7,7 +7,6 @@ chip that is not here.
 """
 
 import argparse
-import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,11 +20,18 @@ from torch import Tensor
 import adapter_kernels
 from adapter_kernels.arch import ARCHS, capability_of
 from adapter_kernels.launch import Launch
-from adapter_kernels.zero_init_attention.configs import DIRECTIONS, HEAD_DIMS, TileConfig, tile
+from adapter_kernels.zero_init_attention.configs import (
+    DIRECTIONS,
+    HEAD_DIMS,
+    UNMEASURED,
+    TileConfig,
+    tile,
+)
 from benchmarks import harness, specialisations
 from benchmarks.ahead_of_time import compile_for, complaints
 from benchmarks.attention import folder_of
 from benchmarks.harness import (
+    FAILED,
     TIMED,
     Candidate,
     DeviceLost,
@@ -37,6 +43,7 @@ from benchmarks.harness import (
 )
 from benchmarks.roofline import DTYPES
 from benchmarks.specialisations import Specialisation, forms, launch_of
+from benchmarks.workers import WorkerLost, positive, side_by_side
 from llama_adapter.options import Parser
 
 PROTOCOL = Protocol(rounds=7, warmup=3, round_ms=5.0)
@@ -50,6 +57,7 @@ RESULTS = {
     "backward_dkv": ("dk_ptr", "dv_ptr", "dprompt_k_ptr", "dprompt_v_ptr", "dgate_ptr"),
 }
 RESULTS["backward_dkv_grouped"] = RESULTS["backward_dkv"]
+RESULTS["decode"] = ("partial_ptr", "lse_ptr")
 ROWS = {"prompt_forward": (16, 32, 64, 128), "backward_dkv": (16, 32, 64, 128)}
 KEYS = {"prompt_forward": (16,)}
 # roundings by which tiles may differ: they sum in another order
@@ -63,7 +71,7 @@ def candidates(direction: str, shipped: TileConfig) -> list[TileConfig]:
     sizes = product(
         ROWS.get(kind, (32, 64, 128)), KEYS.get(kind, (32, 64, 128)), (4, 8), (1, 2, 3, 4), reload
     )
-    found = [replace(shipped, speed="unmeasured"), *(TileConfig(*values) for values in sizes)]
+    found = [replace(shipped, speed=UNMEASURED), *(TileConfig(*values) for values in sizes)]
     return list(dict.fromkeys(found))
 
 
@@ -84,8 +92,8 @@ def fitting(
 ) -> list[TileConfig]:
     """Those that fit, in their order; compiled side by side."""
     one = partial(fits, direction, capability, head_dim)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        return [c for c, good in zip(configs, pool.imap(one, configs), strict=True) if good]
+    good = side_by_side(one, configs, processes)
+    return [config for config, fit in zip(configs, good, strict=True) if fit]
 
 
 class Tensors:
@@ -149,9 +157,16 @@ def expected(spec: Specialisation, tensors: Tensors, shipped: TileConfig) -> dic
 def measure(
     spec: Specialisation, configs: Sequence[TileConfig], device: torch.device, protocol: Protocol
 ) -> dict[str, Row]:
-    """Rows of the tiles by `label`, the shipped one's first."""
+    """Rows of the tiles by `label`, the shipped one's first; without that one's there is no other.
+
+    Raises:
+        DeviceLost: a tile broke the GPU's context.
+    """
     tensors = Tensors(device)
-    truth = expected(spec, tensors, configs[0])
+    try:
+        truth = expected(spec, tensors, configs[0])
+    except harness.FAILURES as error:
+        return {label(configs[0]): {"status": FAILED, "reason": harness.one_line(error)}}
     return harness.measure(
         [
             Candidate(label(config), partial(work_of, spec, tensors, config), truth)
@@ -169,9 +184,8 @@ def label(config: TileConfig) -> str:
     return f"TileConfig({', '.join(map(str, numbers))}{again})"
 
 
-def proposal(rows: dict[str, Row], gpu: str, spec: Specialisation) -> str:
+def proposal(rows: dict[str, Row], shipped: str, gpu: str, spec: Specialisation) -> str:
     """One line: the row to commit, or that the shipped one stays."""
-    shipped, *_ = rows
     timed = {name: row for name, row in rows.items() if row["status"] == TIMED}
     where = f"{spec.direction}, D = {spec.head_dim}"
     if shipped not in timed:
@@ -211,7 +225,7 @@ def run(options: argparse.Namespace) -> None:
         shipped = tile(capability, direction, head_dim, spec.dtype)
         cell = {"direction": direction, "head_dim": head_dim}
         rows = {} if results is None else results.of(cell)
-        if not rows:
+        if not any(row["status"] == TIMED for row in rows.values()):
             tried = candidates(direction, shipped)
             found = fitting(direction, capability, head_dim, tried, options.processes)
             if results is None:
@@ -220,11 +234,19 @@ def run(options: argparse.Namespace) -> None:
                 print("".join(f"  {label(config)}\n" for config in found), end="", flush=True)
                 continue
             # the shipped row is measured whatever the compiler says of it: all are held against it
-            configs = [replace(shipped, speed="unmeasured"), *found]
-            rows = measure(spec, list(dict.fromkeys(configs)), device, PROTOCOL)
-            results.add(cell, rows)
-            results.write({})
-        print(proposal(rows, torch.cuda.get_device_name(device), spec), flush=True)
+            configs = list(dict.fromkeys([replace(shipped, speed=UNMEASURED), *found]))
+            # a tile that broke the GPU before is not tried again
+            configs = [config for config in configs if label(config) not in results.of(cell)]
+            try:
+                results.add(cell, measure(spec, configs, device, PROTOCOL))
+            except DeviceLost as lost:
+                results.add(cell, {lost.name: lost.row})
+                raise
+            finally:
+                results.write({})
+            rows = results.of(cell)
+        gpu = torch.cuda.get_device_name(device)
+        print(proposal(rows, label(shipped), gpu, spec), flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,19 +264,23 @@ def main(arguments: list[str] | None = None) -> int:
         "--head-dim", action="append", type=int, choices=HEAD_DIMS, help="default: 64 and 128"
     )
     parser.add_argument("--fit", type=int, choices=list(ARCHS), help="only compile, for this chip")
-    parser.add_argument("--processes", type=int, default=2, help="that compile side by side")
+    parser.add_argument("--processes", type=positive, default=2, help="that compile side by side")
     parser.add_argument("--fresh", action="store_true", help="start over instead of continuing")
     parser.add_argument("--output", type=Path, help="folder (default: the device's results)")
     options = parser.parse(arguments)
     if options.fit is None and not torch.cuda.is_available():
         print("tune: error: torch sees no GPU here; --fit 80 compiles for one", file=sys.stderr)
         return 2
+    if options.fit is not None and options.output is not None:
+        print("tune: error: --fit measures nothing that --output could keep", file=sys.stderr)
+        return 2
     try:
         run(options)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
+        kept = "the same command continues" if options.fit is None else "nothing is kept"
+        print(f"\ninterrupted; {kept}", file=sys.stderr)
         return 130
-    except (DeviceLost, OSError, ValueError) as error:
+    except (DeviceLost, WorkerLost, OSError, ValueError) as error:
         print(f"tune: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -8,17 +8,22 @@ there but slow. A call that torch.compile traces does not warn: it would break t
 import os
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .arch import capability_of
+
 # every op of this package is defined in this one namespace: torch.ops.adapter_kernels.*
 LIBRARY = torch.library.Library("adapter_kernels", "DEF")
 
 # Triton reads the same variable when it is imported; kernels then run on the CPU, in numpy
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+HAS_TRITON = find_spec("triton") is not None
 
 BACKENDS = ("triton", "hybrid", "reference")
 _warned: set[str] = set()
@@ -49,6 +54,15 @@ def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
         f"torch.vmap over {name} is not supported: make the mapped dimension part of the batch"
     )
     torch.library.register_vmap(f"adapter_kernels::{name}", refuse(message), lib=LIBRARY)
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether Triton kernels run where x lies; the interpreter computes nonsense in bfloat16."""
+    if x.dtype == torch.float64:
+        return False
+    if x.device.type == "cuda":
+        return HAS_TRITON and capability_of(x.device) is not None
+    return INTERPRETED and x.device.type == "cpu" and x.dtype != torch.bfloat16
 
 
 def choose_backend(

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .backend import LIBRARY, choose_backend, define
+from .backend import LIBRARY, choose_backend, define, runs_kernels
 from .checks import FLOATS, check_device, check_dtype, check_number, check_shape
 
 
@@ -53,9 +53,20 @@ def rms_norm_backward_reference(
     return dx, dweight
 
 
+def _forward(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel where it runs, else the reference."""
+    if not runs_kernels(x):
+        return rms_norm_reference(x, weight, residual, eps)
+    from .rms_norm_kernel import forward
+
+    return forward(x, weight, residual, eps)
+
+
 define(
     "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor)",
-    rms_norm_reference,
+    _forward,
     rms_norm_reference,
 )
 define(
@@ -153,6 +164,7 @@ def rms_norm(
         check_shape("residual", residual, "that of x", tuple(x.shape))
         check_dtype("residual", residual, (x.dtype,))
         check_device("residual", residual, "x", x)
-    choose_backend("rms_norm", None, x.device, ("reference",), x, weight, residual)
+    able = ("triton",) if runs_kernels(x) else ("reference",)
+    choose_backend("rms_norm", None, x.device, able, x, weight, residual)
     out, h, _ = _forward_op(x, weight, residual, eps)
     return out if residual is None else (out, h)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import LIBRARY, choose_backend, define
+from .backend import LIBRARY, choose_backend, define, runs_kernels
 from .checks import (
     FLOATS,
     check_device,
@@ -132,10 +132,36 @@ def _write_cache_fake(
     """The op returns nothing."""
 
 
+def _apply_rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernel where it runs, else the reference."""
+    if not runs_kernels(q):
+        return apply_rotary_reference(q, k, cos, sin, interleaved)
+    from .rotary_kernel import apply_rotary
+
+    return apply_rotary(q, k, cos, sin, interleaved)
+
+
+def _write_cache(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, *rest: Tensor | None
+) -> None:
+    """The kernel where it runs and the caches' heads are contiguous, else the reference."""
+    whole = all(x.stride(-1) == 1 for x in (k_cache, v_cache))
+    if not whole or not runs_kernels(k):
+        write_cache_reference(k, v, k_cache, v_cache, positions, *rest)
+        return
+    from .rotary_kernel import write_cache
+
+    # only on a CPU, where looking costs nothing
+    _check_slots(positions, rest[0], k_cache)
+    write_cache(k, v, k_cache, v_cache, positions, *rest)
+
+
 define(
     "apply_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) "
     "-> (Tensor, Tensor)",
-    apply_rotary_reference,
+    _apply_rotary,
     apply_rotary_reference,
 )
 define(
@@ -147,7 +173,7 @@ define(
 define(
     "write_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
     "Tensor? page_table, Tensor? cos, Tensor? sin) -> ()",
-    write_cache_reference,
+    _write_cache,
     _write_cache_fake,
 )
 _forward_op = torch.ops.adapter_kernels.apply_rotary.default
@@ -234,7 +260,8 @@ def apply_rotary(
     check_device("k", k, "q", q)
     _check_angles(cos, sin, "q", q)
     check_flag("interleaved", interleaved)
-    choose_backend("apply_rotary", None, q.device, ("reference",), q, k)
+    able = ("triton",) if runs_kernels(q) else ("reference",)
+    choose_backend("apply_rotary", None, q.device, able, q, k)
     return _forward_op(q, k, cos, sin, interleaved)
 
 
@@ -303,5 +330,5 @@ def write_cache(
         raise ValueError("cos and sin must both be given or both be None")
     if cos is not None and sin is not None:
         _check_angles(cos, sin, "k", k)
-    choose_backend("write_cache", None, k.device, ("reference",))
+    choose_backend("write_cache", None, k.device, ("triton" if runs_kernels(k) else "reference",))
     _write_op(k, v, k_cache, v_cache, positions, page_table, cos, sin)

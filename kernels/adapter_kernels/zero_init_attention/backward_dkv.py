@@ -30,7 +30,9 @@ from .kernel_arguments import (
 from .layouts import Layout, Prompts
 from .tiles import (
     far,
+    gate_unit,
     key_bounds,
+    load_gate,
     load_rows,
     prompt_of,
     sequence,
@@ -175,7 +177,12 @@ def _prompt_program(
     high = tl.where(length > 0, tl.minimum(low + CHUNK, T), low)
     for member in range(GROUP):
         h = g * GROUP + member
-        gate = tl.load(gate_ptr + far(row, stride_gb) + far(h, stride_gh))
+        gate = load_gate(gate_ptr + far(row, stride_gb) + far(h, stride_gh), length, True)
+        unit = gate_unit(gate, q_ptr.dtype.element_ty)
+        if q_ptr.dtype.element_ty == tl.float16:
+            dprompt_k /= unit
+            dprompt_v /= unit
+            gate /= unit
         q_head = q_ptr + far(b, stride_qb) + far(h, stride_qh) + far(q_start, stride_qt)
         dout_head = dout_ptr + far(b, stride_dob) + far(h, stride_doh) + far(q_start, stride_dot)
         dgate = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -208,6 +215,9 @@ def _prompt_program(
             if dprompt_k_ptr is not None:
                 ds = tl.trans((p * (dp - delta[:, None])).to(q.dtype))
                 dprompt_k = tl.dot(ds, q, dprompt_k, input_precision="ieee")
+        if q_ptr.dtype.element_ty == tl.float16:
+            dprompt_k *= unit
+            dprompt_v *= unit
         if dgate_ptr is not None:
             partial = far(b, chunks * H) + chunk * H + h
             tl.store(dgate_ptr + partial, tl.sum(dgate, 0), mask=tile == 0)

@@ -30,8 +30,10 @@ from .layouts import Layout, Prompts
 from .tiles import (
     LOG2E,
     far,
+    gate_unit,
     key_bands,
     key_bounds,
+    load_gate,
     load_rows,
     prompt_of,
     sequence,
@@ -162,7 +164,7 @@ def _query_kernel(
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     if prompt_k_ptr is not None:
         row, length = prompt_of(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
-        gate = tl.load(gate_ptr + far(row, stride_gb) + far(h, stride_gh))
+        gate = load_gate(gate_ptr + far(row, stride_gb) + far(h, stride_gh), length, True)
         prompt_k_ptr += far(row, stride_pkb) + far(g, stride_pkg)
         prompt_v_ptr += far(row, stride_pvb) + far(g, stride_pvg)
         row_max, row_sum, delta_p, s, dp, k = prompt_statistics(
@@ -176,7 +178,8 @@ def _query_kernel(
             tl.store(prompt_lse_ptr + target, prompt_lse, mask=rows < count)
             tl.store(prompt_delta_ptr + target, delta_p, mask=rows < count)
         if dq_ptr is not None:
-            factor = (gate / row_sum)[:, None]
+            unit = gate_unit(gate, q.dtype)
+            factor = (gate / unit / row_sum)[:, None]
             ds = tl.math.exp2(s - row_max[:, None]) * factor * (dp - delta_p[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
             if MANY:
@@ -187,6 +190,8 @@ def _query_kernel(
                     )  # fmt: skip
                     ds = tl.math.exp2(s - row_max[:, None]) * factor * (dp - delta_p[:, None])
                     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            if q.dtype == tl.float16:
+                dq *= unit
     if lse_ptr is not None:
         statistics_row = far(b, stride_lb) + far(h, stride_lh) + first_row
         lse = load_lse(lse_ptr + statistics_row, rows, count)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 
 UNMEASURED = "unmeasured"
-DIRECTIONS = ("forward", "backward_dq", "backward_dkv", "backward_dkv_grouped", "prompt_forward")
+DIRECTIONS = (
+    "forward", "backward_dq", "backward_dkv", "backward_dkv_grouped", "prompt_forward", "decode",
+)  # fmt: skip
 HEAD_DIMS = (16, 32, 64, 128, 256)
 # prompt rows in one tile: more registers than this and the accumulators spill
 WIDEST_PROMPT = 64
@@ -65,7 +67,7 @@ def _rows(
 
     `grouped` is dkv where several query heads share a key head: their loop wants registers.
     """
-    found = (forward, dq, dkv, grouped, _PROMPT_FORWARD)
+    found = (forward, dq, dkv, grouped, _PROMPT_FORWARD, _DECODE)
     return {
         direction: dict(zip(HEAD_DIMS, rows, strict=True))
         for direction, rows in zip(DIRECTIONS, found, strict=True)
@@ -79,6 +81,14 @@ _PROMPT_FORWARD = [
     TileConfig(64, 16, 4, 2),
     TileConfig(64, 16, 4, 2),
     TileConfig(64, 16, 8, 1),
+]
+# bound by memory as well: keys in flight count, not registers. Rows are those of a group's heads
+_DECODE = [
+    TileConfig(64, 64, 4, 4),
+    TileConfig(64, 64, 4, 4),
+    TileConfig(64, 64, 4, 3),
+    TileConfig(32, 64, 4, 2),
+    TileConfig(16, 32, 4, 2),
 ]
 # 64 x 64 with 4 warps spills in dkv, and in forward unless q is read again
 _SM80 = _rows(
@@ -237,7 +247,14 @@ _FLOAT32: Rows = _rows(
         64: TileConfig(64, 16, 4, 2),
         128: TileConfig(16, 16, 8, 1),
         256: TileConfig(16, 16, 8, 1),
-    }
+    },
+    "decode": {
+        16: TileConfig(16, 32, 8, 2),
+        32: TileConfig(16, 16, 4, 2),
+        64: TileConfig(16, 32, 8, 2),
+        128: TileConfig(16, 32, 8, 2),
+        256: TileConfig(16, 16, 8, 2),
+    },
 }
 CAPABILITIES = tuple(_HALF)
 # heads that do not fill their tile hold masks in registers as well: the row of 128 would spill

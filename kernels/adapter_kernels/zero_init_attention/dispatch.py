@@ -5,17 +5,15 @@ gate, so a gate of 0 gives bitwise what attention without a prompt gives.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from adapter_kernels.arch import capability_of
-from adapter_kernels.backend import INTERPRETED
+from adapter_kernels.backend import HAS_TRITON, INTERPRETED, runs_kernels
 
 from .library_attention import LIBRARIES, Library
 
-HAS_TRITON = find_spec("triton") is not None
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -77,11 +75,9 @@ def rule_for(capability: int, head_dim: int, keys: int, direction: str) -> Rule:
     )
 
 
-def has_triton(q: Tensor) -> bool:
-    """Whether kernels run on the device of q; the interpreter computes nonsense in bfloat16."""
-    if q.device.type == "cuda":
-        return HAS_TRITON and capability_of(q.device) is not None
-    return INTERPRETED and q.device.type == "cpu" and q.dtype != torch.bfloat16
+def kernels_for(q: Tensor) -> tuple[str, ...]:
+    """The backends of what no library computes, best first."""
+    return ("triton", "reference") if runs_kernels(q) else ("reference",)
 
 
 def has_library(
@@ -94,7 +90,9 @@ def has_library(
         return True
     square = not causal or keys == q.shape[1]
     known = capability_of(q.device) is not None
-    return known and q.dtype in HALVES and square and not packed and not padded
+    # cuDNN takes no sequence of one
+    several = q.shape[1] > 1 and keys > 1
+    return known and q.dtype in HALVES and square and several and not packed and not padded
 
 
 def backends_for(
@@ -109,7 +107,7 @@ def backends_for(
         causal, packed, padded: whether there is a diagonal, cu_seqlens, or key bounds.
         training: whether a gradient is wanted.
     """
-    found = [name for name, here in (("triton", has_triton(q)), ("reference", True)) if here]
+    found = list(kernels_for(q))
     if has_library(q, keys, scale, causal, packed, padded):
         first = q.device.type == "cpu" and not INTERPRETED
         if q.device.type == "cuda":
@@ -128,5 +126,6 @@ def library_of(q: Tensor) -> Library:
         return LIBRARIES["cpu"]
     rules = RULES.get(capability_of(q.device) or 0, ())
     chosen = next((rule.library for rule in rules if rule.backend == "hybrid"), "flash")
-    # cuDNN has no backward pass for wider heads
-    return LIBRARIES["flash" if q.shape[-1] > 128 else chosen]
+    # cuDNN has no backward pass for wider heads, and promises equal bits to nobody
+    flash = q.shape[-1] > 128 or torch.are_deterministic_algorithms_enabled()
+    return LIBRARIES["flash" if flash else chosen]

@@ -18,6 +18,7 @@ from adapter_kernels.launch import Launch
 from .configs import TileConfig
 from .kernel_arguments import (
     batch_of,
+    page_arguments,
     prompt_arguments,
     row_strides,
     shape_arguments,
@@ -29,8 +30,11 @@ from .layouts import Layout, Prompts
 from .tiles import (
     LN2,
     far,
+    gate_unit,
     key_bands,
     key_bounds,
+    load_gate,
+    load_keys,
     load_rows,
     prompt_of,
     row_pointers,
@@ -41,18 +45,19 @@ from .tiles import (
 
 
 @triton.jit
-def _attend_band(
-    acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_vs, low, high, first, last,
-    offs_m, offset, offs_d, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr,
+def attend_band(
+    acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kb, stride_ks, stride_vb, stride_vs, table_ptr,
+    pages, low, high, first, last, offs_m, offset, offs_d, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the tiles of keys from low to high; acc (M, BLOCK_D), the others (M)."""
     rows = tl.arange(0, BLOCK_N)
     for start in tl.range(low, high, BLOCK_N):
-        k_tile, v_tile = k_ptr + far(start, stride_ks), v_ptr + far(start, stride_vs)
-        k = load_rows(
-            k_tile, stride_ks, rows, first - start, last - start, offs_d, HEAD_DIM, MASKED
-        )
+        k = load_keys(
+            k_ptr, stride_kb, stride_ks, table_ptr, pages, start, rows, first, last, offs_d,
+            HEAD_DIM, PAGE, MASKED,
+        ).to(q.dtype)  # fmt: skip
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             seen = visible(start + rows, first, last, offs_m, offset, CAUSAL)
@@ -64,9 +69,10 @@ def _attend_band(
         p = tl.math.exp2(s * scale_log2 - (safe_max * scale_log2)[:, None])
         shrink = tl.math.exp2((row_max - safe_max) * scale_log2)
         row_sum = row_sum * shrink + tl.sum(p, 1)
-        v = load_rows(
-            v_tile, stride_vs, rows, first - start, last - start, offs_d, HEAD_DIM, MASKED
-        )
+        v = load_keys(
+            v_ptr, stride_vb, stride_vs, table_ptr, pages, start, rows, first, last, offs_d,
+            HEAD_DIM, PAGE, MASKED,
+        ).to(q.dtype)  # fmt: skip
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         row_max = new_max
     return acc, row_max, row_sum
@@ -86,13 +92,20 @@ def prompt_scores(
 
 
 @triton.jit
-def _add_prompt(
+def scale_rows(x, factor):
+    """x (M, N) times a number, or times one of each row (M)."""
+    return x * factor[:, None] if len(factor.shape) == 1 else x * factor
+
+
+@triton.jit
+def add_prompt(
     acc, q, k_ptr, v_ptr, stride_pkp, stride_pvp, length, gate, P, offs_d, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """acc + gate softmax(q K_p^T) V_p, the accumulator (M, BLOCK_D) being the tokens' own.
 
-    MANY is for prompts of more rows than a tile: once over them for the softmax, once for V_p.
+    The gate is a head's, or (M) where the rows are of several. MANY is for prompts of more rows
+    than a tile: once over them for the softmax, once for V_p.
     """
     rows = tl.arange(0, BLOCK_P)
     s, _ = prompt_scores(q, k_ptr, stride_pkp, 0, length, offs_d, scale_log2, HEAD_DIM, BLOCK_P)
@@ -110,8 +123,11 @@ def _add_prompt(
             row_sum = row_sum * tl.math.exp2(row_max - new_max)
             row_sum += tl.sum(tl.math.exp2(s - new_max[:, None]), 1)
             row_max = new_max
+    unit = gate_unit(gate, q.dtype)
     # an empty prompt has p = 0, so any finite factor serves
-    factor = gate / tl.where(row_sum > 0, row_sum, 1.0)
+    factor = gate / unit / tl.where(row_sum > 0, row_sum, 1.0)
+    if q.dtype == tl.float16:
+        acc = scale_rows(acc, 1 / unit)
     if MANY:
         for start in tl.range(0, P, BLOCK_P):
             s, _ = prompt_scores(
@@ -125,6 +141,8 @@ def _add_prompt(
         v = load_rows(v_ptr, stride_pvp, rows, 0, length, offs_d, HEAD_DIM, True)
         p = p * factor[:, None]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    if q.dtype == tl.float16:
+        acc = scale_rows(acc, unit)
     return acc
 
 
@@ -134,7 +152,7 @@ def _load_q(
     AGAIN: tl.constexpr,
 ):  # fmt: skip
     """Query rows times the sign of the scale, so that the scale itself is positive."""
-    ptrs = row_pointers(ptr, stride, rows, offs_d)
+    ptrs = row_pointers(ptr, rows.to(tl.int64) * stride, offs_d)
     mask = (rows < count)[:, None] & (offs_d < HEAD_DIM)[None, :]
     q = tl.load(ptrs, mask=mask, other=0.0, volatile=AGAIN)
     return q if SIGN == 1 else (q * SIGN).to(q.dtype)
@@ -144,14 +162,15 @@ def _load_q(
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, gate_ptr, out_ptr, lse_ptr,
     adapter_index_ptr, prompt_lengths_ptr, key_starts_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr,
+    page_table_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg,
     stride_pkb, stride_pkp, stride_pkg, stride_pvb, stride_pvp, stride_pvg, stride_gb, stride_gh,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
-    T, S, H, P, A, m_tiles, scale_log2,
+    T, S, H, P, A, pages, stride_table, m_tiles, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, MANY: tl.constexpr, CAUSAL: tl.constexpr,
-    SIGN: tl.constexpr, RELOAD_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PAGE: tl.constexpr, MANY: tl.constexpr,
+    CAUSAL: tl.constexpr, SIGN: tl.constexpr, RELOAD_Q: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M query rows of one head of one sequence, those with most keys first."""
     pid = tl.program_id(0)
@@ -161,17 +180,24 @@ def _forward_kernel(
     q_start, T = sequence(cu_q_ptr, b, T)
     if m_start >= T:
         return
+    longest = S
     k_start, S = sequence(cu_k_ptr, b, S)
     g = h // GROUP
-    offset = S - T
     rows = tl.arange(0, BLOCK_M)
     offs_m = m_start + rows
     offs_d = tl.arange(0, BLOCK_D)
     first_row = q_start + m_start
     q_ptr += far(b, stride_qb) + far(h, stride_qh) + far(first_row, stride_qt)
     q = _load_q(q_ptr, stride_qt, rows, T - m_start, offs_d, HEAD_DIM, SIGN, False)
-    k_ptr += far(b, stride_kb) + far(g, stride_kg) + far(k_start, stride_ks)
-    v_ptr += far(b, stride_vb) + far(g, stride_vg) + far(k_start, stride_vs)
+    k_ptr += far(g, stride_kg)
+    v_ptr += far(g, stride_vg)
+    if page_table_ptr is None:
+        k_ptr += far(b, stride_kb) + far(k_start, stride_ks)
+        v_ptr += far(b, stride_vb) + far(k_start, stride_vs)
+    else:
+        page_table_ptr += far(b, stride_table)
+        S = tl.minimum(S, longest)
+    offset = S - T
     first, last = key_bounds(key_starts_ptr, key_lengths_ptr, b, S)
     low, full_low, full_high, high = key_bands(
         first, last, m_start, offset, CAUSAL, BLOCK_M, BLOCK_N
@@ -180,17 +206,20 @@ def _forward_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     if key_starts_ptr is not None:
-        acc, row_max, row_sum = _attend_band(
-            acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_vs, low, full_low, first,
-            last, offs_m, offset, offs_d, scale_log2, HEAD_DIM, BLOCK_N, CAUSAL, True,
+        acc, row_max, row_sum = attend_band(
+            acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kb, stride_ks, stride_vb, stride_vs,
+            page_table_ptr, pages, low, full_low, first, last, offs_m, offset, offs_d, scale_log2,
+            HEAD_DIM, BLOCK_N, PAGE, CAUSAL, True,
         )  # fmt: skip
-    acc, row_max, row_sum = _attend_band(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_vs, full_low, full_high, first,
-        last, offs_m, offset, offs_d, scale_log2, HEAD_DIM, BLOCK_N, CAUSAL, False,
+    acc, row_max, row_sum = attend_band(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kb, stride_ks, stride_vb, stride_vs,
+        page_table_ptr, pages, full_low, full_high, first, last, offs_m, offset, offs_d, scale_log2,
+        HEAD_DIM, BLOCK_N, PAGE, CAUSAL, False,
     )  # fmt: skip
-    acc, row_max, row_sum = _attend_band(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, stride_ks, stride_vs, full_high, high, first,
-        last, offs_m, offset, offs_d, scale_log2, HEAD_DIM, BLOCK_N, CAUSAL, True,
+    acc, row_max, row_sum = attend_band(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kb, stride_ks, stride_vb, stride_vs,
+        page_table_ptr, pages, full_high, high, first, last, offs_m, offset, offs_d, scale_log2,
+        HEAD_DIM, BLOCK_N, PAGE, CAUSAL, True,
     )  # fmt: skip
     # rows that see no key: the sum is 0, the output that of the prompt alone, lse -inf
     blind = row_sum == 0
@@ -199,13 +228,13 @@ def _forward_kernel(
     lse = tl.where(blind, float("-inf"), row_max * scale_log2 * LN2 + tl.log(row_sum))
     if prompt_k_ptr is not None:
         row, length = prompt_of(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
-        gate = tl.load(gate_ptr + far(row, stride_gb) + far(h, stride_gh))
+        gate = load_gate(gate_ptr + far(row, stride_gb) + far(h, stride_gh), length, True)
         prompt_k_ptr += far(row, stride_pkb) + far(g, stride_pkg)
         prompt_v_ptr += far(row, stride_pvb) + far(g, stride_pvg)
         if RELOAD_Q:
             # cheaper than keeping q in registers beside the accumulator
             q = _load_q(q_ptr, stride_qt, rows, T - m_start, offs_d, HEAD_DIM, SIGN, True)
-        acc = _add_prompt(
+        acc = add_prompt(
             acc, q, prompt_k_ptr, prompt_v_ptr, stride_pkp, stride_pvp, length, gate, P, offs_d,
             scale_log2, HEAD_DIM, BLOCK_P, MANY,
         )  # fmt: skip
@@ -246,10 +275,10 @@ def _prompt_forward_kernel(
         base = load_rows(base_ptr, stride_bt, rows, 0, T - m_start, offs_d, HEAD_DIM, True)
         acc += base.to(tl.float32)
     row, length = prompt_of(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
-    gate = tl.load(gate_ptr + far(row, stride_gb) + far(h, stride_gh))
+    gate = load_gate(gate_ptr + far(row, stride_gb) + far(h, stride_gh), length, True)
     prompt_k_ptr += far(row, stride_pkb) + far(g, stride_pkg)
     prompt_v_ptr += far(row, stride_pvb) + far(g, stride_pvg)
-    acc = _add_prompt(
+    acc = add_prompt(
         acc, q, prompt_k_ptr, prompt_v_ptr, stride_pkp, stride_pvp, length, gate, P, offs_d,
         scale_log2, HEAD_DIM, BLOCK_P, MANY,
     )  # fmt: skip
@@ -278,6 +307,7 @@ def forward_launch(
         **prompt_arguments(q, prompts),
         **shape_arguments(q, k.shape[-2]),
         **tokens,
+        **page_arguments(layout.page_table, k),
         "m_tiles": m_tiles,
         # a scale of 0 scores every key alike: as queries of 0 do
         "scale_log2": (abs(scale) or 1.0) * math.log2(math.e),

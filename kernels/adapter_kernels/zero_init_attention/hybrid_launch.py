@@ -15,6 +15,7 @@ from adapter_kernels.backend import INTERPRETED
 
 from . import reference_launch
 from .dispatch import library_of
+from .kernel_arguments import aligned_rows
 from .layouts import Layout, Prompts
 from .library_attention import Library, attend, attend_backward
 
@@ -65,9 +66,18 @@ def prompt_module(q: Tensor) -> ModuleType:
     return reference_launch
 
 
+def readable(x: Tensor) -> Tensor:
+    """x as libraries of a GPU read it, 16 bytes at a time and never one row for many."""
+    if x.device.type != "cuda" or x.numel() == 0:
+        return x
+    repeated = any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True))
+    return x.contiguous() if repeated else aligned_rows(x)
+
+
 def tokens(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     """The tokens' own output, like q, and lse (B,H,T), or (H,total_q) of packed sequences."""
     library, packed = library_of(q), layout.cu_seqlens_q is not None
+    q, k, v = map(readable, (q, k, v))
     pieces = list(_pieces(q, k, layout))
     if len(pieces) == 1 and not packed:
         (piece,) = pieces
@@ -101,10 +111,14 @@ def token_gradients(
     dout: Tensor, dlse: Tensor | None, own: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     layout: Layout, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv of the tokens' segment, float32."""
+    """dq, dk, dv of the tokens' segment, in their dtype or float32."""
     library, packed = library_of(q), layout.cu_seqlens_q is not None
+    dout, q, k, v = map(readable, (dout, q, k, v))
+    pieces = list(_pieces(q, k, layout))
+    if len(pieces) == 1 and not packed and dlse is None and pieces[0].k == (slice(None),):
+        return attend_backward(dout, q, k, v, own, lse, pieces[0].offset, scale, library)
     dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
-    for piece in _pieces(q, k, layout):
+    for piece in pieces:
         part_dout, part_q, part_own = (_batched(x, piece.q, packed) for x in (dout, q, own))
         part_k, part_v = (_batched(x, piece.k, packed) for x in (k, v))
         part_lse = _batched(lse, piece.lse, packed)

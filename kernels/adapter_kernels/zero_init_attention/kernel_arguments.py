@@ -35,6 +35,11 @@ def aligned_rows(x: Tensor) -> Tensor:
     return x if x.numel() == 0 or are_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
+def dense_index(x: Tensor | None) -> Tensor | None:
+    """An index tensor as kernels read it, entry after entry: a slice or an expansion is copied."""
+    return None if x is None else x.contiguous()
+
+
 def row_strides(letter: str, x: Tensor | None, names: str) -> dict[str, int]:
     """strides of a tensor of heads, whose rows kernels load in pieces of 16 bytes."""
     assert x is None or x.numel() == 0 or are_aligned(x), f"{letter}: rows are not aligned"
@@ -90,6 +95,17 @@ def token_arguments(q: Tensor, k: Tensor, layout: Layout) -> dict[str, Any]:
         "T": layout.max_seqlen_q if packed else q.shape[1],
         "S": layout.max_seqlen_k if packed else k.shape[1],
         "CAUSAL": layout.causal,
+    }
+
+
+def page_arguments(page_table: Tensor | None, k: Tensor) -> dict[str, Any]:
+    """The pages (N, page, G, D) of a cache, whose strides are those of a batch, and their order."""
+    paged = page_table is not None
+    return {
+        "page_table_ptr": page_table,
+        "stride_table": page_table.stride(0) if paged else 0,
+        "pages": k.shape[0] if paged else 0,
+        "PAGE": k.shape[1] if paged else 1,
     }
 
 

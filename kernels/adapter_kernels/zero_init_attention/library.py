@@ -43,7 +43,8 @@ _ATTENTION_BACKWARD = (
 )
 _DECODE = (
     f"zero_init_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, {_PROMPTS}, "
-    "Tensor cache_lengths, Tensor? page_table, float scale, str backend) -> Tensor"
+    "Tensor cache_lengths, Tensor? page_table, Tensor? k_scale, Tensor? v_scale, float scale, "
+    "str backend) -> Tensor"
 )
 _PROMPT = (
     f"gated_prompt_attention(Tensor q, {_PROMPTS}, Tensor? cu_seqlens_q, Tensor? out, "
@@ -115,11 +116,9 @@ def _attention_backward_fake(
 
 
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
-    prompts, (cache_lengths, page_table, scale, backend) = _prompts_first(rest)
+    prompts, (*cache, scale, backend) = _prompts_first(rest)
     with _exact(q):
-        return launchers(backend).decode(
-            q, k_cache, v_cache, prompts, cache_lengths, page_table, scale
-        )
+        return launchers(backend).decode(q, k_cache, v_cache, prompts, *cache, scale)
 
 
 def _prompt(q: Tensor, *rest: Any) -> Tensor:

@@ -13,8 +13,10 @@ from adapter_kernels.backend import choose_backend
 from adapter_kernels.checks import check_flag, check_range, check_tensor
 
 from .arguments import (
+    cache_dtype,
     cast_together,
     check_cache_lengths,
+    check_cache_scales,
     check_cu_seqlens,
     check_index,
     check_keys,
@@ -24,14 +26,10 @@ from .arguments import (
     check_prompts,
     check_queries,
     page_capacity,
-    refuse_fp8,
 )
-from .dispatch import backends_for, has_triton
+from .dispatch import backends_for, kernels_for
 from .layouts import Prompts
 from .library import attention_op, decode_op, prompt_op
-
-# what nothing but the reference computes yet
-REFERENCE = ("reference",)
 
 
 def _wants_gradient(*inputs: Tensor | None) -> bool:
@@ -266,7 +264,7 @@ def zero_init_attention_varlen(
     check_prompts(q, prompts, batch, k.shape[-2])
     inputs = (q, k, v, *prompts[:3])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    able = REFERENCE
+    able = kernels_for(q)
     if page_table is None:
         kind = {"causal": causal, "packed": True, "padded": False}
         able = backends_for(q, max_seqlen_k, scale, **kind, training=_wants_gradient(*inputs))
@@ -308,7 +306,8 @@ def zero_init_attention_decode(
         page_table: (B, max_pages) int32, the pages of each sequence in order; entries past its
             length are never read.
         scale, backend: as in zero_init_attention.
-        k_scale, v_scale: (G,) float32 factors of an fp8 cache; need compute capability 8.9.
+        k_scale, v_scale: (G,) float32 positive factors of an fp8 cache, whose keys and values are
+            k_scale k_cache and v_scale v_cache; on a GPU they need compute capability 8.9.
 
     Returns:
         out (B, T, H, D) in the dtype of q.
@@ -319,23 +318,28 @@ def zero_init_attention_decode(
 
     Source: LLaMA-Adapter, section 3.2, equations 5 to 8, for the word being generated.
     """
-    refuse_fp8(k_cache, k_scale, v_scale)
     q, k_cache, v_cache, prompt_k, prompt_v = cast_together(q, k_cache, v_cache, prompt_k, prompt_v)
     prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
     check_queries(q, "(B, T, H, D)", scale)
     batch = q.shape[0]
+    scaled = k_scale is not None or v_scale is not None
+    dtype = cache_dtype(q, k_cache, scaled)
     if page_table is None:
-        check_keys(q, k_cache, v_cache, "_cache", "(B, S_max, G, D)", batch, None)
+        check_keys(q, k_cache, v_cache, "_cache", "(B, S_max, G, D)", batch, None, dtype=dtype)
         check_cache_lengths(q, cache_lengths, k_cache.shape[1])
     else:
-        check_keys(q, k_cache, v_cache, "_cache", "(N, page, G, D)", None, None)
+        check_keys(q, k_cache, v_cache, "_cache", "(N, page, G, D)", None, None, dtype=dtype)
         check_cache_lengths(q, cache_lengths, page_capacity(q, k_cache, page_table, batch))
         check_pages(k_cache, page_table, cache_lengths)
+    if scaled:
+        check_cache_scales(q, k_cache.shape[2], k_scale=k_scale, v_scale=v_scale)
     check_prompts(q, prompts, batch, k_cache.shape[2])
     inputs = (q, k_cache, v_cache, *prompts[:3])
-    chosen = choose_backend("zero_init_attention_decode", backend, q.device, REFERENCE, *inputs)
+    able = kernels_for(q)
+    chosen = choose_backend("zero_init_attention_decode", backend, q.device, able, *inputs)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    return decode_op(q, k_cache, v_cache, *prompts, cache_lengths, page_table, scale, chosen)
+    cache = (cache_lengths, page_table, k_scale, v_scale)
+    return decode_op(q, k_cache, v_cache, *prompts, *cache, scale, chosen)
 
 
 def gated_prompt_attention(
@@ -387,7 +391,7 @@ def gated_prompt_attention(
     if out is not None:
         check_like_queries("out", out, q, "that of q", *q.shape)
     inputs = (q, *prompts[:3], out)
-    able = ("triton", *REFERENCE) if has_triton(q) else REFERENCE
+    able = kernels_for(q)
     chosen = choose_backend("gated_prompt_attention", backend, q.device, able, *inputs)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return prompt_op(q, *prompts, cu_seqlens_q, out, scale, chosen)

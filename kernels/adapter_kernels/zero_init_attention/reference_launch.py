@@ -21,6 +21,7 @@ from .layouts import (
     to_rows,
     unpack,
     visibility,
+    wide,
 )
 from .reference import Grad, Segment
 
@@ -112,9 +113,14 @@ def decode(
     prompts: Prompts,
     cache_lengths: Tensor,
     page_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
     """The result like q."""
+    if k_scale is not None and v_scale is not None:
+        k_cache = k_cache.to(wide(q.dtype)) * k_scale[:, None]
+        v_cache = v_cache.to(wide(q.dtype)) * v_scale[:, None]
     keys = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     cache_lengths = cache_lengths.clamp(0, keys)
     k, v = cached_keys(k_cache, v_cache, page_table, cache_lengths, keys)

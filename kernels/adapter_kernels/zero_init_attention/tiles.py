@@ -51,32 +51,87 @@ def prompt_of(adapter_index_ptr, prompt_lengths_ptr, b, P, A):
 
 
 @triton.jit
+def load_gate(ptr, length, exists):
+    """The gate, a head's or those of rows that exist; 0 without a prompt: no row 0's NaN leaks."""
+    return tl.load(ptr, mask=exists & (length > 0), other=0.0)
+
+
+@triton.jit
+def gate_unit(gate, dtype: tl.constexpr):
+    """A power of two near |gate|, by which what float16 holds is divided: else small gates vanish.
+
+    Multiplying the float32 sums by it again changes no bit of them. 1 in wider dtypes, and where
+    there is no such power.
+    """
+    unit = tl.full(gate.shape, 1.0, tl.float32)
+    if dtype == tl.float16:
+        size = tl.maximum(tl.abs(gate), 1e-30)
+        power = tl.math.exp2(tl.floor(tl.math.log2(size)))
+        unit = tl.where((size > 1e-30) & (size < 1e30), power, 1.0)
+    return unit
+
+
+@triton.jit
 def far(row, stride):
     """row * stride in 64 bits: rows may lie 2^31 elements apart."""
     return (tl.zeros([], dtype=tl.int64) + row) * stride
 
 
 @triton.jit
-def row_pointers(ptr, stride, rows, offs_d):
-    """Pointers (N, BLOCK_D) to rows of a matrix, each at a multiple of 16 bytes: row_strides."""
-    return tl.multiple_of(ptr + (rows.to(tl.int64)[:, None] * stride + offs_d[None, :]), (1, 16))
+def row_pointers(ptr, offsets, offs_d):
+    """Pointers (N, BLOCK_D) to rows at offsets (N), each at a multiple of 16 bytes: row_strides."""
+    return tl.multiple_of(ptr + (offsets[:, None] + offs_d[None, :]), (1, 16))
 
 
 @triton.jit
-def load_rows(ptr, stride, rows, low, high, offs_d, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows (N) of a matrix as (N, BLOCK_D), 0 beyond HEAD_DIM and, if MASKED, outside low to high.
+def load_at(ptr, offsets, inside, offs_d, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows at offsets (N) as (N, BLOCK_D), 0 beyond HEAD_DIM and, if MASKED, where not inside (N).
 
-    What is masked is not read: it may hold NaN. `ptr` points at row 0, and is what a loop moves:
-    the offsets are then computed once.
+    What is masked is not read: it may hold NaN.
     """
-    ptrs = row_pointers(ptr, stride, rows, offs_d)
+    ptrs = row_pointers(ptr, offsets, offs_d)
     if MASKED:
-        mask = ((rows >= low) & (rows < high))[:, None] & (offs_d < HEAD_DIM)[None, :]
+        mask = inside[:, None] & (offs_d < HEAD_DIM)[None, :]
         tile = tl.load(ptrs, mask=mask, other=0.0)
     elif offs_d.shape[0] != HEAD_DIM:
         tile = tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
     else:
         tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def load_rows(ptr, stride, rows, low, high, offs_d, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows (N) of a matrix, as load_at; if MASKED, those outside low to high are 0.
+
+    `ptr` points at row 0, and is what a loop moves: the offsets are then computed once.
+    """
+    offsets, inside = rows.to(tl.int64) * stride, (rows >= low) & (rows < high)
+    return load_at(ptr, offsets, inside, offs_d, HEAD_DIM, MASKED)
+
+
+@triton.jit
+def load_keys(
+    ptr, stride_page, stride, table_ptr, pages, start, rows, first, last, offs_d,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Keys start + rows (N) of a sequence; if MASKED, those outside first to last are 0.
+
+    In order from `ptr` on, or, with a table, in the pages of PAGE keys that it names one by one.
+    """
+    if table_ptr is None:
+        tile_ptr = ptr + far(start, stride)
+        tile = load_rows(
+            tile_ptr, stride, rows, first - start, last - start, offs_d, HEAD_DIM, MASKED
+        )
+    else:
+        keys = start + rows
+        inside = (keys >= first) & (keys < last)
+        # entries past a sequence's end are not looked at: they may hold anything
+        page = tl.load(table_ptr + keys // PAGE, mask=inside, other=0)
+        page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
+        offsets = page * stride_page + (keys % PAGE).to(tl.int64) * stride
+        tile = load_at(ptr, offsets, inside, offs_d, HEAD_DIM, MASKED)
     return tile
 
 
@@ -103,7 +158,7 @@ def key_bands(
 @triton.jit
 def store_rows(ptr, stride, rows, count, offs_d, tile, HEAD_DIM: tl.constexpr):
     """Store (N, BLOCK_D) as the first `count` rows of a matrix, rounded to its dtype."""
-    ptrs = row_pointers(ptr, stride, rows, offs_d)
+    ptrs = row_pointers(ptr, rows.to(tl.int64) * stride, offs_d)
     mask = (rows < count)[:, None] & (offs_d < HEAD_DIM)[None, :]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
 

@@ -11,8 +11,9 @@ from adapter_kernels.arch import capability_of
 from .backward_dkv import chunks_of, key_launch, sum_launch
 from .backward_dq import query_launch
 from .configs import TileConfig, tile
+from .decode import decode_launches, splits_of
 from .forward import forward_launch, prompt_forward_launch
-from .kernel_arguments import aligned_rows, batch_of, has_many_tiles
+from .kernel_arguments import aligned_rows, batch_of, dense_index, has_many_tiles
 from .layouts import Layout, Prompts
 from .reference import Grad
 
@@ -31,7 +32,8 @@ def attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result like q, and lse (B,H,T), or (H,total_q) of packed sequences; nothing else."""
     *batch, rows, heads, _ = q.shape
-    q, k, v, prompts = *map(aligned_rows, (q, k, v)), aligned_prompts(prompts)
+    q, k, v = map(aligned_rows, (q, k, v))
+    prompts, layout = readable_prompts(prompts), readable_layout(layout)
     out = q.new_empty(q.shape)
     lse = q.new_empty((*batch, heads, rows), dtype=torch.float32)
     config = config_of(q, "forward")
@@ -44,10 +46,22 @@ def key_config_of(q: Tensor, groups: int) -> TileConfig:
     return config_of(q, "backward_dkv" if q.shape[-2] == groups else "backward_dkv_grouped")
 
 
-def aligned_prompts(prompts: Prompts) -> Prompts:
+def readable_prompts(prompts: Prompts) -> Prompts:
     """The prompts as kernels read them."""
     k, v = (None if x is None else aligned_rows(x) for x in prompts[:2])
-    return prompts._replace(k=k, v=v)
+    index, lengths = dense_index(prompts.adapter_index), dense_index(prompts.lengths)
+    return prompts._replace(k=k, v=v, adapter_index=index, lengths=lengths)
+
+
+def readable_layout(layout: Layout) -> Layout:
+    """The layout as kernels read it."""
+    return layout._replace(
+        key_starts=dense_index(layout.key_starts),
+        key_lengths=dense_index(layout.key_lengths),
+        cu_seqlens_q=dense_index(layout.cu_seqlens_q),
+        cu_seqlens_k=dense_index(layout.cu_seqlens_k),
+        page_table=dense_index(layout.page_table),
+    )
 
 
 def prompt_partials(
@@ -105,7 +119,7 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv, dprompt_k, dprompt_v, dgate."""
     q, k, v, out, dout = map(aligned_rows, (q, k, v, out, dout))
-    prompts = aligned_prompts(prompts)
+    prompts, layout = readable_prompts(prompts), readable_layout(layout)
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (
         x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs[:3], strict=True)
@@ -128,6 +142,40 @@ def attention_backward(
     ).run()  # fmt: skip
     sums = prompt_sums(q, partials, prompts)
     return *(q.new_empty(0) if x is None else x for x in (dq, dk, dv)), *sums
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prompts: Prompts,
+    cache_lengths: Tensor,
+    page_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The result like q."""
+    q, k_cache, v_cache = map(aligned_rows, (q, k_cache, v_cache))
+    prompts, cache_lengths = readable_prompts(prompts), cache_lengths.contiguous()
+    page_table = dense_index(page_table)
+    out = q.new_empty(q.shape)
+    batch, tokens, heads, width = q.shape
+    groups = k_cache.shape[-2]
+    splits = splits_of(k_cache.shape[1] * (1 if page_table is None else page_table.shape[1]))
+    partials = None
+    if splits > 1:
+        shape = (batch, groups, splits, heads // groups * tokens)
+        partials = (
+            q.new_empty((*shape, width), dtype=torch.float32),
+            q.new_empty(shape, dtype=torch.float32),
+        )
+    for launch in decode_launches(
+        q, k_cache, v_cache, prompts, cache_lengths, page_table, k_scale, v_scale, scale, out,
+        partials, config_of(q, "decode"),
+    ):  # fmt: skip
+        launch.run()
+    return out
 
 
 def as_one_sequence(
@@ -156,7 +204,7 @@ def prompt(
     """The gated prompt segment alone, plus out where given; like q."""
     one, cu_seqlens_q, longest = as_one_sequence(q, prompts, cu_seqlens_q, longest)
     result = q.new_empty(q.shape)
-    q, prompts = aligned_rows(q), aligned_prompts(prompts)
+    q, prompts, cu_seqlens_q = aligned_rows(q), readable_prompts(prompts), dense_index(cu_seqlens_q)
     out = None if out is None else aligned_rows(out)
     rows = (q[None], None if out is None else out[None], result[None]) if one else (q, out, result)
     prompt_forward_launch(
@@ -179,7 +227,7 @@ def prompt_backward(
     one, cu_seqlens_q, longest = as_one_sequence(q, prompts, cu_seqlens_q, longest)
     result = q.new_empty(q.shape) if needs[0] else None
     q, dout, dq = aligned_rows(q), aligned_rows(dout), result
-    prompts = aligned_prompts(prompts)
+    prompts, cu_seqlens_q = readable_prompts(prompts), dense_index(cu_seqlens_q)
     if one:
         q, dout, dq = q[None], dout[None], None if dq is None else dq[None]
     layout = Layout(None, None, cu_seqlens_q, None, None, longest, 0, False)

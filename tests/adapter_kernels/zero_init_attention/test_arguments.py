@@ -213,6 +213,8 @@ FORWARD = [
         "prompts; got no adapter_index",
     ),
     ({"scale": float("nan")}, "scale must be a finite number, got nan"),
+    ({"scale": 1e-46}, "scale must be 0 or of a magnitude from 1e-30 to 1e+30, got 1e-46"),
+    ({"scale": -1e38}, "scale must be 0 or of a magnitude from 1e-30 to 1e+30, got -1e+38"),
     ({"scale": 10**400}, "scale must be a finite number, got 1000"),
     ({"causal": "yes"}, "causal must be True or False, got 'yes'"),
     (
@@ -331,10 +333,15 @@ def test_varlen(arguments: dict[str, Any], message: str) -> None:
         zero_init_attention_varlen(**arguments)
 
 
-FP8_MESSAGE = (
-    "k_scale and v_scale with a float8_e4m3fn cache need compute capability 8.9 or newer and the "
-    "triton backend, got a {} cache on cpu"
-)
+FP8_TOGETHER = "k_scale, v_scale and a float8_e4m3fn cache must be given together, got a {}"
+
+
+def fp8(*shape: int) -> Tensor:
+    return x(*shape).to(torch.float8_e4m3fn)
+
+
+FP8_CACHE = DECODE | {"k_cache": fp8(B, S, G, D), "v_cache": fp8(B, S, G, D)}
+SCALES = {"k_scale": x(G).exp(), "v_scale": x(G).exp()}
 STEP = [
     (
         DECODE | {"q": x(B, 17, H, D)},
@@ -382,15 +389,19 @@ STEP = [
         DECODE | SHARED | {"gate": x(G)},
         "gate must have shape (H,) = (4,), got (2,)",
     ),
-    (DECODE | {"k_scale": x(G)}, FP8_MESSAGE.format("float32")),
+    (DECODE | {"k_scale": x(G)}, FP8_TOGETHER.format("float32 cache with scales")),
+    (FP8_CACHE, FP8_TOGETHER.format("float8_e4m3fn cache without scales")),
+    (FP8_CACHE | {"v_scale": x(G)}, "k_scale must be given with a float8_e4m3fn cache, got None"),
     (
-        DECODE
-        | {
-            "k_cache": x(B, S, G, D).to(torch.float8_e4m3fn),
-            "v_cache": x(B, S, G, D).to(torch.float8_e4m3fn),
-        },
-        FP8_MESSAGE.format("float8_e4m3fn"),
+        FP8_CACHE | SCALES | {"v_cache": x(B, S, G, D)},
+        "v_cache must be float8_e4m3fn, got float32",
     ),
+    (FP8_CACHE | SCALES | {"k_scale": x(H)}, "k_scale must have shape (G,) = (2,), got (4,)"),
+    (
+        FP8_CACHE | SCALES | {"v_scale": -SCALES["v_scale"]},
+        "v_scale must be positive and finite, got -",
+    ),
+    (FP8_CACHE | SCALES | {"k_scale": x(G).double()}, "k_scale must be float32, got float64"),
     (
         DECODE | {"backend": "triton"},
         "backend 'triton' is not available for zero_init_attention_decode on cpu",

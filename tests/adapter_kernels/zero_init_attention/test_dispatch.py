@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_kernels import zero_init_attention
+from adapter_kernels import backend, zero_init_attention
 from adapter_kernels.backend import INTERPRETED
 from adapter_kernels.zero_init_attention import dispatch
 from adapter_kernels.zero_init_attention.library import launchers
@@ -22,7 +22,8 @@ class Gpu:
 
 @pytest.fixture
 def capability(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
-    monkeypatch.setattr(dispatch, "capability_of", lambda device: request.param)
+    for module in (dispatch, backend):
+        monkeypatch.setattr(module, "capability_of", lambda device: request.param)
     return request.param
 
 
@@ -70,7 +71,8 @@ def test_what_no_library_does_goes_to_the_kernels(capability: int, change: dict)
 def test_without_triton_a_library_is_better_than_the_reference(
     capability: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
+    for module in (dispatch, backend):
+        monkeypatch.setattr(module, "HAS_TRITON", False)
     assert backends(Gpu()) == ("hybrid", "reference")
     assert backends(Gpu(), packed=True) == ("reference",)
 

@@ -82,7 +82,8 @@ def test_opcheck_of_decode(paged: bool) -> None:
     if paged:
         k, v, table = k.view(21, 1, 2, 8), v.view(21, 1, 2, 8), torch.arange(21).view(3, 7).int()
     lengths = int32(7, 0, 5)
-    arguments = (case.q, k, v, *case.prompts, lengths, table, case.scale, "reference")
+    backend = "triton" if INTERPRETED else "reference"
+    arguments = (case.q, k, v, *case.prompts, lengths, table, None, None, case.scale, backend)
     opcheck(library.decode_op, arguments)
 
 

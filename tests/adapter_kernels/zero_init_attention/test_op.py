@@ -12,6 +12,7 @@ from adapter_kernels import (
     zero_init_attention_decode,
     zero_init_attention_varlen,
 )
+from adapter_kernels.backend import INTERPRETED
 from adapter_kernels.zero_init_attention.library import attention_op, decode_op
 from tests.adapter_kernels.tolerances import (
     check_bitwise,
@@ -32,6 +33,8 @@ from tests.adapter_kernels.zero_init_attention.checkers import gradients, random
 pytestmark = pytest.mark.kernel
 FLOAT32 = torch.float32
 NAN = float("nan")
+# what reads pages here
+KERNELS = "triton" if INTERPRETED else "reference"
 
 
 def float_case(form: str, layout: str) -> Case:
@@ -273,8 +276,8 @@ def test_paged_equals_contiguous(form: str, page: int) -> None:
             cu_seqlens_k=int32(0, 8, 14, 19),
             **sizes,
             **prompts,
-            # pages are read by the reference alone
-            backend="reference",
+            # pages are not for the hybrid
+            backend=KERNELS,
         )
     assert isinstance(chunk, Tensor)
     assert isinstance(expected, Tensor)
@@ -338,7 +341,7 @@ def test_no_adapter_is_no_prompt() -> None:
 def test_index_out_of_range_acts_as_none_without_a_check() -> None:
     """What a GPU does, where values are not checked; the operation itself never checks them."""
     case = float_case("bank_lengths", "causal")
-    nothing = (None, None, None, 0, 0, True, 0.3, "reference")
+    nothing = (None, None, None, 0, 0, True, 0.3, KERNELS)
     tensors = (case.q, case.k, case.v, case.prompt_k, case.prompt_v, case.gate)
     outs = []
     for index, lengths, ends in (
@@ -349,17 +352,17 @@ def test_index_out_of_range_acts_as_none_without_a_check() -> None:
     check_bitwise("out", outs[1], outs[0])
     pages, table = case.k.detach().view(3, 7, 2, 8), int32(0, 1, 2).view(3, 1)
     rest = (None, None, None, None, None)
-    outs = []
+    outs, name = [], KERNELS
     for lengths in (int32(7, 7, 0), int32(7, 99, -4)):
         outs.append(
-            decode_op(case.q.detach(), pages, pages, *rest, lengths, table, 0.3, "reference")
+            decode_op(case.q.detach(), pages, pages, *rest, lengths, table, None, None, 0.3, name)
         )
     check_bitwise("decode", outs[1], outs[0])
     q, cu_q = case.q.detach().flatten(0, 1), int32(0, 5, 10, 15)
     outs = []
     for third, pages_of in ((14, (0, 1, 2)), (99, (-5, 1, 99))):
         index = (None, None, cu_q, int32(0, 7, 7, third), int32(*pages_of).view(3, 1), 5, 7)
-        out, _, _ = attention_op(q, pages, pages, *rest, *index, True, 0.3, "reference")
+        out, _, _ = attention_op(q, pages, pages, *rest, *index, True, 0.3, name)
         outs.append(out)
     check_bitwise("varlen", outs[1], outs[0])
 
@@ -381,8 +384,7 @@ def test_sequences_without_keys_read_no_page() -> None:
         scale=case.scale,
         return_lse=True,
     )
-    # pages are read by the reference alone
-    prompt = {"scale": case.scale, "backend": "reference"}
+    prompt = {"scale": case.scale, "backend": KERNELS}
     alone = gated_prompt_attention(case.q, *case.prompts[:3], **prompt).flatten(0, 1)
     for rows in (slice(0, 5), slice(10, 15)):
         check_bitwise("out", out[rows], alone[rows])

@@ -128,7 +128,7 @@ def test_decode_is_as_accurate_as_eager(dtype: torch.dtype) -> None:
     )
     truth = row.double()
     expected = decode_op(
-        truth.q, truth.k, truth.v, *truth.prompts, lengths, None, truth.scale, "reference"
+        truth.q, truth.k, truth.v, *truth.prompts, lengths, *(None,) * 3, truth.scale, "reference"
     )
     check_as_accurate_as_eager("out", out, eager(row)[0], expected)
 

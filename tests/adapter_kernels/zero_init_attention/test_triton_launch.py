@@ -15,9 +15,15 @@ import pytest
 import torch
 
 from adapter_kernels import launch
-from adapter_kernels.zero_init_attention import backward_dkv, configs, library, triton_launch
+from adapter_kernels.zero_init_attention import (
+    backward_dkv,
+    configs,
+    kernel_arguments,
+    library,
+    triton_launch,
+)
 from tests.adapter_kernels.tolerances import check_bitwise
-from tests.adapter_kernels.zero_init_attention import cases, checkers
+from tests.adapter_kernels.zero_init_attention import cases, checkers, decode_runs
 from tests.adapter_kernels.zero_init_attention.cases import (
     FORMS,
     LAYOUTS,
@@ -172,20 +178,81 @@ def test_adapter_index_is_read_at_every_call() -> None:
 
 def test_rows_two_to_the_31_elements_apart() -> None:
     """Offsets of 32 bits would wrap around and read or write elsewhere."""
-    step = 2**31 // 6 + 8
+    # rows stay aligned: others would be copied to where they are near
+    step = (2**31 // 6 // 8 + 1) * 8
     case = sized("shared", queries=7, keys=7, head_dim=8, rows=3)
     small = on_device(case, DTYPES[1])
     try:
-        wide = torch.empty(7 * step, dtype=small.q.dtype, device=small.q.device)
+        # memory that nobody touches costs nothing on a CPU
+        wide = torch.zeros(7 * step, dtype=small.q.dtype, device=small.q.device)
     except RuntimeError:
         pytest.skip(f"needs {14 * step >> 30} GiB for one tensor")
-    far = wide.as_strided((1, 7, 6, 8), (7 * step, step, 8, 1))
-    far.copy_(small.q.detach()[:1])
-    one = replace(small, q=small.q[:1], k=small.k[:1], v=small.v[:1])
-    expected = one.public()
-    got = replace(one, q=far, k=one.k, v=one.v).public()
-    check_bitwise("out", got[0], expected[0])
-    check_bitwise("lse", got[1], expected[1])
+    one = {name: getattr(small, name).detach()[:1] for name in "qkv"}
+    far, place = {}, 0
+    for name, x in (*one.items(), ("dout", torch.randn_like(one["q"]))):
+        far[name] = wide.as_strided(x.shape, (7 * step, step, 8, 1), place)
+        far[name].copy_(x)
+        place += x.shape[2] * 8
+        assert kernel_arguments.aligned_rows(far[name]) is far[name]
+    dout = far.pop("dout")
+    results = []
+    for leaves, given in ((one, dout.contiguous()), (far, dout)):
+        moved = replace(small, **leaves).cast(small.q.dtype) if leaves is one else None
+        if moved is None:
+            # a cast would copy
+            grown = {name: x.requires_grad_() for name, x in leaves.items()}
+            moved = replace(replace(small, **one).cast(small.q.dtype), **grown)
+        out, lse = moved.public()
+        results.append([out, lse, *torch.autograd.grad(out, list(moved.leaves.values()), given)])
+    for name, near, apart in zip(("out", "lse", *small.leaves), *results, strict=True):
+        check_bitwise(name, apart, near)
+
+
+def test_a_diverged_adapter_spoils_no_row_without_one() -> None:
+    """Row 0 of a bank stands in for what is absent; nothing of it may show, NaN least of all."""
+    case = on_device(make_case("bank_lengths", "causal"), FLOAT32)
+    index, lengths = cases.int32(-1, 2, 9), cases.int32(0, 3, 2, 0)
+    expected = replace(case, adapter_index=index, prompt_lengths=lengths)
+    gate = case.leaves["gate"].detach().clone()
+    gate[0] = float("nan")
+    spoilt = replace(expected, gate=gate.requires_grad_())
+    found = []
+    for one in (expected, spoilt):
+        out, lse = prompt_of_raw_index(one)
+        leaves = list(one.leaves.values())
+        found.append([out, lse, *torch.autograd.grad(out.sum(), leaves, allow_unused=True)])
+    for name, one, other in zip(("out", "lse", *case.leaves), *found, strict=True):
+        check_bitwise(name, other, one)
+
+
+def prompt_of_raw_index(case: cases.Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse below the checks, as a GPU runs with an index that no host looked at."""
+    rest = (None, None, None, None, None, 0, 0, True, case.scale, "triton")
+    out, lse, _ = library.attention_op(case.q, case.k, case.v, *case.prompts, *rest)
+    return out, lse
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_index_tensors_need_not_be_contiguous(layout: str) -> None:
+    case = on_device(make_case("bank_lengths", layout), FLOAT32)
+    names = ("adapter_index", "prompt_lengths", "key_starts", "key_lengths", "cu_seqlens_q",
+             "cu_seqlens_k")  # fmt: skip
+    given = {name: x for name in names if (x := getattr(case, name)) is not None}
+    assert len(given) == 4
+    strided = {name: x.repeat_interleave(2)[::2] for name, x in given.items()}
+    check_against_reference(replace(case, **strided), "triton")
+    one = case.q.new_full((1,), 2, dtype=torch.int32)
+    same = replace(case, adapter_index=one.expand(3))
+    expected = replace(case, adapter_index=one.repeat(3)).public()
+    check_bitwise("expanded", same.public()[0], expected[0])
+
+
+@pytest.mark.parametrize("rows", [5, 40, 70])
+def test_small_gates_keep_their_gradients_in_half_precision(rows: int) -> None:
+    """Gates grow from 0: in float16 a probability times 3e-5 is subnormal, a sum of them is not."""
+    case = sized("sample", queries=200, keys=13, head_dim=16, rows=rows)
+    gate = case.leaves["gate"].detach() * 3e-5
+    check_against_reference(on_device(replace(case, gate=gate), DTYPES[1]), "triton")
 
 
 # planted mutation: what is substituted in which file, and the checks that must notice it
@@ -193,7 +260,7 @@ Check = Callable[[], None]
 MUTATIONS: dict[str, tuple[str, str, str, list[Check]]] = {
     "gate dropped": (
         "forward",
-        "factor = gate / tl.where(row_sum > 0, row_sum, 1.0)",
+        "factor = gate / unit / tl.where(row_sum > 0, row_sum, 1.0)",
         "factor = 1.0 / tl.where(row_sum > 0, row_sum, 1.0)",
         [lambda: checkers.check_gate_zero_is_plain_attention("shared", "causal")],
     ),
@@ -226,6 +293,18 @@ MUTATIONS: dict[str, tuple[str, str, str, list[Check]]] = {
         "length = tl.minimum(length, tl.load(prompt_lengths_ptr + row))",
         "length = length + 0",
         [lambda: check("bank_lengths", "causal")],
+    ),
+    "page off by one": (
+        "tiles",
+        "page = tl.load(table_ptr + keys // PAGE, mask=inside, other=0)",
+        "page = tl.load(table_ptr + (keys + 1) // PAGE, mask=inside, other=0)",
+        [decode_runs.check_pages_are_the_cache],
+    ),
+    "last split dropped": (
+        "decode",
+        "for split in tl.range(0, (length + KEYS - 1) // KEYS):",
+        "for split in tl.range(0, length // KEYS):",
+        [decode_runs.check_decode_is_a_prefill_row],
     ),
     "stale index": (
         "tiles",

@@ -1,0 +1,231 @@
+"""The kernel of apply_rotary and write_cache: queries and keys turned, keys and values put away.
+
+One launch does all of a decoding step's: it reads every new q, k and v once, and writes each once.
+"""
+
+# the bodies of kernels are triton's language, which has no types for a checker
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+
+# heads of a program: enough bytes for one warp, few enough that one token fills a GPU
+HEADS = 4
+
+
+@triton.jit
+def _turned(
+    ptr, offsets, exists, cos_ptr, sin_ptr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Pairs (a, b) of heads at offsets (M), each (M, HALF), turned by the angles of their token."""
+    i = tl.arange(0, HALF)
+    mask = exists[:, None] & (i < HEAD_DIM // 2)[None, :]
+    first, second = _places(i, HEAD_DIM, INTERLEAVED)
+    a = tl.load(ptr + offsets[:, None] + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(ptr + offsets[:, None] + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    if cos_ptr is not None:
+        inside = i < HEAD_DIM // 2
+        cos = tl.load(cos_ptr + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(sin_ptr + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+        a, b = a * cos - b * sin, b * cos + a * sin
+    return a, b
+
+
+@triton.jit
+def _places(i, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where the pairs of a head lie: neighbours, or in its two halves."""
+    return (2 * i, 2 * i + 1) if INTERLEAVED else (i, i + HEAD_DIM // 2)
+
+
+@triton.jit
+def _put(
+    ptr, offsets, exists, a, b, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Store pairs where they belong, rounded to the dtype of the place."""
+    i = tl.arange(0, HALF)
+    mask = exists[:, None] & (i < HEAD_DIM // 2)[None, :]
+    first, second = _places(i, HEAD_DIM, INTERLEAVED)
+    dtype = ptr.dtype.element_ty
+    tl.store(ptr + offsets[:, None] + first[None, :], a.to(dtype), mask=mask)
+    tl.store(ptr + offsets[:, None] + second[None, :], b.to(dtype), mask=mask)
+
+
+@triton.jit
+def _slot(
+    positions_ptr, page_table_ptr, token, b, t, slots, pages, stride_table, PAGE: tl.constexpr
+):
+    """Row and column of a token's place, and whether it has one: a page's, or its sequence's."""
+    row, column = b.to(tl.int64), t.to(tl.int64)
+    valid = column >= 0
+    if positions_ptr is not None:
+        column = tl.load(positions_ptr + token).to(tl.int64)
+        valid = (column >= 0) & (column < slots)
+        if page_table_ptr is not None:
+            entry = page_table_ptr + row * stride_table + column // PAGE
+            row = tl.load(entry, mask=valid, other=-1).to(tl.int64)
+            valid = valid & (row >= 0) & (row < pages)
+            column = column % PAGE
+    return row, column, valid
+
+
+@triton.jit
+def _rotary_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, v_out_ptr, positions_ptr,
+    page_table_ptr,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kg,
+    stride_vb, stride_vt, stride_vg, stride_cb, stride_ct, stride_sb, stride_st,
+    stride_qob, stride_qot, stride_qoh,
+    stride_kob, stride_kot, stride_kog, stride_vob, stride_vot, stride_vog,
+    T, H, G, slots, pages, stride_table, q_tiles, g_tiles, tiles,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_H heads of one token; those of q first, then k's, then v's."""
+    pid = tl.program_id(0)
+    token, tile = pid // tiles, pid % tiles
+    b, t = token // T, token % T
+    if cos_ptr is not None:
+        cos_ptr += b.to(tl.int64) * stride_cb + t.to(tl.int64) * stride_ct
+        sin_ptr += b.to(tl.int64) * stride_sb + t.to(tl.int64) * stride_st
+    heads = tl.arange(0, BLOCK_H).to(tl.int64)
+    of_q = tile < q_tiles
+    if of_q:
+        if q_ptr is not None:
+            head = tile * BLOCK_H + heads
+            source = b.to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + head * stride_qh
+            x, y = _turned(q_ptr, source, head < H, cos_ptr, sin_ptr, HEAD_DIM, HALF, INTERLEAVED)
+            place = b.to(tl.int64) * stride_qob + t.to(tl.int64) * stride_qot + head * stride_qoh
+            _put(q_out_ptr, place, head < H, x, y, HEAD_DIM, HALF, INTERLEAVED)
+    else:
+        row, column, valid = _slot(
+            positions_ptr, page_table_ptr, token, b, t, slots, pages, stride_table, PAGE
+        )
+        head = (tile - q_tiles) % g_tiles * BLOCK_H + heads
+        exists = (head < G) & valid
+        of_k = tile < q_tiles + g_tiles
+        if of_k:
+            source = b.to(tl.int64) * stride_kb + t.to(tl.int64) * stride_kt + head * stride_kg
+            x, y = _turned(k_ptr, source, exists, cos_ptr, sin_ptr, HEAD_DIM, HALF, INTERLEAVED)
+            place = row * stride_kob + column * stride_kot + head * stride_kog
+            _put(k_out_ptr, place, exists, x, y, HEAD_DIM, HALF, INTERLEAVED)
+        else:
+            if v_ptr is not None:
+                source = b.to(tl.int64) * stride_vb + t.to(tl.int64) * stride_vt
+                source += head * stride_vg
+                x, y = _turned(v_ptr, source, exists, None, None, HEAD_DIM, HALF, INTERLEAVED)
+                place = row * stride_vob + column * stride_vot + head * stride_vog
+                _put(v_out_ptr, place, exists, x, y, HEAD_DIM, HALF, INTERLEAVED)
+
+
+def _strides(letters: str, x: Tensor | None, names: str) -> dict[str, int]:
+    steps = (0,) * len(names) if x is None else x.stride()[: len(names)]
+    return {f"stride_{letters}{name}": step for name, step in zip(names, steps, strict=True)}
+
+
+def rotary_launch(
+    q: Tensor | None, k: Tensor, v: Tensor | None, cos: Tensor | None, sin: Tensor | None,
+    q_out: Tensor | None, k_out: Tensor, v_out: Tensor | None, positions: Tensor | None,
+    page_table: Tensor | None, interleaved: bool,
+) -> Launch:  # fmt: skip
+    """The launch that turns q and k, where there are angles, and puts k and v in their places.
+
+    Args:
+        q, k, v: (B, T, heads, D); q and v may be absent.
+        cos, sin: (B, T, D/2), or both absent.
+        q_out: like q.
+        k_out, v_out: like k and v; or with positions caches (B, S, G, D), with a table pages.
+        positions: (B, T) slots; others than the cache has are skipped.
+        page_table: (B, max_pages).
+        interleaved: whether pairs are neighbours.
+    """
+    batch, tokens, groups, width = k.shape
+    heads = 0 if q is None else q.shape[2]
+    q_tiles, g_tiles = -(-heads // HEADS), -(-groups // HEADS)
+    tiles = q_tiles + (1 if v is None else 2) * g_tiles
+    page = k_out.shape[1]
+    arguments: dict[str, Any] = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "cos_ptr": cos,
+        "sin_ptr": sin,
+        "q_out_ptr": q_out,
+        "k_out_ptr": k_out,
+        "v_out_ptr": v_out,
+        "positions_ptr": positions,
+        "page_table_ptr": page_table,
+        **_strides("q", q, "bth"),
+        **_strides("k", k, "btg"),
+        **_strides("v", v, "btg"),
+        **_strides("c", cos, "bt"),
+        **_strides("s", sin, "bt"),
+        **_strides("qo", q_out, "bth"),
+        **_strides("ko", k_out, "btg"),
+        **_strides("vo", v_out, "btg"),
+        "T": tokens,
+        "H": heads,
+        "G": groups,
+        "slots": page * (1 if page_table is None else page_table.shape[1]),
+        "pages": k_out.shape[0],
+        "stride_table": 0 if page_table is None else page_table.stride(0),
+        "q_tiles": q_tiles,
+        "g_tiles": g_tiles,
+        "tiles": tiles,
+        "HEAD_DIM": width,
+        "HALF": max(1, 1 << (width // 2 - 1).bit_length()),
+        "BLOCK_H": HEADS,
+        "PAGE": max(page, 1),
+        "INTERLEAVED": interleaved,
+    }
+    return Launch(_rotary_kernel, batch * tokens * tiles, arguments, 1, 1)
+
+
+def _angles(x: Tensor | None, batch: int) -> Tensor | None:
+    """(B, T, D/2) of (T, D/2) or (B, T, D/2), a row's angles side by side."""
+    if x is None:
+        return None
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.dim() == 3 else x.expand(batch, *x.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+def apply_rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """As apply_rotary_reference."""
+    q_out, k_out = torch.empty_like(q.contiguous()), torch.empty_like(k.contiguous())
+    cos, sin = (_angles(x, q.shape[0]) for x in (cos, sin))
+    rotary_launch(
+        _rows(q), _rows(k), None, cos, sin, q_out, k_out, None, None, None, interleaved
+    ).run()
+    return q_out, k_out
+
+
+def write_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+    page_table: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
+    """As write_cache_reference; what has no slot is skipped, and nobody waits to know."""
+    cos, sin = (_angles(x, k.shape[0]) for x in (cos, sin))
+    table = None if page_table is None else page_table.contiguous()
+    rotary_launch(
+        None, _rows(k), _rows(v), cos, sin, None, k_cache, v_cache, positions.contiguous(), table,
+        True,
+    ).run()  # fmt: skip

@@ -1,0 +1,127 @@
+"""The kernel of apply_rotary and write_cache: every layout, and nothing written elsewhere."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapter_kernels import apply_rotary, launch, write_cache
+from adapter_kernels.backend import INTERPRETED
+from adapter_kernels.rotary import apply_rotary_reference, write_cache_reference
+from tests.adapter_kernels.tolerances import check_as_accurate_as_eager, check_bitwise
+from tests.adapter_kernels.zero_init_attention.kernel_runs import (
+    DEVICE,
+    DTYPES,
+    launched,
+    needs_kernels,
+)
+
+pytest.importorskip("triton")
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    g = torch.Generator().manual_seed(seed + len(shape))
+    return torch.randn(shape, generator=g).to(DEVICE, dtype)
+
+
+def angles(*shape: int) -> tuple[Tensor, Tensor]:
+    angle = 3 * draw(*shape, seed=5)
+    return angle.cos(), angle.sin()
+
+
+@pytest.mark.kernel
+@needs_kernels
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head_dim", [2, 8, 24, 80, 128])
+@pytest.mark.parametrize("dtype", dict.fromkeys((torch.float32, *DTYPES)))
+def test_rotation(dtype: torch.dtype, head_dim: int, interleaved: bool, per_sequence: bool) -> None:
+    """q and k from one fused projection, so with strides of their own; heads that fill no tile."""
+    fused = draw(3, 5, 7 + 2, head_dim, dtype=dtype)
+    q, k = fused.split([7, 2], 2)
+    cos, sin = angles(*((3, 5) if per_sequence else (5,)), head_dim // 2)
+    before = Counter(launch.counts)
+    got = apply_rotary(q, k, cos, sin, interleaved=interleaved)
+    assert launched(before) == {"rotary_kernel": 1}
+    eager = apply_rotary_reference(q, k, cos, sin, interleaved)
+    wide = (x.double() for x in (q, k, cos, sin))
+    for name, one, plain, truth in zip(
+        "qk", got, eager, apply_rotary_reference(*wide, interleaved), strict=True
+    ):
+        check_as_accurate_as_eager(name, one, plain, truth)
+
+
+@pytest.mark.kernel
+@needs_kernels
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_the_slots_of_new_tokens_change(dtype: torch.dtype, turned: bool, paged: bool) -> None:
+    """Two tokens of three sequences, one of them without a slot, into a cache full of NaN."""
+    k, v = (draw(3, 2, 2, 24, seed=s, dtype=dtype) for s in (1, 2))
+    positions = torch.tensor([[0, 5], [11, -1], [3, 4]], device=DEVICE)
+    cos, sin = angles(3, 2, 12) if turned else (None, None)
+    shape, table = (3, 12, 2, 24), None
+    if paged:
+        order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+        table = order.int().view(3, 3).to(DEVICE)
+        shape = (9, 4, 2, 24)
+    found = []
+    for function in (write_cache, write_cache_reference):
+        caches = [torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for _ in "kv"]
+        arguments = {"positions": positions, "page_table": table, "cos": cos, "sin": sin}
+        if function is write_cache:
+            before = Counter(launch.counts)
+            write_cache(k, v, *caches, **arguments)
+            assert launched(before) == {"rotary_kernel": 1}
+        else:
+            write_cache_reference(k, v, *caches, *arguments.values())
+        found.append(caches)
+    for name, got, expected in zip("kv", *found, strict=True):
+        written = expected.isfinite()
+        assert int(written.sum()) == 5 * 2 * 24
+        check_bitwise(f"{name} elsewhere", got.isfinite(), written)
+        check_as_accurate_as_eager(
+            name, got[written], expected[written], expected[written].double()
+        )
+
+
+@pytest.mark.kernel
+@needs_kernels
+def test_pages_that_are_not_there_are_skipped() -> None:
+    """What a GPU does, where nobody looks: below the checks, a page or a slot out of range."""
+    from adapter_kernels import rotary_kernel
+
+    k, v = (draw(2, 1, 2, 8, seed=s) for s in (1, 2))
+    caches = [torch.full((3, 4, 2, 8), float("nan"), device=DEVICE) for _ in "kv"]
+    table = torch.tensor([[99, 1], [2, -7]], dtype=torch.int32, device=DEVICE)
+    for positions in ([[0], [8]], [[-5], [4]]):
+        slots = torch.tensor(positions, device=DEVICE)
+        rotary_kernel.write_cache(k, v, *caches, slots, table, None, None)
+    assert not any(bool(x.isfinite().any()) for x in caches)
+
+
+@pytest.mark.kernel
+@needs_kernels
+def test_empty_inputs() -> None:
+    cos, sin = angles(5, 4)
+    q, k = apply_rotary(draw(0, 5, 3, 8), draw(0, 5, 1, 8), cos, sin, interleaved=True)
+    assert (q.shape, k.shape) == ((0, 5, 3, 8), (0, 5, 1, 8))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces what a compiler takes")
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_within_the_chip(capability: int, paged: bool) -> None:
+    from adapter_kernels.rotary_kernel import rotary_launch
+    from benchmarks.ahead_of_time import compile_for
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k = meta(8, 1, 32, 128), meta(8, 1, 8, 128)
+    cos, cache = meta(8, 1, 64, dtype=torch.float32), meta(64, 64, 8, 128)
+    index = (meta(8, 1, dtype=torch.int32), meta(8, 8, dtype=torch.int32) if paged else None)
+    found = compile_for(rotary_launch(q, k, k, cos, cos, q, cache, cache, *index, True), capability)
+    assert found.spills == found.stack == 0
