@@ -205,10 +205,8 @@ def apply_rotary(
 ) -> tuple[Tensor, Tensor]:
     """As apply_rotary_reference."""
     q_out, k_out = torch.empty_like(q.contiguous()), torch.empty_like(k.contiguous())
-    cos, sin = (_angles(x, q.shape[0]) for x in (cos, sin))
-    rotary_launch(
-        _rows(q), _rows(k), None, cos, sin, q_out, k_out, None, None, None, interleaved
-    ).run()
+    c, s = _angles(cos, q.shape[0]), _angles(sin, q.shape[0])
+    rotary_launch(_rows(q), _rows(k), None, c, s, q_out, k_out, None, None, None, interleaved).run()
     return q_out, k_out
 
 
