@@ -49,6 +49,7 @@ gpu-sanitizer:
 	$(SANITIZED) memcheck $(CHECKED) -k "every_form or around_the_tiles or padding_and_packing"
 	$(SANITIZED) racecheck $(CHECKED) -k "padding_and_packing or (prompt_lengths and bank)"
 gpu-attention:
+	$(HAS_GPU)
 	$(PYTHON) -m benchmarks.attention
 gpu-tune:
 	$(PYTHON) -m benchmarks.tune --processes 16

@@ -82,7 +82,7 @@ def layouts_of(spec: Specialisation) -> tuple[str, ...]:
     if spec.direction in ("prompt_forward", "combine"):
         return ("causal", "packed") if spec.direction == "prompt_forward" else ("causal",)
     if spec.direction == "decode":
-        narrow = spec.capability >= 89 and spec.dtype != torch.float32
+        narrow = spec.capability >= 89 and spec.dtype != torch.float32 and spec.head_dim % 16 == 0
         return ("causal", "paged", "eight_bits") if narrow else ("causal", "paged")
     every = ("causal", "bidirectional", "padded", "packed")
     return (*every, "paged") if spec.direction == "forward" else every

@@ -35,6 +35,7 @@ MAX_DECODE_TOKENS = 16
 SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = 89
+FP8_HEAD_DIM_STEP = 16
 
 
 def cast_together(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -266,3 +267,8 @@ def check_cache_scales(q: Tensor, groups: int, **scales: Tensor | None) -> None:
         check_device(name, x, "q", q)
         check_last_contiguous(name, x)
         check_values(name, x, "positive and finite", lambda n: (n > 0) & n.isfinite())
+    if q.shape[-1] % FP8_HEAD_DIM_STEP:
+        raise ValueError(
+            f"q must have a head dimension D in steps of {FP8_HEAD_DIM_STEP} with a float8_e4m3fn "
+            f"cache, whose rows are read 16 bytes at a time, got {q.shape[-1]}"
+        )

@@ -307,7 +307,7 @@ def zero_init_attention_decode(
             length are never read.
         scale, backend: as in zero_init_attention.
         k_scale, v_scale: (G,) float32 positive factors of an fp8 cache, whose keys and values are
-            k_scale k_cache and v_scale v_cache; on a GPU they need compute capability 8.9.
+            k_scale k_cache and v_scale v_cache; D in steps of 16, on a GPU capability 8.9.
 
     Returns:
         out (B, T, H, D) in the dtype of q.

@@ -403,6 +403,10 @@ STEP = [
     ),
     (FP8_CACHE | SCALES | {"k_scale": x(G).double()}, "k_scale must be float32, got float64"),
     (
+        FP8_CACHE | SCALES,
+        "q must have a head dimension D in steps of 16 with a float8",
+    ),
+    (
         DECODE | {"backend": "triton"},
         "backend 'triton' is not available for zero_init_attention_decode on cpu",
     ),
