@@ -110,7 +110,13 @@ class Tensors:
         if self.at == len(self.made):
             generator = torch.Generator(self.device).manual_seed(self.seed + self.at)
             x = torch.randn(shape, generator=generator, dtype=torch.float32, device=self.device)
-            self.made.append(x.to(dtype))
+            # the integers of what is timed are lengths: full caches, where random ones are empty
+            whole = (
+                x.to(dtype)
+                if dtype.is_floating_point
+                else x.new_full(shape, specialisations.TOKENS, dtype=dtype)
+            )
+            self.made.append(whole)
         self.at += 1
         return self.made[self.at - 1]
 

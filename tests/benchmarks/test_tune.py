@@ -85,7 +85,7 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.kernel
 @needs_kernels
 @pytest.mark.usefixtures("few_tokens")
-@pytest.mark.parametrize("direction", ["forward", "prompt_forward"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_tiles_take_turns_over_the_same_tensors(direction: str) -> None:
     spec = forms(80, direction, 16, torch.float16)[0]
     device, protocol = torch.device(DEVICE), Protocol(rounds=5, warmup=1, round_ms=0.1)
