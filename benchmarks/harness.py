@@ -352,6 +352,7 @@ class ResultFile:
         """
         self.path, self.benchmark = path, benchmark
         self.environment: Row = json.loads(json.dumps(environment))
+        self._commit = self.environment.get("commit")
         self.rows: dict[tuple[str, str], Row] = {}
         self.dropped = 0
         if path.exists() and not fresh:
@@ -373,9 +374,12 @@ class ResultFile:
             )
         same = before | {"commit": None} == self.environment | {"commit": None}
         self.rows, self.dropped = (rows, 0) if same else ({}, len(rows))
+        if same:  # until there is a new row, the commit is that of those
+            self.environment = before
 
     def add(self, cell: Row, rows: Mapping[str, Row]) -> None:
         """Keep a cell's rows by provider."""
+        self.environment["commit"] = self._commit
         for provider, row in rows.items():
             self.rows[_key(cell), provider] = {"cell": cell, "provider": provider, **row}
 

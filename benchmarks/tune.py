@@ -60,6 +60,8 @@ RESULTS["backward_dkv_grouped"] = RESULTS["backward_dkv"]
 RESULTS["decode"] = ("partial_ptr", "lse_ptr")
 ROWS = {"prompt_forward": (16, 32, 64, 128), "backward_dkv": (16, 32, 64, 128)}
 KEYS = {"prompt_forward": (16,)}
+# what the numbers of a tile are
+FIELDS = "block_m, block_n, num_warps, num_stages"
 # roundings by which tiles may differ: they sum in another order
 ROUNDINGS = 8.0
 
@@ -236,8 +238,11 @@ def run(options: argparse.Namespace) -> None:
             found = fitting(direction, capability, head_dim, tried, options.processes)
             if results is None:
                 fit = f"{len(found)} of {len(tried)} tiles fit"
-                print(f"{direction}, D = {head_dim}, sm_{capability}: {fit}")
-                print("".join(f"  {label(config)}\n" for config in found), end="", flush=True)
+                print(f"{direction}, D = {head_dim}, sm_{capability}: {fit}, of {FIELDS}")
+                ours = replace(shipped, speed=UNMEASURED)
+                for config in found:
+                    mark = "  shipped" if config == ours else ""
+                    print(f"  {label(config)}{mark}", flush=True)
                 continue
             # the shipped row is measured whatever the compiler says of it: all are held against it
             configs = list(dict.fromkeys([replace(shipped, speed=UNMEASURED), *found]))

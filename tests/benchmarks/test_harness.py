@@ -175,6 +175,8 @@ def test_rows_are_kept_and_continued(tmp_path: Path) -> None:
     second = ResultFile(path, "x", ENVIRONMENT | {"commit": "b"}, fresh=False)
     assert second.of(cell)["a"]["ms"] == [1.0, 0.9, 1.1]
     assert second.of({**cell, "mode": "backward"}) == {}
+    second.write({})
+    assert json.loads(path.read_text())["environment"]["commit"] == ENVIRONMENT["commit"]
     second.add({**cell, "mode": "backward"}, {"a": {"status": FAILED, "reason": "r"}})
     second.write({})
     held = json.loads(path.read_text())

@@ -47,7 +47,7 @@ def test_a_chip_that_is_not_here_is_only_compiled_for(
     printed = capsys.readouterr().out.splitlines()
     # tiles so small that no thread loads 16 bytes are none
     assert printed == [
-        "prompt_forward, D = 16, sm_80: 1 of 3 tiles fit",
+        "prompt_forward, D = 16, sm_80: 1 of 3 tiles fit, of " + tune.FIELDS,
         "  TileConfig(128, 64, 4, 3)",
     ]
 

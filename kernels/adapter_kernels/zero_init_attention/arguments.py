@@ -128,6 +128,11 @@ def check_prompts(q: Tensor, prompts: Prompts, batch: int, groups: int | None) -
         return
     heads, width = q.shape[-2:]
     if adapter_index is None:
+        if k.dim() == 4 and k.shape[0] != batch:
+            raise ValueError(
+                f"prompt_k must have shape (B, P, G, D) with B = {batch}, or come with "
+                f"adapter_index where it is a bank (A, P, G, D), got {tuple(k.shape)}"
+            )
         sample = ("(B, P, G, D)", (batch, None, groups, width))
         check_shape("prompt_k", k, "(P, G, D)", (None, groups, width), sample)
         sample = [("(B, H)", (batch, heads))] if k.dim() == 4 else []

@@ -107,7 +107,7 @@ def zero_init_attention(
     Args:
         q: (B, T, H, D) queries in float16, bfloat16 or float32; D from 8 to 256 in steps of 8.
         k, v: (B, S, G, D) keys and values, H a multiple of G; the dtype of q.
-        prompt_k, prompt_v: prompt keys and values, dtype of q: (P, G, D) shared by the batch,
+        prompt_k, prompt_v: prompt keys and values, dtype of q, P >= 1: (P, G, D) for the batch,
             (B, P, G, D) one per sample, or a bank (A, P, G, D) with adapter_index.
         gate: float32, (H,); (B, H) may go with prompts per sample; (A, H) goes with a bank.
         causal: query i sees keys j <= i + S - T, so the last query sees all.
@@ -132,6 +132,7 @@ def zero_init_attention(
     prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
     check_queries(q, "(B, T, H, D)", scale)
     check_flag("causal", causal)
+    check_flag("return_lse", return_lse)
     check_keys(q, k, v, "", "(B, S, G, D)", q.shape[0], None)
     check_prompts(q, prompts, q.shape[0], k.shape[2])
     for name, bound in (("key_starts", key_starts), ("key_lengths", key_lengths)):
@@ -232,7 +233,7 @@ def zero_init_attention_varlen(
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; sequence b is rows cu[b] to cu[b + 1] - 1. With
             page_table, only the differences of cu_seqlens_k count: the keys of each sequence.
         max_seqlen_q, max_seqlen_k: no length exceeds these.
-        causal, scale, return_lse, backend: as in zero_init_attention.
+        causal, scale, return_lse, backend: as in zero_init_attention; no hybrid with page_table.
         page_table: (B, max_pages) int32, the pages of each sequence in order; entries past its
             length are never read.
 
@@ -241,7 +242,7 @@ def zero_init_attention_varlen(
 
     Raises:
         ValueError: an argument has another shape, dtype, device or value than stated here.
-        RuntimeError: a gradient is asked for through page_table.
+        RuntimeError: by backward(), where a gradient is asked for through page_table.
 
     Source: LLaMA-Adapter, section 3.2, equations 5 to 8.
     """
@@ -249,6 +250,7 @@ def zero_init_attention_varlen(
     prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
     check_queries(q, "(total_q, H, D)", scale)
     check_flag("causal", causal)
+    check_flag("return_lse", return_lse)
     check_max_seqlen("max_seqlen_q", max_seqlen_q)
     check_max_seqlen("max_seqlen_k", max_seqlen_k)
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, None, q.shape[0], max_seqlen_q)
@@ -305,16 +307,17 @@ def zero_init_attention_decode(
         cache_lengths: (B,) int32, cached tokens of each sequence, the new ones included, or 0.
         page_table: (B, max_pages) int32, the pages of each sequence in order; entries past its
             length are never read.
-        scale, backend: as in zero_init_attention.
+        scale: as in zero_init_attention.
         k_scale, v_scale: (G,) float32 positive factors of an fp8 cache, whose keys and values are
             k_scale k_cache and v_scale v_cache; D in steps of 16, on a GPU capability 8.9.
+        backend: "triton" or "reference"; None chooses.
 
     Returns:
         out (B, T, H, D) in the dtype of q.
 
     Raises:
         ValueError: an argument has another shape, dtype, device or value than stated here.
-        RuntimeError: a gradient is asked for.
+        RuntimeError: by backward(), where a gradient is asked for.
 
     Source: LLaMA-Adapter, section 3.2, equations 5 to 8, for the word being generated.
     """
@@ -368,7 +371,7 @@ def gated_prompt_attention(
         scale: of the scores; None is D ** -0.5.
         cu_seqlens_q: (B + 1,) int32; sequence b is rows cu[b] to cu[b + 1] - 1 of a packed q.
         out: like q, what to add to, never changed; None is zero.
-        backend: as in zero_init_attention.
+        backend: "triton" or "reference"; None chooses.
 
     Returns:
         A new tensor like q, rounded once.

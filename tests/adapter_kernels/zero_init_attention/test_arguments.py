@@ -60,6 +60,10 @@ PAGES = DECODE | {
 GATED = {"q": x(B, T, H, D)} | SHARED
 
 SHARED_FORM = "(P, G, D) = (P, 2, 8) or (B, P, G, D) = (2, P, 2, 8)"
+OTHER_BATCH = (
+    "prompt_k must have shape (B, P, G, D) with B = 2, or come with adapter_index where it is a "
+    "bank (A, P, G, D), got (3, 3, 2, 8)"
+)
 WHOLE_BANK = "(A, P, G, D) = (A, P, 2, 8)"
 FORWARD = [
     ({"q": x(T, H, D)}, "q must have shape (B, T, H, D), got (3, 4, 8)"),
@@ -142,7 +146,7 @@ FORWARD = [
     ),
     (
         SAMPLE | {"prompt_k": x(3, P, G, D)},
-        f"prompt_k must have shape {SHARED_FORM}, got (3, 3, 2, 8)",
+        OTHER_BATCH,
     ),
     (
         SHARED | {"prompt_k": x(0, G, D), "prompt_v": x(0, G, D)},
@@ -217,6 +221,7 @@ FORWARD = [
     ({"scale": -1e38}, "scale must be 0 or of a magnitude from 1e-30 to 1e+30, got -1e+38"),
     ({"scale": 10**400}, "scale must be a finite number, got 1000"),
     ({"causal": "yes"}, "causal must be True or False, got 'yes'"),
+    ({"return_lse": 1}, "return_lse must be True or False, got 1"),
     (
         BANK | {"prompt_k": x(0, 3, 2, D), "prompt_v": x(0, 3, 2, D), "gate": x(0, H)},
         "prompt_k must hold at least one adapter, got (0, 3, 2, 8)",
@@ -292,7 +297,7 @@ VARLEN = [
     ),
     (
         PACKED | SAMPLE | {"prompt_k": x(3, P, G, D)},
-        f"prompt_k must have shape {SHARED_FORM}, got (3, 3, 2, 8)",
+        OTHER_BATCH,
     ),
     (
         PAGED | {"k": x(14, G, D), "v": x(14, G, D)},
