@@ -129,12 +129,12 @@ class Attention(nn.Module):
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
         k = self.wk(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.wv(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        q, k = apply_rotary(q, k, step.cos, step.sin, interleaved=True)
         segment = self._prompt_arguments(step.prompts)
         if step.cache is None or step.span is None:
+            q, k = apply_rotary(q, k, step.cos, step.sin, interleaved=True)
             out = zero_init_attention(q, k, v, **segment)
         else:
-            out = self._attend_cached(q, k, v, segment, step.cache, step.span)
+            out = self._attend_cached(q, k, v, segment, step, step.cache, step.span)
         return self.wo(out.flatten(-2))
 
     def _prompt_arguments(self, prompts: Prompts | None) -> dict[str, Any]:
@@ -155,11 +155,15 @@ class Attention(nn.Module):
         k: Tensor,
         v: Tensor,
         segment: dict[str, Any],
+        step: Step,
         cache: KVCache,
         span: Span,
     ) -> Tensor:
         layer, tokens = self.layer, q.shape[1]
-        write_cache(k, v, cache.k[layer], cache.v[layer], positions=span.positions)
+        q = write_cache(
+            k, v, cache.k[layer], cache.v[layer],
+            positions=span.positions, cos=step.cos, sin=step.sin, q=q,
+        )  # fmt: skip
         if tokens <= DECODE_TOKENS:
             return zero_init_attention_decode(
                 q, cache.k[layer], cache.v[layer], **segment, cache_lengths=span.cache_lengths

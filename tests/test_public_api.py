@@ -18,7 +18,8 @@ CONTRACT = {
     "k_scale=None, v_scale=None, backend=None)",
     "gated_prompt_attention": "(q, prompt_k, prompt_v, gate, *, scale=None, adapter_index=None, "
     "prompt_lengths=None, cu_seqlens_q=None, out=None, backend=None)",
-    "write_cache": "(k, v, k_cache, v_cache, *, positions, page_table=None, cos=None, sin=None)",
+    "write_cache": "(k, v, k_cache, v_cache, *, positions, page_table=None, cos=None, sin=None, "
+    "q=None)",
     "rms_norm": "(x, weight, *, eps, residual=None)",
     "apply_rotary": "(q, k, cos, sin, *, interleaved)",
     "swiglu": "(gate, up)",

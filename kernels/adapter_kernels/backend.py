@@ -89,7 +89,8 @@ def choose_backend(
         ValueError: `requested` is no backend, or one that `op` does not have on `device`.
         RuntimeError: an input has a forward-mode tangent.
     """
-    if not torch.compiler.is_compiling():
+    # without a level there are no tangents
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
         for tensor in differentiable:
             if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise RuntimeError(f"{op} has no forward-mode derivative (jvp): use backward")

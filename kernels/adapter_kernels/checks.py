@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+FEW = 256
 Sizes = tuple[int | None, ...]
 
 
@@ -27,9 +28,12 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def _fits(tensor: Tensor, sizes: Sizes) -> bool:
-    if tensor.dim() != len(sizes):
+    shape = tensor.shape
+    if shape == sizes:
+        return True
+    if len(shape) != len(sizes):
         return False
-    for have, want in zip(tensor.shape, sizes, strict=True):
+    for have, want in zip(shape, sizes, strict=True):
         if want is not None and want != have:
             return False
     return True
@@ -59,8 +63,8 @@ def check_shape(
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise unless the dtype of `tensor` is one of `allowed`."""
-    check_tensor(name, tensor)
-    if tensor.dtype not in allowed:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in allowed:
+        check_tensor(name, tensor)
         wanted = " or ".join(dtype_name(dtype) for dtype in allowed)
         raise ValueError(f"{name} must be {wanted}, got {dtype_name(tensor.dtype)}")
 
@@ -91,7 +95,7 @@ def check_number(name: str, value: object, low: float = -math.inf) -> None:
     """Raise unless `value` is a finite number of at least `low`."""
     expected = "a finite number" + ("" if low == -math.inf else f" of at least {low:g}")
     try:
-        good = isinstance(value, int | float) and math.isfinite(value) and value >= low
+        good = isinstance(value, (int, float)) and math.isfinite(value) and value >= low
     except OverflowError:
         good = False
     if not good or isinstance(value, bool):
@@ -127,7 +131,9 @@ def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
     """Raise unless low <= tensor <= high everywhere; skipped on devices other than the CPU."""
     if not contents_checked(tensor) or tensor.numel() == 0:
         return
-    smallest, largest = tensor.aminmax()
-    for value in (smallest.item(), largest.item()):
+    # a list of a few numbers costs less than a reduction
+    few = tensor.numel() <= FEW
+    values = tensor.flatten().tolist() if few else [x.item() for x in tensor.aminmax()]
+    for value in (min(values), max(values)):
         if not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}")

@@ -5,7 +5,7 @@ backward of a rotation is the rotation by the opposite angle. The cache is the c
 per sequence, or pages found through a table.
 """
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -78,19 +78,24 @@ def write_cache_reference(
     page_table: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
-) -> None:
+    q: Tensor | None,
+) -> Tensor:
     """Write k, rotated where cos and sin are given, and v to their slots of the caches, in place.
 
-    A token whose position, or whose page, does not exist is skipped.
+    A token whose position, or whose page, does not exist is skipped. Returns q rotated, of size 0
+    where there is none.
     """
+    rotated = k.new_empty(0)
     if cos is not None and sin is not None:
-        (k,) = rotate_reference((k,), cos, sin, True)
+        k, *turned = rotate_reference((k,) if q is None else (k, q), cos, sin, True)
+        rotated = turned[0] if turned else rotated
     row, column, valid = _find_slots(positions, page_table, k_cache.shape[0], k_cache.shape[1])
     if not bool(valid.all()):
         _check_slots(positions, page_table, k_cache)
         row, column, k, v = row.expand_as(valid)[valid], column[valid], k[valid], v[valid]
     k_cache.index_put_((row, column), k)
     v_cache.index_put_((row, column), v)
+    return rotated
 
 
 def _find_slots(
@@ -128,8 +133,10 @@ def _write_cache_fake(
     page_table: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
-) -> None:
-    """The op returns nothing."""
+    q: Tensor | None,
+) -> Tensor:
+    """The rotated q."""
+    return k.new_empty(0 if q is None else q.shape)
 
 
 def _apply_rotary(
@@ -145,17 +152,16 @@ def _apply_rotary(
 
 def _write_cache(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, *rest: Tensor | None
-) -> None:
+) -> Tensor:
     """The kernel where it runs and the caches' heads are contiguous, else the reference."""
     whole = all(x.stride(-1) == 1 for x in (k_cache, v_cache))
     if not whole or not runs_kernels(k):
-        write_cache_reference(k, v, k_cache, v_cache, positions, *rest)
-        return
+        return write_cache_reference(k, v, k_cache, v_cache, positions, *rest)
     from .rotary_kernel import write_cache
 
     # only on a CPU, where looking costs nothing
     _check_slots(positions, rest[0], k_cache)
-    write_cache(k, v, k_cache, v_cache, positions, *rest)
+    return write_cache(k, v, k_cache, v_cache, positions, *rest)
 
 
 define(
@@ -172,7 +178,7 @@ define(
 )
 define(
     "write_cache(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor positions, "
-    "Tensor? page_table, Tensor? cos, Tensor? sin) -> ()",
+    "Tensor? page_table, Tensor? cos, Tensor? sin, Tensor? q) -> Tensor",
     _write_cache,
     _write_cache_fake,
 )
@@ -265,6 +271,7 @@ def apply_rotary(
     return _forward_op(q, k, cos, sin, interleaved)
 
 
+@overload
 def write_cache(
     k: Tensor,
     v: Tensor,
@@ -275,7 +282,39 @@ def write_cache(
     page_table: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    q: None = None,
 ) -> None:
+    """Return nothing."""
+
+
+@overload
+def write_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    positions: Tensor,
+    page_table: Tensor | None = None,
+    cos: Tensor,
+    sin: Tensor,
+    q: Tensor,
+) -> Tensor:
+    """Return the rotated q."""
+
+
+def write_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    positions: Tensor,
+    page_table: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    q: Tensor | None = None,
+) -> Tensor | None:
     """Write new keys and values into the caches, in place; nothing else in them is touched.
 
         k_cache[b, positions[b, t]] = rotate(k[b, t])        v_cache[b, positions[b, t]] = v[b, t]
@@ -290,6 +329,10 @@ def write_cache(
         page_table: (B, max_pages), int32, pages of each sequence in order.
         cos, sin: (T, D/2) or (B, T, D/2): both given rotate k in Meta's pairs, as
             `apply_rotary(..., interleaved=True)`; both None write k as it is.
+        q: (B, T, H, D), like k: with cos and sin, to be rotated by the same launch.
+
+    Returns:
+        Rotated q, a new tensor, where q is given; else None.
 
     Raises:
         ValueError: a shape, dtype or device is not as above, something requires a gradient, a
@@ -314,9 +357,16 @@ def write_cache(
     for name, tensor in (("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_dtype(name, tensor, (k.dtype,))
         check_device(name, tensor, "k", k)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, k_cache, v_cache)):
+    if q is not None:
+        check_shape("q", q, "(B, T, H, D)", (batch, tokens, None, head_dim))
+        check_dtype("q", q, (k.dtype,))
+        check_device("q", q, "k", k)
+        if cos is None:
+            raise ValueError("cos and sin must be given with q, which is only rotated, got None")
+    written = (k, v, k_cache, v_cache) if q is None else (k, v, k_cache, v_cache, q)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in written):
         raise ValueError(
-            "k, v and the caches must not require a gradient, because a cache is forward only: "
+            "k, v, q and the caches must not require a gradient, because a cache is forward only: "
             "detach them or call under torch.no_grad()"
         )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -331,4 +381,5 @@ def write_cache(
     if cos is not None and sin is not None:
         _check_angles(cos, sin, "k", k)
     choose_backend("write_cache", None, k.device, ("triton" if runs_kernels(k) else "reference",))
-    _write_op(k, v, k_cache, v_cache, positions, page_table, cos, sin)
+    rotated = _write_op(k, v, k_cache, v_cache, positions, page_table, cos, sin, q)
+    return None if q is None else rotated

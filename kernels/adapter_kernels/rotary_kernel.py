@@ -17,6 +17,7 @@ from .launch import Launch
 
 # heads of a program: enough bytes for one warp, few enough that one token fills a GPU
 HEADS = 4
+CONTIGUOUS = torch.contiguous_format
 
 
 @triton.jit
@@ -219,11 +220,15 @@ def write_cache(
     page_table: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
-) -> None:
+    q: Tensor | None,
+) -> Tensor:
     """As write_cache_reference; what has no slot is skipped, and nobody waits to know."""
     cos, sin = (_angles(x, k.shape[0]) for x in (cos, sin))
     table = None if page_table is None else page_table.contiguous()
+    rotated = k.new_empty(0) if q is None else torch.empty_like(q, memory_format=CONTIGUOUS)
+    q, q_out = (None, None) if q is None else (_rows(q), rotated)
     rotary_launch(
-        None, _rows(k), _rows(v), cos, sin, None, k_cache, v_cache, positions.contiguous(), table,
+        q, _rows(k), _rows(v), cos, sin, q_out, k_cache, v_cache, positions.contiguous(), table,
         True,
     ).run()  # fmt: skip
+    return rotated

@@ -322,12 +322,17 @@ def test_rotation_inside_is_apply_rotary(dtype: torch.dtype, batched: bool) -> N
     positions = torch.tensor([[4, 0, 2], [1, 3, -1]])
     inside, outside = ([torch.zeros(2, 5, 2, 6, dtype=dtype) for _ in range(2)] for _ in range(2))
     kept = k.clone()
-    write_cache(k, v, *inside, positions=positions, cos=cos, sin=sin)
+    assert write_cache(k, v, *inside, positions=positions, cos=cos, sin=sin) is None
     _, rotated = apply_rotary(k, k, cos, sin, interleaved=True)
     write_cache(rotated, v, *outside, positions=positions)
     assert_equal(tuple(inside), tuple(outside))
     assert torch.equal(inside[0][1, 1], rotated[1, 0])
     assert not torch.equal(inside[0][1, 1], k[1, 0])
+    # queries with heads of their own, turned on the way
+    q, kept_q = draw(2, 3, 8, 6, dtype=dtype, grad=False), [x.zero_() for x in outside]
+    found = write_cache(k, v, *kept_q, positions=positions, cos=cos, sin=sin, q=q)
+    assert torch.equal(found, apply_rotary(q, k, cos, sin, interleaved=True)[0])
+    assert_equal(tuple(kept_q), tuple(inside))
     assert torch.equal(k, kept)
 
 
@@ -377,8 +382,9 @@ def test_write_cache_opcheck_and_compile() -> None:
     positions, (cos, sin) = torch.tensor([[0, 1, 4], [-1, -1, 2]]), angles(3, 3)
     caches = (torch.zeros(2, 5, 2, 6), torch.zeros(2, 5, 2, 6))
     table = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32)
-    torch.library.opcheck(OPS.write_cache.default, (k, v, *caches, positions, None, cos, sin))
-    torch.library.opcheck(OPS.write_cache.default, (k, v, *caches, positions, table, None, None))
+    q = draw(2, 3, 4, 6, grad=False)
+    for rest in ((None, cos, sin, q), (None, cos, sin, None), (table, None, None, None)):
+        torch.library.opcheck(OPS.write_cache.default, (k, v, *caches, positions, *rest))
 
     def step(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         write_cache(k, v, k_cache, v_cache, positions=positions, cos=cos, sin=sin)
@@ -428,11 +434,11 @@ PAGES = torch.zeros(2, 3, dtype=torch.int32)
         ),
         (
             {"k": torch.ones(2, 3, 2, 6).requires_grad_()},
-            "k, v and the caches must not require a gradient",
+            "k, v, q and the caches must not require a gradient",
         ),
         (
             {"v_cache": torch.zeros(2, 5, 2, 6).requires_grad_()},
-            "k, v and the caches must not require a gradient",
+            "k, v, q and the caches must not require a gradient",
         ),
         (
             {"k_cache": torch.zeros(1, 5, 2, 6).expand(2, 5, 2, 6)},
@@ -457,6 +463,15 @@ PAGES = torch.zeros(2, 3, dtype=torch.int32)
             "page_table must be on the device of k, cpu, got meta",
         ),
         ({"cos": torch.ones(3, 3)}, "cos and sin must both be given or both be None"),
+        (
+            {"q": torch.ones(2, 3, 4, 6)},
+            "cos and sin must be given with q, which is only rotated, got None",
+        ),
+        (
+            {"q": torch.ones(2, 3, 4, 8)},
+            "q must have shape (B, T, H, D) = (2, 3, H, 6), got (2, 3, 4, 8)",
+        ),
+        ({"q": torch.ones(2, 3, 4, 6).half()}, "q must be float32, got float16"),
         (
             {"cos": torch.ones(3, 3), "sin": torch.ones(2, 3)},
             "sin must have shape (T, D/2) = (3, 3) or (B, T, D/2) = (2, 3, 3), got (2, 3)",

@@ -67,17 +67,20 @@ def test_only_the_slots_of_new_tokens_change(dtype: torch.dtype, turned: bool, p
         order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
         table = order.int().view(3, 3).to(DEVICE)
         shape = (9, 4, 2, 24)
-    found = []
+    q = draw(3, 2, 5, 24, seed=3, dtype=dtype) if turned else None
+    found, rotated = [], []
     for function in (write_cache, write_cache_reference):
         caches = [torch.full(shape, float("nan"), dtype=dtype, device=DEVICE) for _ in "kv"]
-        arguments = {"positions": positions, "page_table": table, "cos": cos, "sin": sin}
+        arguments = {"positions": positions, "page_table": table, "cos": cos, "sin": sin, "q": q}
         if function is write_cache:
             before = Counter(launch.counts)
-            write_cache(k, v, *caches, **arguments)
+            rotated.append(write_cache(k, v, *caches, **arguments))
             assert launched(before) == {"rotary_kernel": 1}
         else:
-            write_cache_reference(k, v, *caches, *arguments.values())
+            rotated.append(write_cache_reference(k, v, *caches, *arguments.values()))
         found.append(caches)
+    if q is not None:
+        check_as_accurate_as_eager("q", *rotated, rotated[1].double())
     for name, got, expected in zip("kv", *found, strict=True):
         written = expected.isfinite()
         assert int(written.sum()) == 5 * 2 * 24
@@ -98,7 +101,7 @@ def test_pages_that_are_not_there_are_skipped() -> None:
     table = torch.tensor([[99, 1], [2, -7]], dtype=torch.int32, device=DEVICE)
     for positions in ([[0], [8]], [[-5], [4]]):
         slots = torch.tensor(positions, device=DEVICE)
-        rotary_kernel.write_cache(k, v, *caches, slots, table, None, None)
+        rotary_kernel.write_cache(k, v, *caches, slots, table, None, None, None)
     assert not any(bool(x.isfinite().any()) for x in caches)
 
 

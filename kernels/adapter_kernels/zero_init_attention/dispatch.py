@@ -80,6 +80,20 @@ def kernels_for(q: Tensor) -> tuple[str, ...]:
     return ("triton", "reference") if runs_kernels(q) else ("reference",)
 
 
+def decode_backends(q: Tensor, scale: float, eight_bits: bool) -> tuple[str, ...]:
+    """The backends that attend to a cache, best first: on a CPU that is a library.
+
+    Args:
+        q: the queries.
+        scale: of the scores.
+        eight_bits: whether the cache holds numbers of 8 bits, which no library reads.
+    """
+    found = list(kernels_for(q))
+    if q.device.type == "cpu" and scale > 0 and not eight_bits:
+        found.insert(found.index("reference"), "hybrid")
+    return tuple(found)
+
+
 def has_library(
     q: Tensor, keys: int, scale: float, causal: bool, packed: bool, padded: bool
 ) -> bool:

@@ -16,8 +16,8 @@ from adapter_kernels.backend import INTERPRETED
 from . import reference_launch
 from .dispatch import library_of
 from .kernel_arguments import aligned_rows
-from .layouts import Layout, Prompts
-from .library_attention import Library, attend, attend_backward
+from .layouts import Layout, Prompts, own_prompt
+from .library_attention import Library, attend, attend_backward, cpu_rows
 
 
 class _Piece(NamedTuple):
@@ -105,6 +105,65 @@ def attention(
     where, longest = layout.cu_seqlens_q, layout.max_seqlen_q
     out = prompt_module(q).prompt(q, prompts, where, own, scale, longest)
     return out, lse, own
+
+
+def _cached(pool: Tensor, b: int, pages: list[int] | None, length: int) -> Tensor:
+    """The first keys or values (length, G, D) of sequence b: no copy where pages lie in order."""
+    if pages is None:
+        return pool[b, :length]
+    first, last = pages[0], pages[-1]
+    in_order = pages == list(range(first, last + 1))
+    return (pool[first : last + 1] if in_order else pool[pages]).flatten(0, 1)[:length]
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of rows (G, N, D), all of one key head's, to keys (S, G, D); like the rows."""
+    k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    return cpu_rows(q[None], k, v, bias, scale)[0]
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    prompts: Prompts,
+    cache_lengths: Tensor,
+    page_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The result like q, on a CPU: each sequence's keys, and its own prompt's, in one call each."""
+    assert (k_scale, v_scale) == (None, None), "dispatch.py sends 8 bits to the reference"
+    out = q.new_zeros(q.shape)
+    if q.numel() == 0:
+        return out
+    (_, tokens, heads, width), groups = q.shape, k_cache.shape[2]
+    of_group = (groups, heads // groups * tokens, width)
+    for b, length in enumerate(cache_lengths.tolist()):
+        if length == 0:
+            continue
+        pages = None
+        if page_table is not None:
+            pages = page_table[b, : -(-length // k_cache.shape[1])].tolist()
+        # row t + T r of a key head is token t of its query head r
+        rows = q[b].view(tokens, groups, -1, width).permute(1, 2, 0, 3).reshape(*of_group)
+        bias = None
+        if tokens > 1:
+            last = torch.arange(length - tokens, length)[:, None]
+            hidden = torch.arange(length) > last
+            bias = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            bias = bias.repeat(heads // groups, 1)
+        keys, values = (_cached(pool, b, pages, length) for pool in (k_cache, v_cache))
+        own = _rows(rows, keys, values, bias, scale)
+        prompt = own_prompt(prompts, b)
+        if prompt is not None:
+            added = _rows(rows, prompt.k, prompt.v, None, scale)
+            gate = prompt.gate.view(groups, -1, 1)
+            gate = gate if tokens == 1 else gate.repeat_interleave(tokens, 1)
+            own = torch.addcmul(own, added, gate)
+        out[b] = own.view(groups, -1, tokens, width).permute(2, 0, 1, 3).reshape(*out.shape[1:])
+    return out
 
 
 def token_gradients(

@@ -137,6 +137,28 @@ def prompt_segment(q: Tensor, prompts: Prompts) -> Segment | None:
     return Segment(k, v, bias, gate=gate.reshape(b, groups, h // groups * t, 1))
 
 
+class OwnPrompt(NamedTuple):
+    """The prompt of one sequence: k and v (P, G, D), of its own length, and gate (H,)."""
+
+    k: Tensor
+    v: Tensor
+    gate: Tensor
+
+
+def own_prompt(prompts: Prompts, b: int) -> OwnPrompt | None:
+    """Sequence b's prompt where prompts lie, on a CPU; None where it has none."""
+    k, v, gate, adapter_index, lengths = prompts
+    if k is None or v is None or gate is None:
+        return None
+    if adapter_index is None:
+        own = [x[b] if x.dim() > bare else x for x, bare in ((k, 3), (v, 3), (gate, 1))]
+        return OwnPrompt(*own)
+    row = int(adapter_index[b])
+    present = 0 <= row < k.shape[0]
+    length = k.shape[1] if lengths is None or not present else int(lengths[row])
+    return OwnPrompt(k[row, :length], v[row, :length], gate[row]) if present and length else None
+
+
 def sum_to(x: Tensor, like: Tensor, adapter_index: Tensor | None) -> Tensor:
     """Gradients x (B,...) of every sequence summed into the form of `like`, then rounded once."""
     if adapter_index is not None:

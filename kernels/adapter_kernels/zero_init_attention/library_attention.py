@@ -34,6 +34,12 @@ def _cpu_forward(
     return out, lse
 
 
+def cpu_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Attention of (B, H, T, D) by the CPU's kernel, whose scores take a bias (T, S)."""
+    op = _aten._scaled_dot_product_flash_attention_for_cpu.default
+    return op(q, k, v, 0.0, False, attn_mask=bias, scale=scale)[0]
+
+
 def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool,
     scale: float,

@@ -27,7 +27,7 @@ from .arguments import (
     check_queries,
     page_capacity,
 )
-from .dispatch import backends_for, kernels_for
+from .dispatch import backends_for, decode_backends, kernels_for
 from .layouts import Prompts
 from .library import attention_op, decode_op, prompt_op
 
@@ -310,7 +310,7 @@ def zero_init_attention_decode(
         scale: as in zero_init_attention.
         k_scale, v_scale: (G,) float32 positive factors of an fp8 cache, whose keys and values are
             k_scale k_cache and v_scale v_cache; D in steps of 16, on a GPU capability 8.9.
-        backend: "triton" or "reference"; None chooses.
+        backend: "triton", on a CPU "hybrid", or "reference"; None chooses.
 
     Returns:
         out (B, T, H, D) in the dtype of q.
@@ -338,9 +338,9 @@ def zero_init_attention_decode(
         check_cache_scales(q, k_cache.shape[2], k_scale=k_scale, v_scale=v_scale)
     check_prompts(q, prompts, batch, k_cache.shape[2])
     inputs = (q, k_cache, v_cache, *prompts[:3])
-    able = kernels_for(q)
-    chosen = choose_backend("zero_init_attention_decode", backend, q.device, able, *inputs)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    able = decode_backends(q, scale, scaled)
+    chosen = choose_backend("zero_init_attention_decode", backend, q.device, able, *inputs)
     cache = (cache_lengths, page_table, k_scale, v_scale)
     return decode_op(q, k_cache, v_cache, *prompts, *cache, scale, chosen)
 

@@ -123,6 +123,7 @@ def check_decode_is_a_row_of_prefill(form: str, tokens: int) -> None:
             scale=case.scale,
             adapter_index=case.adapter_index,
             prompt_lengths=case.prompt_lengths,
+            backend=cases.BACKEND,
         )
         for b, length in enumerate(lengths):
             own = replace(case, k=case.k[:, :length], v=case.v[:, :length])

@@ -11,6 +11,7 @@ from adapter_kernels import (
     zero_init_attention_decode,
     zero_init_attention_varlen,
 )
+from adapter_kernels.zero_init_attention.library import decode_op
 from tests.adapter_kernels.tolerances import check_bitwise, check_identity
 from tests.adapter_kernels.zero_init_attention import cases
 from tests.adapter_kernels.zero_init_attention.cases import int32, normal
@@ -64,6 +65,13 @@ class Cache:
             self, q=self.q[chosen], k_cache=k, v_cache=v, cache_lengths=lengths,
             prompts=prompts, page_table=table,
         )  # fmt: skip
+
+
+def operation(cache: Cache, backend: str) -> Tensor:
+    """The operation below the checks, which takes float64 as well."""
+    prompts = [cache.prompts.get(name) for name in PROMPT_NAMES]
+    rest = (cache.cache_lengths, cache.page_table, None, None, cache.q.shape[-1] ** -0.5, backend)
+    return decode_op(cache.q, cache.k_cache, cache.v_cache, *prompts, *rest)
 
 
 def make_cache(

@@ -5,11 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from adapter_kernels import launch
 from adapter_kernels.backend import INTERPRETED
-from adapter_kernels.zero_init_attention.library import decode_op
 from tests.adapter_kernels.tolerances import (
     check_as_accurate_as_eager,
     check_bitwise,
@@ -18,10 +16,10 @@ from tests.adapter_kernels.tolerances import (
 )
 from tests.adapter_kernels.zero_init_attention import cases, decode_runs
 from tests.adapter_kernels.zero_init_attention.decode_runs import (
-    PROMPT_NAMES,
     Cache,
     chunk_over_pages,
     make_cache,
+    operation,
     paged,
 )
 from tests.adapter_kernels.zero_init_attention.kernel_runs import (
@@ -46,13 +44,6 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "BACKEND", "triton")
     monkeypatch.setattr(cases, "DEVICE", DEVICE)
     monkeypatch.setattr(decode, "SPLIT", 64)
-
-
-def operation(cache: Cache, backend: str) -> Tensor:
-    """The operation below the checks, which takes float64 as well."""
-    prompts = [cache.prompts.get(name) for name in PROMPT_NAMES]
-    rest = (cache.cache_lengths, cache.page_table, None, None, cache.q.shape[-1] ** -0.5, backend)
-    return decode_op(cache.q, cache.k_cache, cache.v_cache, *prompts, *rest)
 
 
 def check(cache: Cache, dtype: torch.dtype) -> None:

@@ -244,7 +244,7 @@ def test_paged_equals_contiguous(form: str, page: int) -> None:
     prompts = {"adapter_index": case.adapter_index, "prompt_lengths": case.prompt_lengths}
     with torch.no_grad():
         expected = zero_init_attention_decode(
-            case.q, k, v, *case.prompts[:3], cache_lengths=lengths, **prompts
+            case.q, k, v, *case.prompts[:3], cache_lengths=lengths, **prompts, backend=KERNELS
         )
         check_finite("decode", expected)
         got = zero_init_attention_decode(
@@ -255,6 +255,7 @@ def test_paged_equals_contiguous(form: str, page: int) -> None:
             cache_lengths=lengths,
             page_table=table,
             **prompts,
+            backend=KERNELS,
         )
         check_bitwise("decode", got, expected)
         sizes = {"cu_seqlens_q": int32(0, 5, 10, 15), "max_seqlen_q": 5, "max_seqlen_k": 8}

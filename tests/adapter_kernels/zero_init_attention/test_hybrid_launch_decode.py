@@ -1,0 +1,123 @@
+"""Decoding by the library of a CPU: right, the same bits in any batch or page, and chosen there."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapter_kernels.backend import INTERPRETED
+from adapter_kernels.zero_init_attention import hybrid_launch
+from adapter_kernels.zero_init_attention.dispatch import decode_backends
+from adapter_kernels.zero_init_attention.layouts import Prompts
+from tests.adapter_kernels.tolerances import check_as_accurate_as_eager, check_bitwise
+from tests.adapter_kernels.zero_init_attention import cases, decode_runs
+from tests.adapter_kernels.zero_init_attention.cases import int32, normal
+from tests.adapter_kernels.zero_init_attention.decode_runs import (
+    Cache,
+    make_cache,
+    operation,
+    paged,
+)
+
+FLOAT32 = torch.float32
+DTYPES = [FLOAT32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "BACKEND", "hybrid")
+
+
+def check(cache: Cache, dtype: torch.dtype) -> None:
+    cache = cache.cast(dtype)
+    truth = operation(cache.cast(torch.float64), "reference")
+    check_as_accurate_as_eager("out", cache.call(), operation(cache, "reference"), truth)
+
+
+@pytest.mark.parametrize("form", ["none", "shared", "bank"])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forms_and_new_tokens(form: str, tokens: int, dtype: torch.dtype) -> None:
+    check(make_cache(tokens, form=form), dtype)
+
+
+@pytest.mark.parametrize("page", [1, 16, 64])
+def test_pages_in_disorder(page: int) -> None:
+    check(paged(make_cache(4), page), FLOAT32)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 80, 128, 256])
+def test_head_widths(head_dim: int) -> None:
+    check(make_cache(2, head_dim=head_dim), FLOAT32)
+
+
+def test_prompts_per_sample_with_gates_of_either_form() -> None:
+    cache, g = make_cache(3, form="none"), torch.Generator().manual_seed(2)
+    k, v = (normal(g, 3, 7, 2, 16).float() for _ in "kv")
+    for gate in (1.5 * normal(g, 6).float(), 1.5 * normal(g, 3, 6).float()):
+        prompts = {"prompt_k": k, "prompt_v": v, "gate": gate}
+        check(replace(cache, prompts=prompts), FLOAT32)
+
+
+def test_pages_are_the_cache() -> None:
+    """In disorder, and in order, where they are read without a copy."""
+    cache = make_cache(3)
+    expected = cache.call()
+    for page in (1, 16, 32):
+        check_bitwise(f"pages of {page}", paged(cache, page).call(), expected)
+    pools = [x.view(3 * 7, 10, 2, 16) for x in (cache.k_cache, cache.v_cache)]
+    table = torch.arange(21, dtype=torch.int32).view(3, 7)
+    in_order = replace(cache, k_cache=pools[0], v_cache=pools[1], page_table=table)
+    check_bitwise("pages in order", in_order.call(), expected)
+
+
+def test_decode_is_a_prefill_row() -> None:
+    decode_runs.check_decode_is_a_prefill_row()
+
+
+@pytest.mark.parametrize("page", [None, 16])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_sequence_does_not_depend_on_its_batch(tokens: int, page: int | None) -> None:
+    cache = make_cache(tokens)
+    cache = cache if page is None else paged(cache, page)
+    together = cache.call()
+    for b in range(3):
+        check_bitwise(f"sequence {b}", cache.rows(b).call(), together[b : b + 1])
+
+
+def test_an_empty_slot_is_zero_whatever_its_prompt_holds() -> None:
+    cache = make_cache(2)
+    empty = replace(cache, cache_lengths=int32(70, 0, 0)).call()
+    assert empty[1:].count_nonzero() == 0
+    check_bitwise("the other", empty[0], cache.call()[0])
+
+
+def test_no_adapter_and_no_gate_are_bitwise_plain() -> None:
+    cache = make_cache(2)
+    plain = replace(cache, prompts={}).call()
+    check_bitwise("sequence 1 has index -1", cache.call()[1], plain[1])
+    silent = cache.prompts | {"gate": torch.zeros_like(cache.prompts["gate"])}
+    check_bitwise("gate 0", replace(cache, prompts=silent).call(), plain)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels come first in the interpreter")
+def test_a_cpu_takes_the_library_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Prompts] = []
+    decode = hybrid_launch.decode
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, *rest: object) -> Tensor:
+        calls.append(prompts)
+        return decode(q, k, v, prompts, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hybrid_launch, "decode", counted)
+    cache = make_cache()
+    cache.call(backend=None)
+    assert len(calls) == 1
+    cache.call(backend=None, scale=-0.5)
+    assert len(calls) == 1
+    q = cache.q
+    assert decode_backends(q, 1.0, False) == ("hybrid", "reference")
+    assert decode_backends(q, 0.0, False) == decode_backends(q, 1.0, True) == ("reference",)
+    with pytest.raises(ValueError, match="'hybrid' is not available for zero_init_attention_dec"):
+        cache.call(scale=-1.0)
