@@ -7,13 +7,50 @@ at contents, and therefore at those of CPU tensors alone.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 FEW = 256
+MOST_FORMS = 4096
 Sizes = tuple[int | None, ...]
+
+
+_passed: set[tuple[Any, ...]] = set()
+
+
+def passed_before(function: str, *arguments: object) -> Callable[[], None] | None:
+    """None where arguments of this very form passed `function` before, else what remembers them.
+
+    A form is what checks of shapes, strides, dtypes and devices look at: small calls, as decoding
+    makes them by the thousand, would spend a third of their time on the same answers. Contents are
+    no part of it. A form that cannot be compared, as one that is traced, is checked every time.
+    """
+    try:
+        form = (function, *(_form(x) for x in arguments))
+        if form in _passed:
+            return None
+    except (TypeError, RuntimeError):
+        return _nothing
+
+    def remember() -> None:
+        if len(_passed) >= MOST_FORMS:
+            _passed.clear()
+        _passed.add(form)
+
+    return remember
+
+
+def _nothing() -> None:
+    """Remember nothing."""
+
+
+def _form(x: object) -> object:
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device
+    return x, type(x)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import LIBRARY, choose_backend, define, runs_kernels
-from .checks import FLOATS, check_device, check_dtype, check_number, check_shape
+from .checks import FLOATS, check_device, check_dtype, check_number, check_shape, passed_before
 
 
 def rms_norm_reference(
@@ -117,6 +117,21 @@ torch.library.register_autograd(
 )
 
 
+def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
+    """Raise unless the arguments have the form that rms_norm says."""
+    check_dtype("x", x, FLOATS)
+    if x.dim() == 0:
+        raise ValueError("x must have shape (..., C), got ()")
+    check_shape("weight", weight, "(C,)", (x.shape[-1],))
+    check_dtype("weight", weight, FLOATS)
+    check_device("weight", weight, "x", x)
+    check_number("eps", eps, 0.0)
+    if residual is not None:
+        check_shape("residual", residual, "that of x", tuple(x.shape))
+        check_dtype("residual", residual, (x.dtype,))
+        check_device("residual", residual, "x", x)
+
+
 @overload
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: None = None) -> Tensor:
     """Return out."""
@@ -153,17 +168,10 @@ def rms_norm(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, equation 4.
     """
-    check_dtype("x", x, FLOATS)
-    if x.dim() == 0:
-        raise ValueError("x must have shape (..., C), got ()")
-    check_shape("weight", weight, "(C,)", (x.shape[-1],))
-    check_dtype("weight", weight, FLOATS)
-    check_device("weight", weight, "x", x)
-    check_number("eps", eps, 0.0)
-    if residual is not None:
-        check_shape("residual", residual, "that of x", tuple(x.shape))
-        check_dtype("residual", residual, (x.dtype,))
-        check_device("residual", residual, "x", x)
+    remember = passed_before("rms_norm", x, weight, eps, residual)
+    if remember is not None:
+        _check(x, weight, eps, residual)
+        remember()
     able = ("triton",) if runs_kernels(x) else ("reference",)
     choose_backend("rms_norm", None, x.device, able, x, weight, residual)
     out, h, _ = _forward_op(x, weight, residual, eps)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .backend import LIBRARY, choose_backend, define, runs_kernels
-from .checks import FLOATS, check_device, check_dtype, check_shape
+from .checks import FLOATS, check_device, check_dtype, check_shape, passed_before
 
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -99,10 +99,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Source: Shazeer, GLU Variants Improve Transformer, equation 5.
     """
-    check_dtype("gate", gate, FLOATS)
-    check_shape("up", up, "that of gate", tuple(gate.shape))
-    check_dtype("up", up, (gate.dtype,))
-    check_device("up", up, "gate", gate)
+    remember = passed_before("swiglu", gate, up)
+    if remember is not None:
+        check_dtype("gate", gate, FLOATS)
+        check_shape("up", up, "that of gate", tuple(gate.shape))
+        check_dtype("up", up, (gate.dtype,))
+        check_device("up", up, "gate", gate)
+        remember()
     able = ("triton",) if runs_kernels(gate) else ("reference",)
     choose_backend("swiglu", None, gate.device, able, gate, up)
     return _forward_op(gate, up)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import checks
-from adapter_kernels.checks import Sizes
+from adapter_kernels.checks import Sizes, passed_before
 
 PAIR = torch.zeros(2, 3)
 
@@ -110,3 +110,36 @@ def test_values_are_not_read_while_tracing() -> None:
 
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     assert compiled(torch.tensor([7])).tolist() == [8]
+
+
+def test_a_form_that_passed_is_not_checked_again_and_another_is() -> None:
+    x = torch.ones(2, 3)
+    remember = passed_before("some function", x, None, 0.5)
+    assert remember is not None
+    remember()
+    assert passed_before("some function", torch.zeros(2, 3), None, 0.5) is None
+    others = [
+        (x.t().contiguous().t(), None, 0.5),
+        (x.double(), None, 0.5),
+        (x.to("meta"), None, 0.5),
+        (torch.ones(3, 2), None, 0.5),
+        (x, x, 0.5),
+        (x, None, 1.5),
+        (x, None, "0.5"),
+    ]
+    assert all(passed_before("some function", *other) for other in others)
+    assert passed_before("another function", x, None, 0.5)
+    # what cannot be compared is checked every time
+    for _ in range(2):
+        again = passed_before("some function", x, [None], 0.5)
+        assert again is not None
+        again()
+
+
+def test_forms_are_forgotten_before_they_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MOST_FORMS", 3)
+    for n in range(20):
+        remember = passed_before("growing", torch.ones(n))
+        assert remember is not None
+        remember()
+        assert len(checks._passed) <= 3

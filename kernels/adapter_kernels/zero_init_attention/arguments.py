@@ -151,7 +151,6 @@ def check_prompts(q: Tensor, prompts: Prompts, batch: int, groups: int | None) -
         if k.shape[0] == 0:
             raise ValueError(f"prompt_k must hold at least one adapter, got {tuple(k.shape)}")
         check_index("adapter_index", adapter_index, q, "(B,)", batch)
-        check_range("adapter_index", adapter_index, -1, k.shape[0] - 1)
     if lengths is not None:
         if adapter_index is None:
             raise ValueError(
@@ -159,7 +158,16 @@ def check_prompts(q: Tensor, prompts: Prompts, batch: int, groups: int | None) -
                 "bank's prompts; got no adapter_index"
             )
         check_index("prompt_lengths", lengths, q, "(A,)", k.shape[0])
-        check_range("prompt_lengths", lengths, 0, k.shape[1])
+    check_prompt_values(prompts)
+
+
+def check_prompt_values(prompts: Prompts) -> None:
+    """Raise unless the indices of a bank, whose form is right, name its rows."""
+    k, _, _, adapter_index, lengths = prompts
+    if k is not None and adapter_index is not None:
+        check_range("adapter_index", adapter_index, -1, k.shape[0] - 1)
+        if lengths is not None:
+            check_range("prompt_lengths", lengths, 0, k.shape[1])
 
 
 def check_no_prompts(prompts: Prompts) -> None:
@@ -223,19 +231,53 @@ def check_pages(pool: Tensor, page_table: Tensor, lengths: Tensor) -> None:
         check_range("page_table", used, 0, pool.shape[0] - 1)
 
 
-def check_cache_lengths(q: Tensor, cache_lengths: Tensor, capacity: int) -> None:
-    """Raise unless every length fits the cache and counts the new tokens of q, or is 0."""
+def check_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_lengths: Tensor,
+    page_table: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    """Raise unless the caches, and what finds keys in them, have the form of a decoding call."""
     batch, tokens = q.shape[:2]
+    scaled = k_scale is not None or v_scale is not None
+    dtype = cache_dtype(q, k_cache, scaled)
+    if page_table is None:
+        check_keys(q, k_cache, v_cache, "_cache", "(B, S_max, G, D)", batch, None, dtype=dtype)
+    else:
+        check_keys(q, k_cache, v_cache, "_cache", "(N, page, G, D)", None, None, dtype=dtype)
     if tokens > MAX_DECODE_TOKENS:
         raise ValueError(
             f"q must hold at most {MAX_DECODE_TOKENS} new tokens per sequence, got T = {tokens}; "
             "zero_init_attention_varlen takes longer chunks"
         )
     check_index("cache_lengths", cache_lengths, q, "(B,)", batch)
+    if page_table is not None:
+        page_capacity(q, k_cache, page_table, batch)
+    if scaled:
+        check_cache_scales(q, k_cache.shape[2], k_scale=k_scale, v_scale=v_scale)
+
+
+def check_cache_values(
+    q: Tensor, k_cache: Tensor, cache_lengths: Tensor, page_table: Tensor | None,
+    k_scale: Tensor | None, v_scale: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise unless every length fits a cache of the right form and counts the new tokens of q, or
+    is 0, its pages exist and the scales are numbers to multiply with."""
+    tokens, capacity = q.shape[1], k_cache.shape[1]
+    if page_table is not None:
+        capacity *= page_table.shape[1]
     check_range("cache_lengths", cache_lengths, 0, capacity)
     if tokens > 1:
         expected = f"0 or count the T = {tokens} new tokens"
         check_values("cache_lengths", cache_lengths, expected, lambda n: (n == 0) | (n >= tokens))
+    if page_table is not None:
+        check_pages(k_cache, page_table, cache_lengths)
+    for name, x in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if x is not None:
+            check_values(name, x, "positive and finite", lambda n: (n > 0) & n.isfinite())
 
 
 def cache_dtype(q: Tensor, k_cache: Tensor, scaled: bool) -> torch.dtype:
@@ -271,7 +313,6 @@ def check_cache_scales(q: Tensor, groups: int, **scales: Tensor | None) -> None:
         check_dtype(name, x, (torch.float32,))
         check_device(name, x, "q", q)
         check_last_contiguous(name, x)
-        check_values(name, x, "positive and finite", lambda n: (n > 0) & n.isfinite())
     if q.shape[-1] % FP8_HEAD_DIM_STEP:
         raise ValueError(
             f"q must have a head dimension D in steps of {FP8_HEAD_DIM_STEP} with a float8_e4m3fn "

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.backend import choose_backend
-from adapter_kernels.checks import check_flag, check_range, check_tensor
+from adapter_kernels.checks import check_flag, check_range, check_tensor, passed_before
 
 from .arguments import (
-    cache_dtype,
     cast_together,
-    check_cache_lengths,
-    check_cache_scales,
+    check_cache,
+    check_cache_values,
     check_cu_seqlens,
     check_index,
     check_keys,
     check_like_queries,
     check_max_seqlen,
     check_pages,
+    check_prompt_values,
     check_prompts,
     check_queries,
     page_capacity,
@@ -323,25 +323,19 @@ def zero_init_attention_decode(
     """
     q, k_cache, v_cache, prompt_k, prompt_v = cast_together(q, k_cache, v_cache, prompt_k, prompt_v)
     prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
-    check_queries(q, "(B, T, H, D)", scale)
-    batch = q.shape[0]
-    scaled = k_scale is not None or v_scale is not None
-    dtype = cache_dtype(q, k_cache, scaled)
-    if page_table is None:
-        check_keys(q, k_cache, v_cache, "_cache", "(B, S_max, G, D)", batch, None, dtype=dtype)
-        check_cache_lengths(q, cache_lengths, k_cache.shape[1])
-    else:
-        check_keys(q, k_cache, v_cache, "_cache", "(N, page, G, D)", None, None, dtype=dtype)
-        check_cache_lengths(q, cache_lengths, page_capacity(q, k_cache, page_table, batch))
-        check_pages(k_cache, page_table, cache_lengths)
-    if scaled:
-        check_cache_scales(q, k_cache.shape[2], k_scale=k_scale, v_scale=v_scale)
-    check_prompts(q, prompts, batch, k_cache.shape[2])
+    cache = (cache_lengths, page_table, k_scale, v_scale)
+    remember = passed_before("decode", q, k_cache, v_cache, *prompts, *cache, scale)
+    if remember is not None:
+        check_queries(q, "(B, T, H, D)", scale)
+        check_cache(q, k_cache, v_cache, *cache)
+        check_prompts(q, prompts, q.shape[0], k_cache.shape[2])
+        remember()
+    check_cache_values(q, k_cache, *cache)
+    check_prompt_values(prompts)
     inputs = (q, k_cache, v_cache, *prompts[:3])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    able = decode_backends(q, scale, scaled)
+    able = decode_backends(q, scale, k_scale is not None)
     chosen = choose_backend("zero_init_attention_decode", backend, q.device, able, *inputs)
-    cache = (cache_lengths, page_table, k_scale, v_scale)
     return decode_op(q, k_cache, v_cache, *prompts, *cache, scale, chosen)
 
 

@@ -403,7 +403,10 @@ STEP = [
     ),
     (FP8_CACHE | SCALES | {"k_scale": x(H)}, "k_scale must have shape (G,) = (2,), got (4,)"),
     (
-        FP8_CACHE | SCALES | {"v_scale": -SCALES["v_scale"]},
+        FP8_CACHE
+        | SCALES
+        | {"q": x(B, T, H, 16), "k_cache": fp8(B, S, G, 16), "v_cache": fp8(B, S, G, 16)}
+        | {"v_scale": -SCALES["v_scale"]},
         "v_scale must be positive and finite, got -",
     ),
     (FP8_CACHE | SCALES | {"k_scale": x(G).double()}, "k_scale must be float32, got float64"),

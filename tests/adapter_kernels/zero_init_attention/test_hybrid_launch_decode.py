@@ -108,7 +108,7 @@ def test_a_cpu_takes_the_library_where_it_can(monkeypatch: pytest.MonkeyPatch) -
 
     def counted(q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, *rest: object) -> Tensor:
         calls.append(prompts)
-        return decode(q, k, v, prompts, *rest)  # type: ignore[arg-type]
+        return decode(q, k, v, prompts, *rest)
 
     monkeypatch.setattr(hybrid_launch, "decode", counted)
     cache = make_cache()
