@@ -12,7 +12,9 @@ HERE = Path(__file__).parent
 HF = ["transformers>=5.10.1", "peft>=0.18", "accelerate>=1.0", "tokenizers>=0.22"]
 PLOT = ["matplotlib>=3.8"]
 LOG = ["tensorboard>=2.16"]
-TEST = [*HF, *PLOT, *LOG, "pytest>=8", "pytest-xdist>=3.5"]
+# the first that is made for torch 2.11
+QUANT = ["torchao>=0.17"]
+TEST = [*HF, *PLOT, *LOG, *QUANT, "pytest>=8", "pytest-xdist>=3.5"]
 
 setup(
     name="llama-adapter-kernels",
@@ -44,6 +46,7 @@ setup(
     ],
     extras_require={
         "hf": HF,
+        "quant": QUANT,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "pyright[nodejs]>=1.1.400"],
     },

@@ -22,6 +22,7 @@ from llama_adapter import assets
 from llama_adapter.adapter import Prompts
 from llama_adapter.checkpoints import Base, default_device, load_base
 from llama_adapter.checkpoints.adapter_file import load_adapter, read_adapter
+from llama_adapter.checkpoints.quantize import FORMATS
 from llama_adapter.data.records import read_items
 from llama_adapter.data.template import prompt_text
 from llama_adapter.generation import stream
@@ -56,15 +57,22 @@ class ModelOptions:
     device: str | None = field(
         default=None, metadata={"help": "cpu or cuda; default: the GPU, if there is one"}
     )
+    quantize: str | None = field(
+        default=None,
+        metadata={
+            "help": "hold the base's linear weights in 8 or 4 bits; default: as they are",
+            "choices": tuple(FORMATS),
+        },
+    )
 
     def load(self) -> tuple[Base, Prompts | None]:
         """The base, and the adapter's prompts projected once."""
         device = default_device() if self.device is None else self.device
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        base = load_base(self.base, dtype=dtype, device=device)
+        base = load_base(self.base, dtype=dtype, device=device, quantize=self.quantize)
         if self.adapter is None:
             return base, None
-        adapter = load_adapter(self.adapter, base.model, base.name)
+        adapter = load_adapter(self.adapter, base.model, base.name, base=base.fingerprint)
         with torch.no_grad():
             return base, base.model.project(adapter)
 

@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +15,14 @@ from packaging.requirements import Requirement
 import adapter_kernels
 
 PACKAGE = "llama-adapter-kernels"
+# extras whose packages are used where they are installed
+OPTIONAL = ("hf", "quant")
+# the oldest GPUs with kernels
+CAPABILITY = (8, 0)
+KERNELS = (
+    "triton and hybrid for attention, triton for rms_norm, apply_rotary, write_cache and swiglu, "
+    "reference for linear_cross_entropy"
+)
 
 
 def _version(package: str) -> str | None:
@@ -27,7 +38,9 @@ def _packages(problems: list[str]) -> Iterator[tuple[str, str]]:
     for line in importlib.metadata.requires(PACKAGE) or []:
         need = Requirement(line)
         wanted = not need.marker or need.marker.evaluate({"extra": ""})
-        offered = need.marker is not None and need.marker.evaluate({"extra": "hf"})
+        offered = need.marker is not None and any(
+            need.marker.evaluate({"extra": extra}) for extra in OPTIONAL
+        )
         if need.name in seen or not (wanted or offered):
             continue
         seen.add(need.name)
@@ -54,13 +67,43 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
         major, minor = torch.cuda.get_device_capability(index)
         free, total = torch.cuda.mem_get_info(index)
         memory = f"{free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-        if (major, minor) >= (8, 0) and _version("triton") is not None:
-            backends = "triton and hybrid for attention, reference for the rest"
-        else:
-            backends = "reference"
+        backends = KERNELS if _runs_kernels(index) else "reference"
         yield f"cuda:{index}", f"{name}, sm_{major}{minor}, {memory}, backends: {backends}"
-        if (major, minor) < (8, 0):
+        if (major, minor) < CAPABILITY:
             problems.append(f"cuda:{index} is sm_{major}{minor}: bfloat16 needs sm_80 or newer")
+
+
+def _runs_kernels(index: int) -> bool:
+    capability = torch.cuda.get_device_capability(index)
+    return capability >= CAPABILITY and _version("triton") is not None
+
+
+def _compiler(problems: list[str]) -> str:
+    """The C compiler with which Triton makes what launches its kernels, looked for as Triton does.
+
+    Source: triton/runtime/build.py of 3.6 and 3.7. It takes CC as the name of one program.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    needed = any(_runs_kernels(index) for index in range(gpus))
+    named = os.environ.get("CC")
+    if needed:
+        # these schemes differ on Debian, and the headers are in the second one's folder
+        scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+        header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+        if not header.is_file():
+            problems.append(f"triton needs {header}: apt install python3-dev")
+    if named is not None:
+        found, absent = shutil.which(named), f"none: CC={named} is no program on the PATH"
+        problem = f"triton needs a C compiler, and CC={named} is no program: unset or correct CC"
+    else:
+        found, absent = shutil.which("gcc") or shutil.which("clang"), "none"
+        problem = "triton needs a C compiler: apt install gcc, or set CC"
+    if found is not None:
+        return found
+    if needed:
+        problems.append(problem)
+        return absent
+    return f"{absent} (needed with a GPU)"
 
 
 def _imports(problems: list[str]) -> None:
@@ -94,6 +137,7 @@ def report() -> tuple[list[tuple[str, str]], list[str]]:
         problems.append(f"{PACKAGE} is not installed here: pip install .")
         return [*facts, *_devices(problems)], problems
     facts += [*_packages(problems), *_devices(problems)]
+    facts.append(("C compiler", _compiler(problems)))
     _imports(problems)
     return facts, problems
 

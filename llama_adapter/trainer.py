@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapter_kernels import linear_cross_entropy
 from llama_adapter.adapter import Adapter
+from llama_adapter.checkpoints.quantize import is_quantized
 from llama_adapter.data.examples import IGNORE_INDEX, Batch, Example, collate
 from llama_adapter.model import Llama
 
@@ -46,8 +47,13 @@ class Trainer:
             clip: largest norm of the gradient of all groups of a batch together, or None.
 
         Raises:
-            ValueError: the base is not frozen, or a parameter of the adapter is not float32.
+            ValueError: the base is quantised or not frozen, or a parameter of the adapter is not
+                float32.
         """
+        if is_quantized(model):
+            raise ValueError(
+                "model must not be quantised to train on it: give load_base no quantize"
+            )
         unfrozen = [name for name, value in model.named_parameters() if value.requires_grad]
         if unfrozen:
             raise ValueError(f"model must be frozen, {unfrozen[0]} requires a gradient")

@@ -40,7 +40,7 @@ def test_import_without_triton() -> None:
 
 
 def test_command_line_does_not_import_heavy_optional_packages() -> None:
-    heavy = "{'transformers', 'peft', 'matplotlib', 'tensorboard', 'accelerate'}"
+    heavy = "{'transformers', 'peft', 'matplotlib', 'tensorboard', 'accelerate', 'torchao'}"
     done = run(f"import llama_adapter.cli; print(sorted({heavy} & set(sys.modules)))")
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 

@@ -35,6 +35,7 @@ ROWS = (
     Row(("transformers==5.10.1", "tokenizers==0.22.2"), MODEL_TESTS),
     Row(("transformers==5.23.0",), MODEL_TESTS),
     Row(("safetensors==0.5.3",), ("tests/llama_adapter/checkpoints",)),
+    Row(("torchao==0.17.0",), ("tests/llama_adapter/checkpoints/test_quantize.py",)),
     Row(("sentencepiece==0.2.1",), ("tests/llama_adapter/test_tokenizer.py",)),
     Row(("numpy==1.26.4",), ("tests/adapter_kernels", "tests/llama_adapter/test_model.py")),
     Row(("triton==3.6.0",), ("tests/benchmarks/test_ahead_of_time.py",)),

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint
 from llama_adapter.checkpoints.meta import is_meta, read_meta
+from llama_adapter.checkpoints.quantize import check_format
+from llama_adapter.checkpoints.quantize import quantize as quantize_weights
 from llama_adapter.model import Llama
 from llama_adapter.tokenizer import Tokenizer
 
@@ -23,11 +26,14 @@ class Base:
         model: frozen, in evaluation mode.
         tokenizer: the model's own.
         name: the folder's name, for messages and fingerprints.
+        fingerprint: of the weights as read, where they were quantised since; else None, and
+            `fingerprint` takes it of the model.
     """
 
     model: Llama
     tokenizer: Tokenizer
     name: str
+    fingerprint: Fingerprint | None = None
 
 
 def default_device() -> str:
@@ -40,13 +46,16 @@ def load_base(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantize: str | None = None,
 ) -> Base:
     """Read a base model from a folder in Meta's format.
 
     Args:
         folder: holds consolidated.*.pth, params.json and tokenizer.model.
         dtype: of the loaded weights, a floating one; None keeps the files' own.
-        device: where the weights go.
+        device: where the weights go; it must hold all of them as read, even to be quantised.
+        quantize: "int8" or "int4", the format that the weights of the linear maps are brought into
+            once they are read; None leaves them. Such a base answers, and is not trained on.
 
     Returns:
         The base, frozen and in evaluation mode.
@@ -54,7 +63,7 @@ def load_base(
     Raises:
         FileNotFoundError: the folder or a file in it does not exist.
         ValueError: the folder is of another kind, a file is damaged or does not fit the others,
-            or the device is not there.
+            the device is not there, or the base cannot be quantised so.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -72,5 +81,14 @@ def load_base(
         raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} is not available: torch {torch.__version__} sees no GPU")
+    if quantize is not None:
+        # before the weights are read: that takes minutes
+        check_format(quantize, device)
     model, tokenizer = read_meta(folder, dtype=dtype, device=device)
-    return Base(model, tokenizer, folder.resolve().name)
+    name = folder.resolve().name
+    if quantize is None:
+        return Base(model, tokenizer, name)
+    # adapters know the base by its weights as read
+    identity = fingerprint(model, name)
+    quantize_weights(model, quantize)
+    return Base(model, tokenizer, name, identity)

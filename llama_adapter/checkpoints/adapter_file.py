@@ -96,13 +96,16 @@ def save_adapter(path: str | Path, adapter: Adapter, base: Fingerprint) -> None:
     write_atomically(path, encode(header, tensors))
 
 
-def load_adapter(path: str | Path, model: Llama, name: str) -> Adapter:
+def load_adapter(
+    path: str | Path, model: Llama, name: str, *, base: Fingerprint | None = None
+) -> Adapter:
     """Read an adapter for the base model it was trained on.
 
     Args:
         path: an adapter file.
         model: the loaded base.
         name: what to call that base in messages.
+        base: its fingerprint, taken before it was quantised; None takes it of `model`.
 
     Returns:
         The adapter, trainable, in float32 on the model's device.
@@ -113,7 +116,7 @@ def load_adapter(path: str | Path, model: Llama, name: str) -> Adapter:
             another base.
     """
     header, tensors = read_adapter(path)
-    loaded = fingerprint(model, name)
+    loaded = fingerprint(model, name) if base is None else base
     difference = header.base.difference(loaded)
     if difference:
         raise ValueError(

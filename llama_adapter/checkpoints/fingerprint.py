@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama_adapter.checkpoints.quantize import is_quantized
 from llama_adapter.config import LlamaConfig
 from llama_adapter.model import Llama
 
@@ -99,8 +100,13 @@ def fingerprint(model: Llama, name: str) -> Fingerprint:
         Its shape and the samples of each tensor in `sampled_tensors`, to five digits.
 
     Raises:
-        ValueError: a sampled weight is NaN or infinite.
+        ValueError: a sampled weight is NaN or infinite, or the base is quantised.
     """
+    if is_quantized(model):
+        raise ValueError(
+            f"base {name!r} is quantised, and its fingerprint must be taken before: load_base "
+            "returns it as Base.fingerprint"
+        )
     # a tied output is the embedding, once more
     parameters = dict(model.named_parameters()) | {"output.weight": model.output_weight}
     samples: list[float] = []

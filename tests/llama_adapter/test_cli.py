@@ -185,6 +185,27 @@ def test_generate_streams_what_a_file_of_questions_collects(
     assert capsys.readouterr().out == lines[1]["output"] + "\n"
 
 
+def test_a_quantised_base_answers_with_its_adapter(
+    base: Path,
+    adapter: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("torchao.quantization")
+    common = ("--base", base, "--temperature", 0, "--max-new-tokens", 8, "--quantize", "int8")
+    answers = []
+    for words in (("--adapter", adapter), ()):
+        assert run("generate", "stone", *words, *common) == 0
+        shown = capsys.readouterr()
+        # torchao has much to say at import, and none of it is for whoever asked
+        assert shown.err == ""
+        answers.append(shown.out)
+    assert answers[0] != answers[1]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("stone\n/base\nstone\n"))
+    assert run("chat", "--adapter", adapter, *common) == 0
+    assert capsys.readouterr().out == "".join(answers)
+
+
 def test_chat_answers_and_switches_the_adapter(
     base: Path,
     adapter: Path,
@@ -320,6 +341,15 @@ BAD = {
     "held out is the data": (
         "finetune --base BASE --data DATA --output OUT --val-data DATA",
         "val_data must be another file than data",
+    ),
+    "four bits on a CPU": (
+        "generate hi --base BASE --device cpu --quantize int4",
+        'quantize "int4" needs an NVIDIA GPU of sm_80 or newer, got device cpu',
+    ),
+    "unknown format": ("generate hi --quantize int2", "invalid choice: 'int2'"),
+    "training in eight bits": (
+        "finetune --base BASE --data DATA --output OUT --quantize int8",
+        "unknown argument --quantize",
     ),
     "no device": ("generate hi --base BASE --device gpu", "device must be cpu or cuda, got 'gpu'"),
     "strange device": ("generate hi --base BASE --device meta", "device must be cpu or cuda"),

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from llama_adapter.adapter import Adapter
+from llama_adapter.checkpoints.quantize import quantize
 from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.data.examples import IGNORE_INDEX, Batch, Example, collate
 from llama_adapter.model import Llama
@@ -141,6 +142,13 @@ def test_the_base_gets_no_gradient_and_keeps_every_bit(
     for name, value in tiny_model.named_parameters():
         assert value.grad is None
         assert torch.equal(value, before[name]), name
+
+
+def test_a_quantised_base_is_refused(tiny_model: Llama, tiny_adapter: Adapter) -> None:
+    pytest.importorskip("torchao.quantization")
+    quantize(tiny_model, "int8")
+    with pytest.raises(ValueError, match="model must not be quantised to train on it"):
+        Trainer(tiny_model, tiny_adapter, micro_batch_size=1)
 
 
 def test_a_base_that_is_not_frozen_is_refused(tiny_model: Llama, tiny_adapter: Adapter) -> None:

@@ -1,0 +1,138 @@
+"""Weight-only quantisation of a frozen base: which weights, in which format, and what is refused.
+
+torchao packs the weights and multiplies by them. Embeddings, norms, activations and the adapter
+stay as they are. It happens in place: the weights as read are gone afterwards.
+"""
+
+import importlib
+import logging
+import warnings
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from llama_adapter.model import Linear, Llama
+
+# a format to the dtypes of the bases that it can hold: torchao multiplies int8 by its scale last,
+# so that 516 products of 1 and 127 overflow float16; its int4 kernel is bfloat16's
+FORMATS: dict[str, tuple[torch.dtype, ...]] = {
+    "int8": (torch.float32, torch.bfloat16),
+    "int4": (torch.bfloat16,),
+}
+# weights per scale and zero, the smaller file first: 4.25 or 5 bits per weight
+INT4_GROUPS = (128, 32)
+# the first with an int4 matrix product on its tensor cores
+INT4_CAPABILITY = (8, 0)
+
+
+def quantize(model: Llama, name: str) -> None:
+    """Replace the weight of every `Linear` of a frozen model, in place.
+
+    int8 has one scale per row, w = scale * q with |w - scale * q| <= scale / 2 and
+    scale = max |w| / 127.5. int4 has a scale and a zero per group of 128 or 32 along a row.
+
+    Args:
+        model: the base, frozen; in float32 or bfloat16 for int8, in bfloat16 on a GPU for int4.
+        name: "int8" or "int4".
+
+    Raises:
+        ValueError: there is no such format, torchao or GPU, or the model is quantised already, not
+            frozen, or of a dtype or widths that the format does not take.
+    """
+    weight = model.output_weight
+    check_format(name, weight.device)
+    if is_quantized(model):
+        raise ValueError(
+            f'model must hold the weights as read for quantize "{name}", got quantised'
+        )
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(
+                f'model must be frozen for quantize "{name}", {parameter_name} requires a gradient'
+            )
+    if weight.dtype not in FORMATS[name]:
+        raise ValueError(
+            f'quantize "{name}" needs a base in {_dtypes(name)}, got '
+            f"{_short(weight.dtype)}: load it with dtype bfloat16"
+        )
+    torchao = _import_torchao(name)
+    config = _config(torchao, name, model)
+    torchao.quantize_(model, config, lambda module, _: isinstance(module, Linear))
+
+
+def check_format(name: str, device: torch.device | str) -> None:
+    """Refuse what needs no model to be refused.
+
+    Raises:
+        ValueError: there is no such format, torchao is missing, or int4 has no GPU of sm_80.
+    """
+    if name not in FORMATS:
+        choices = " or ".join(f'"{known}"' for known in FORMATS)
+        raise ValueError(f"quantize must be {choices}, got {name!r}")
+    if name == "int4":
+        device = torch.device(device)
+        if device.type != "cuda":
+            raise ValueError(
+                f'quantize "int4" needs an NVIDIA GPU of sm_80 or newer, got device {device}; '
+                '"int8" runs anywhere'
+            )
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < INT4_CAPABILITY:
+            raise ValueError(
+                'quantize "int4" needs an NVIDIA GPU of sm_80 or newer, got device '
+                f'{device} of sm_{major}{minor}; "int8" runs anywhere'
+            )
+    _import_torchao(name)
+
+
+def is_quantized(model: Llama) -> bool:
+    """Whether a weight of the model is one of torchao's."""
+    # by the name of its class: without torchao there is nothing to import
+    modules = {type(parameter).__module__ for parameter in model.parameters()}
+    return any(module.partition(".")[0] == "torchao" for module in modules)
+
+
+def _import_torchao(name: str) -> ModuleType:
+    disabled = logging.root.manager.disable
+    try:
+        # at import it warns of libraries for other GPUs and of deprecations of its own
+        logging.disable(logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("torchao.quantization")
+    except ImportError as error:
+        raise ValueError(
+            f'quantize "{name}" needs torchao ({error}): '
+            "pip install 'llama-adapter-kernels[quant]'"
+        ) from None
+    finally:
+        logging.disable(disabled)
+
+
+def _config(torchao: ModuleType, name: str, model: Llama) -> Any:
+    """torchao's configuration; its compiler settings, the process's, are left alone."""
+    if name == "int8":
+        # torchao 0.17 has a deprecated version 1 as its default
+        return torchao.Int8WeightOnlyConfig(version=2, set_inductor_config=False)
+    widths = {module.in_features for module in model.modules() if isinstance(module, Linear)}
+    fitting = [group for group in INT4_GROUPS if all(width % group == 0 for width in widths)]
+    if not fitting:
+        raise ValueError(
+            f'quantize "{name}" needs input widths that are multiples of {INT4_GROUPS[-1]}, got '
+            f"{', '.join(map(str, sorted(widths)))}"
+        )
+    # the packing of torch's own matrix product: the default one needs a package more
+    return torchao.Int4WeightOnlyConfig(
+        group_size=fitting[0],
+        int4_packing_format="tile_packed_to_4d",
+        set_inductor_config=False,
+    )
+
+
+def _dtypes(name: str) -> str:
+    return " or ".join(map(_short, FORMATS[name]))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
