@@ -23,11 +23,8 @@ from adapter_kernels import (
     zero_init_attention_varlen,
 )
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
-from llama_adapter.cache import KVCache, Span
+from llama_adapter.cache import KVCache, PagePool, Span
 from llama_adapter.config import LlamaConfig
-
-# up to this many new tokens per sequence take the decoding kernel, longer chunks the varlen one
-DECODE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -37,14 +34,14 @@ class Step:
     Attributes:
         cos, sin: (B, T, D/2) float32, or (T, D/2) without a cache, of the tokens' positions.
         prompts: projected prompts, or None for the base model.
-        cache, span: where keys and values go and which are seen; None attends to the call's own.
+        pool, span: where keys and values go and which are seen; None attends to the call's own.
     """
 
     cos: Tensor
     sin: Tensor
     prompts: Prompts | None
-    cache: KVCache | None
-    span: Span | None
+    pool: PagePool | None = None
+    span: Span | None = None
 
 
 def rotary_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,11 +127,11 @@ class Attention(nn.Module):
         k = self.wk(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.wv(x).unflatten(-1, (self.kv_heads, self.head_dim))
         segment = self._prompt_arguments(step.prompts)
-        if step.cache is None or step.span is None:
+        if step.pool is None or step.span is None:
             q, k = apply_rotary(q, k, step.cos, step.sin, interleaved=True)
             out = zero_init_attention(q, k, v, **segment)
         else:
-            out = self._attend_cached(q, k, v, segment, step, step.cache, step.span)
+            out = self._attend_cached(q, k, v, segment, step, step.pool, step.span)
         return self.wo(out.flatten(-2))
 
     def _prompt_arguments(self, prompts: Prompts | None) -> dict[str, Any]:
@@ -156,19 +153,26 @@ class Attention(nn.Module):
         v: Tensor,
         segment: dict[str, Any],
         step: Step,
-        cache: KVCache,
+        pool: PagePool,
         span: Span,
     ) -> Tensor:
-        layer, tokens = self.layer, q.shape[1]
-        q = write_cache(
-            k, v, cache.k[layer], cache.v[layer],
-            positions=span.positions, cos=step.cos, sin=step.sin, q=q,
-        )  # fmt: skip
-        if tokens <= DECODE_TOKENS:
+        k_pages, v_pages = pool.layer(self.layer)
+        # all tokens of all sequences are one row, and so are all slots of all pages
+        rows = [
+            x.view(1, -1, *x.shape[2:]) for x in (k, v, k_pages, v_pages, step.cos, step.sin, q)
+        ]
+        q = write_cache(*rows[:4], positions=span.slots, cos=rows[4], sin=rows[5], q=rows[6]).view(
+            q.shape
+        )
+        if span.cu_seqlens_q is None or span.cu_seqlens_k is None:
             return zero_init_attention_decode(
-                q, cache.k[layer], cache.v[layer], **segment, cache_lengths=span.cache_lengths
+                q,
+                k_pages,
+                v_pages,
+                **segment,
+                cache_lengths=span.cache_lengths,
+                page_table=span.page_table,
             )
-        k_pages, v_pages = cache.pages(layer)
         out = zero_init_attention_varlen(
             q.flatten(0, 1),
             k_pages,
@@ -176,11 +180,11 @@ class Attention(nn.Module):
             **segment,
             cu_seqlens_q=span.cu_seqlens_q,
             cu_seqlens_k=span.cu_seqlens_k,
-            max_seqlen_q=tokens,
-            max_seqlen_k=span.longest,
-            page_table=cache.page_table,
+            max_seqlen_q=span.longest_q,
+            max_seqlen_k=span.longest_k,
+            page_table=span.page_table,
         )
-        return out.unflatten(0, q.shape[:2])
+        return out.view(q.shape)
 
 
 class FeedForward(nn.Module):
@@ -297,15 +301,23 @@ class Llama(nn.Module):
             raise ValueError(
                 f"new_lengths must be {batch} numbers from 0 to {count}, got {new_lengths}"
             )
-        span = None if cache is None else cache.span(count)
-        positions = torch.arange(count, device=tokens.device) if span is None else span.positions
-        cos, sin = rotary_angles(self.config, positions)
-        step = Step(cos, sin, prompts, cache, span)
+        if cache is None:
+            positions = torch.arange(count, device=tokens.device)
+            return self.run(tokens, Step(*rotary_angles(self.config, positions), prompts))
+        span = cache.span(count)
+        angles = rotary_angles(self.config, span.positions)
+        hidden = self.run(tokens, Step(*angles, prompts, cache.pool, span))
+        cache.advance(wanted)
+        return hidden
+
+    def run(self, tokens: Tensor, step: Step) -> Tensor:
+        """Final normed hidden states (B, T, C) of tokens (B, T), wherever `step` puts their keys.
+
+        What `hidden` calls, and what an engine calls that keeps its own books: nothing is checked.
+        """
         x = self.tok_embeddings(tokens)
         for layer in self.layers:
             x = layer(x, step)
-        if cache is not None:
-            cache.advance(wanted)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

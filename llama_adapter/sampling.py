@@ -45,7 +45,9 @@ class SamplingConfig:
             raise ValueError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
 
 
-def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+def token_probabilities(
+    logits: Tensor, temperature: float | Tensor, top_p: float | Tensor
+) -> Tensor:
     """The distribution that tokens are drawn from: temperature, softmax, then the nucleus.
 
     p = softmax(logits / temperature); with p sorted descending, a token is kept while the tokens
@@ -54,8 +56,8 @@ def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Ten
 
     Args:
         logits: (B, V), any floating dtype.
-        temperature: positive.
-        top_p: above 0, at most 1.
+        temperature: positive, or (B, 1) of them.
+        top_p: above 0, at most 1, or (B, 1) of them.
 
     Returns:
         (B, V) float32, rows summing to 1.
@@ -63,7 +65,8 @@ def token_probabilities(logits: Tensor, temperature: float, top_p: float) -> Ten
     logits = logits.float()
     # the largest is 0 after this, and stays 0 however small the temperature is
     shifted = logits - logits.amax(-1, keepdim=True)
-    p = (shifted / max(temperature, torch.finfo(torch.float32).tiny)).softmax(-1)
+    warmth = torch.as_tensor(temperature, dtype=torch.float32, device=logits.device)
+    p = (shifted / warmth.clamp(min=torch.finfo(torch.float32).tiny)).softmax(-1)
     ordered, ids = p.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered
     kept = ordered.masked_fill(before > top_p, 0.0)
@@ -88,28 +91,36 @@ def row_draws(seed: int, row_seed: int, count: int) -> list[float]:
     return torch.rand(count, generator=generator).tolist()
 
 
-def choose(logits: Tensor, sampling: SamplingConfig, drawn: Sequence[float]) -> list[int]:
+def choose(
+    logits: Tensor, samplings: Sequence[SamplingConfig], drawn: Sequence[float]
+) -> list[int]:
     """The next token of every row: the likeliest, or where the draw falls in the distribution.
 
     token = min {t : sum_{s <= t} p_s > draw}
 
     Args:
         logits: (B, V), any floating dtype.
-        sampling: temperature (0 is greedy) and top_p.
-        drawn: B numbers in [0, 1); not read when greedy.
+        samplings: temperature (0 is greedy) and top_p of every row.
+        drawn: B numbers in [0, 1); not read where greedy.
 
     Returns:
         B token ids, -1 for a row whose logits are not all finite.
     """
-    if sampling.temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        p = token_probabilities(logits, sampling.temperature, sampling.top_p)
+    token = logits.argmax(-1)
+    warm = [one.temperature > 0 for one in samplings]
+    if any(warm):
+        # a greedy row is drawn for like the others, and then not asked
+        settings = [(one.temperature or 1.0, one.top_p) for one in samplings]
+        numbers = torch.tensor(
+            [(*row, draw, w) for row, draw, w in zip(settings, drawn, warm, strict=True)]
+        ).to(logits.device)
+        temperature, top_p, draw, sampled = numbers[:, :, None].unbind(1)
+        p = token_probabilities(logits, temperature, top_p)
         cdf = p.cumsum(-1)
-        draw = torch.tensor(drawn, dtype=p.dtype, device=p.device)[:, None]
         # strictly below the total, so that some token's share always lies above the draw
         total = cdf[:, -1:]
         below = torch.minimum(draw * total, total.nextafter(torch.zeros_like(total)))
-        token = torch.searchsorted(cdf, below, right=True)[:, 0]
+        chosen = torch.searchsorted(cdf, below, right=True)
+        token = torch.where(sampled > 0, chosen, token[:, None])[:, 0]
     # one transfer to the host for both
     return torch.where(logits.isfinite().all(-1), token, -1).tolist()

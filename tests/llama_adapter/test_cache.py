@@ -1,11 +1,23 @@
 """Does decoding from a cache, in chunks of any length, give what one whole forward call gives?"""
 
+import random
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
+from adapter_kernels import write_cache
 from llama_adapter.adapter import Adapter, Prompts
-from llama_adapter.cache import PAGE_SIZE, KVCache
+from llama_adapter.cache import (
+    PAGE_SIZE,
+    KVCache,
+    PagePool,
+    PoolFull,
+    decode_span,
+    packed_span,
+    pages_for,
+)
 from llama_adapter.config import LlamaConfig
 from llama_adapter.model import Llama
 
@@ -93,7 +105,7 @@ def test_room_is_counted_per_sequence(tiny_config: LlamaConfig) -> None:
     cache = KVCache(tiny_config, 2, PAGE_SIZE)
     cache.advance([60, 3])
     cache.advance([0, 60])
-    assert cache.span(1).longest == 64
+    cache.span(1)
     with pytest.raises(ValueError, match="capacity must be at least 65 tokens for 2 more, got 64"):
         cache.span(2)
 
@@ -120,7 +132,7 @@ def test_capacity_is_whole_pages(asked: int, capacity: int, tiny_config: LlamaCo
 
 def test_pages_are_the_same_memory(tiny_config: LlamaConfig) -> None:
     cache = KVCache(tiny_config, 2, 100)
-    k_pages, v_pages = cache.pages(3)
+    k_pages, v_pages = cache.pool.layer(3)
     k_pages[cache.page_table[1, 1], 5] = 4.0
     v_pages[cache.page_table[0, 1], 6] = 5.0
     assert cache.k.sum() == 4.0 * 2 * 8
@@ -135,11 +147,17 @@ def test_span_describes_the_next_tokens(tiny_config: LlamaConfig) -> None:
     span = cache.span(2)
     assert span.positions.tolist() == [[4, 5], [0, 1], [11, 12]]
     assert span.cache_lengths.tolist() == [6, 2, 13]
-    assert span.cu_seqlens_q.tolist() == [0, 2, 4, 6]
-    assert span.cu_seqlens_k.tolist() == [0, 6, 8, 21]
-    assert span.longest == 13
-    dtypes = {span.positions.dtype, span.cu_seqlens_q.dtype, span.cu_seqlens_k.dtype}
-    assert dtypes == {torch.int32}
+    assert span.slots.tolist() == [[4, 5, 64, 65, 139, 140]]
+    # the decoding kernel takes so few
+    assert span.cu_seqlens_q is span.cu_seqlens_k is None
+    span = cache.span(20)
+    assert span.cu_seqlens_q is not None
+    assert span.cu_seqlens_k is not None
+    assert span.cu_seqlens_q.tolist() == [0, 20, 40, 60]
+    assert span.cu_seqlens_k.tolist() == [0, 24, 44, 75]
+    assert (span.longest_q, span.longest_k) == (20, 31)
+    indices = (span.positions, span.slots, span.cu_seqlens_q, span.cu_seqlens_k, span.page_table)
+    assert {x.dtype for x in indices} == {torch.int32}
     assert cache.lengths.tolist() == [4, 0, 11]
 
 
@@ -159,3 +177,87 @@ def test_counts_of_another_batch_are_refused(tiny_config: LlamaConfig) -> None:
     with pytest.raises(ValueError, match="counts must have 3 entries, got 2"):
         cache.advance([1, 1])
     assert cache.lengths.tolist() == [0, 0, 0]
+
+
+def test_pages_are_handed_out_once(tiny_config: LlamaConfig) -> None:
+    pool = PagePool(tiny_config, 5)
+    first = pool.take(3)
+    assert (first, pool.free) == ([0, 1, 2], 2)
+    with pytest.raises(PoolFull, match="count must be at most the pool's 2 free pages, got 3"):
+        pool.take(3)
+    assert pool.free == 2
+    pool.give_back([1])
+    for pages, message in (
+        ([0, 1], "pages must be taken ones, got 1, which is free"),
+        ([0, 0], re.escape("pages must differ, got [0, 0]")),
+        ([9], "pages must be taken ones, got 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pool.give_back(pages)
+    assert pool.free == 3
+    assert sorted(pool.take(3)) == [1, 3, 4]
+    with pytest.raises(ValueError, match="size must be at least 1 page, got 0"):
+        PagePool(tiny_config, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sequences_that_come_and_go_keep_what_is_theirs(
+    seed: int, tiny_config: LlamaConfig
+) -> None:
+    """Against a dictionary of lists: appended to in chunks, ended, begun in freed pages."""
+    rng = random.Random(seed)
+    pool = PagePool(tiny_config, 9)
+    pages: dict[int, list[int]] = {}
+    written: dict[int, list[float]] = {}
+    shape, stamp, refused = (tiny_config.kv_heads, tiny_config.head_dim), 0, 0
+    for step in range(200):
+        if pages and rng.random() < 0.25:
+            ended = rng.choice(list(pages))
+            pool.give_back(pages.pop(ended))
+            del written[ended]
+        chosen = rng.sample([*pages, step], rng.randint(1, len(pages) + 1))
+        counts = []
+        for name in list(chosen):
+            new = rng.choice([1, 1, 5, 64, 130])
+            missing = pages_for(len(written.get(name, [])) + new) - len(pages.get(name, []))
+            try:
+                taken = pool.take(missing) if missing else []
+            except PoolFull:
+                refused += 1
+                chosen.remove(name)
+                continue
+            pages[name] = [*pages.get(name, []), *taken]
+            written.setdefault(name, [])
+            counts.append(new)
+        if not chosen:
+            continue
+        starts = [len(written[name]) for name in chosen]
+        tables = [pages[name] for name in chosen]
+        span = packed_span(starts, counts, tables, torch.device("cpu"))
+        values = torch.arange(stamp, stamp + sum(counts)).float()
+        stamp += sum(counts)
+        stored = values[None, :, None, None].expand(1, -1, *shape)
+        for layer in range(tiny_config.n_layers):
+            k, v = (x.view(1, -1, *shape) for x in pool.layer(layer))
+            write_cache(stored + layer, stored - layer, k, v, positions=span.slots)
+        for name, part in zip(chosen, values.split(counts), strict=True):
+            written[name] += part.tolist()
+        for name, expected in written.items():
+            for layer in (0, tiny_config.n_layers - 1):
+                k, v = (x[pages[name]].flatten(0, 1)[: len(expected)] for x in pool.layer(layer))
+                assert (k - layer)[:, 0, 0].tolist() == expected
+                assert (v + layer)[:, -1, -1].tolist() == expected
+        assert pool.free + sum(map(len, pages.values())) == pool.size
+    assert refused > 10
+    for name in list(pages):
+        pool.give_back(pages.pop(name))
+    assert pool.free == pool.size
+
+
+def test_the_newest_tokens_of_sequences_in_pages() -> None:
+    """An empty slot has no place, and what lies past a length in the table is not followed."""
+    table = torch.tensor([[7, 3, 10**6], [2, -5, 10**6], [9, 9, 9]], dtype=torch.int32)
+    span = decode_span(torch.tensor([65, 64, 0], dtype=torch.int32), table)
+    assert span.positions.tolist() == [[64], [63], [0]]
+    assert span.slots.tolist() == [[3 * 64, 2 * 64 + 63, -1]]
+    assert span.cu_seqlens_q is None

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
-from llama_adapter.cache import KVCache
+from llama_adapter.cache import PAGE_SIZE
+from llama_adapter.completion import REPLACEMENT, Completion, Piece
 from llama_adapter.config import LlamaConfig
-from llama_adapter.generation import REPLACEMENT, Completion, Piece, generate, stream
-from llama_adapter.model import Llama
+from llama_adapter.generation import generate, stream
+from llama_adapter.model import Llama, Step
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.tokenizer import Tokenizer
 
@@ -43,29 +44,27 @@ class ScriptedModel(Llama):
         self.script = script
         self.batches: list[int] = []
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        prompts: Prompts | None = None,
-        *,
-        cache: KVCache | None = None,
-        new_lengths: list[int] | None = None,
-    ) -> Tensor:
-        """The next token's id, in place of hidden states, behind each row's last new token."""
-        assert cache is not None
-        assert new_lengths is not None
-        self.batches.append(len(tokens))
-        next_token = torch.zeros(tokens.shape)
-        lengths = cache.lengths.tolist()
-        cache.span(tokens.shape[1])
-        for row, (start, count) in enumerate(zip(lengths, new_lengths, strict=True)):
-            if not count:
-                continue
-            cache.k[0, row, start : start + count, 0, 0] = tokens[row, :count].float()
-            seen = tuple(map(int, cache.k[0, row, : start + count, 0, 0].tolist()))
-            next_token[row, count - 1] = self._after(seen)
-        cache.advance(new_lengths)
-        return next_token
+    def run(self, tokens: Tensor, step: Step) -> Tensor:
+        """The next token's id, in place of hidden states, behind each sequence's newest token."""
+        assert step.pool is not None
+        assert step.span is not None
+        span = step.span
+        self.batches.append(len(span.cache_lengths))
+        flat = tokens.flatten()
+        for slot, token in zip(span.slots.flatten().tolist(), flat.tolist(), strict=True):
+            if slot >= 0:
+                step.pool.k[0, slot // PAGE_SIZE, slot % PAGE_SIZE, 0, 0] = token
+        store = step.pool.k[0, :, :, 0, 0]
+        cu = span.cu_seqlens_q
+        ends = range(1, len(tokens) + 1) if cu is None else cu[1:].tolist()
+        next_token = torch.zeros(len(flat))
+        for end, length, pages in zip(
+            ends, span.cache_lengths.tolist(), span.page_table.long(), strict=True
+        ):
+            if length:
+                seen = store[pages].flatten()[:length]
+                next_token[end - 1] = self._after(tuple(map(int, seen.tolist())))
+        return next_token.view(tokens.shape)
 
     def _after(self, seen: tuple[int, ...]) -> int:
         for prompt, continuation in self.script.items():
@@ -209,13 +208,14 @@ def test_rows_that_end_early_leave_the_others_alone(
     texts = [tiny_tokenizer.decode(words[: tiny_config.max_seq_len - 1 - n]) for n in room]
     sampling = replace(sampling, max_new_tokens=40)
     sizes: list[int] = []
-    hidden = tiny_model.hidden
+    run = tiny_model.run
 
-    def counted(tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sizes.append(len(tokens))
-        return hidden(tokens, *args, **kwargs)
+    def counted(tokens: Tensor, step: Step) -> Tensor:
+        assert step.span is not None
+        sizes.append(len(step.span.cache_lengths))
+        return run(tokens, step)
 
-    monkeypatch.setattr(tiny_model, "hidden", counted)
+    monkeypatch.setattr(tiny_model, "run", counted)
     batch = generate(tiny_model, tiny_tokenizer, texts, sampling, prompts=together)
     assert sizes[0] == 5
     assert sizes[-1] < 5
@@ -314,8 +314,8 @@ def test_finished_rows_are_dropped_from_the_batch(
     model = scripted(tiny_config, tiny_tokenizer, script)
     got = generate(model, tiny_tokenizer, texts, GREEDY)
     assert [c.tokens for c in got] == [(300 + n,) * n for n in range(8)]
-    # prefill, then a step per token of the longest row: at most a quarter of a batch is idle
-    assert model.batches == [8, 8, 6, 6, 4, 3, 2, 1]
+    # prefill, then a step per token of the longest row, in the next larger bucket
+    assert model.batches == [8, 8, 8, 8, 4, 4, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -490,8 +490,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(
         (
             ["a", too_long],
             {},
-            "texts[1] must have at most 159 tokens, one less than the model's context of 160, "
-            "got 160",
+            "texts[1] must have at most 159 tokens, one less than the context of 160, got 160",
         ),
         (["a"], {"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
         (["a"], {"row_seeds": [1, 2]}, "row_seeds must have 1 entries, got 2"),

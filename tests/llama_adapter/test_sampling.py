@@ -62,7 +62,7 @@ def test_sampled_frequencies_follow_the_probabilities() -> None:
     sampling = SamplingConfig(temperature=0.9, top_p=0.9, seed=21)
     count = 20000
     drawn = [row_draws(sampling.seed, row, 1)[0] for row in range(count)]
-    tokens = choose(logits.expand(count, -1), sampling, drawn)
+    tokens = choose(logits.expand(count, -1), [sampling] * count, drawn)
     frequency = torch.bincount(torch.tensor(tokens), minlength=6) / count
     p = token_probabilities(logits, 0.9, 0.9)[0]
     # four standard deviations of a binomial share; a token outside the nucleus never appears
@@ -76,11 +76,11 @@ def test_extreme_draws_choose_a_token_of_the_nucleus() -> None:
     sampling = SamplingConfig(temperature=1.0, top_p=0.75)
     p = token_probabilities(logits, 1.0, 0.75)[0]
     for draw in (0.0, 1 - 2**-24, 1.0):
-        (token,) = choose(logits, sampling, [draw])
+        (token,) = choose(logits, [sampling], [draw])
         assert p[token] > 0
     nucleus = p.nonzero()[:, 0]
-    assert choose(logits, sampling, [0.0]) == [int(nucleus[0])]
-    assert choose(logits, sampling, [1 - 2**-24]) == [int(nucleus[-1])]
+    assert choose(logits, [sampling], [0.0]) == [int(nucleus[0])]
+    assert choose(logits, [sampling], [1 - 2**-24]) == [int(nucleus[-1])]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-40, 1e-30, 1e-6])
@@ -88,7 +88,7 @@ def test_tiny_temperatures_are_finite_and_choose_the_likeliest(temperature: floa
     logits = torch.randn(7, 29, generator=torch.Generator().manual_seed(4)) * 100
     best = logits.argmax(-1)
     sampling = SamplingConfig(temperature=temperature, top_p=0.99)
-    assert choose(logits, sampling, [0.999] * 7) == best.tolist()
+    assert choose(logits, [sampling] * 7, [0.999] * 7) == best.tolist()
     if temperature:
         p = token_probabilities(logits, temperature, 0.99)
         assert torch.equal(p, torch.nn.functional.one_hot(best, 29).float())
@@ -107,7 +107,7 @@ def test_rows_that_are_not_finite_are_marked(bad: float, temperature: float) -> 
     logits = torch.zeros(3, 5)
     logits[:, 2] = 30.0
     logits[1, 3] = bad
-    assert choose(logits, SamplingConfig(temperature=temperature), [0.5] * 3) == [2, -1, 2]
+    assert choose(logits, [SamplingConfig(temperature=temperature)] * 3, [0.5] * 3) == [2, -1, 2]
 
 
 def test_draws_depend_on_both_seeds_and_fewer_are_a_prefix() -> None:

@@ -1,0 +1,326 @@
+"""Continuous batching: requests join and leave a running batch between two steps.
+
+Every request has its own adapter, sampling settings, seed and stop rules. A step admits waiting
+requests in the order they came, runs a chunk of the prompts that are not cached yet, then the
+newest token of all that are. A request holds the pages for its longest answer from its admission
+on, so that nothing running ever waits for memory; one that does not fit waits, and so do those
+behind it, which keeps a long request from starving.
+"""
+
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from llama_adapter.adapter import Prompts
+from llama_adapter.adapter_bank import Bank
+from llama_adapter.cache import PAGE_SIZE, PagePool, packed_span, pages_for
+from llama_adapter.completion import Completion, Piece, Row
+from llama_adapter.decoder import Decoder, Live
+from llama_adapter.model import Llama, Step, rotary_angles
+from llama_adapter.sampling import SamplingConfig, choose
+from llama_adapter.tokenizer import Tokenizer
+
+
+@dataclass(eq=False)
+class _Request:
+    """A row on its way through the engine.
+
+    Attributes:
+        row: its prompt and its tokens.
+        adapter: its row of the bank, held until it ends; -1 for the base model.
+        pages: its pages, none while it waits.
+        table: the same as the decoder takes them.
+        cached: tokens of it whose keys and values are cached.
+    """
+
+    row: Row
+    adapter: int
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0
+    table: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def need(self) -> int:
+        """Pages for the prompt and the longest answer, whose last token is never cached."""
+        return pages_for(len(self.row.prompt) + self.row.limit - 1)
+
+
+class Engine:
+    """Serves requests with one model, one pool of pages and a bank of adapters; single-threaded.
+
+    Attributes:
+        pool: pages of keys and values.
+        decoder: batch sizes and graphs.
+        held_back: steps whose next request had to wait for pages.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        *,
+        bank: Bank | None = None,
+        pool_tokens: int = 16384,
+        max_batch: int = 32,
+        max_tokens: int | None = None,
+        max_waiting: int | None = None,
+        prefill_chunk: int = 512,
+        graphs: bool | None = None,
+    ) -> None:
+        """Allocate the pool; nothing is compiled before the first step, or `warmup`.
+
+        Args:
+            model: the base model.
+            tokenizer: the model's.
+            bank: where requests find their adapter; None serves the base model.
+            pool_tokens: tokens that all running requests hold together, in pages of 64.
+            max_batch: requests that run together.
+            max_tokens: of one request, its answer included; None is the model's context or what
+                the pool holds. A graph is as wide as this, so a long context costs a little.
+            max_waiting: requests that may wait; None is no limit.
+            prefill_chunk: prompt tokens per step, so that long prompts do not hold up the others.
+            graphs: capture decoding as CUDA graphs; None does on a GPU.
+
+        Raises:
+            ValueError: a number is below 1, or the tokenizer does not fit the model.
+        """
+        numbers = {
+            "pool_tokens": pool_tokens,
+            "max_batch": max_batch,
+            "max_tokens": max_tokens,
+            "max_waiting": max_waiting,
+            "prefill_chunk": prefill_chunk,
+        }
+        for name, value in numbers.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer must have at most the model's {model.config.vocab_size} tokens, "
+                f"got {tokenizer.vocab_size}"
+            )
+        weight, context = model.output_weight, model.config.max_seq_len
+        self._max_tokens = min(context, max_tokens or context)
+        self.model, self.tokenizer, self._bank = model, tokenizer, bank
+        self._max_batch, self._max_waiting, self._chunk = max_batch, max_waiting, prefill_chunk
+        self.pool = PagePool(
+            model.config, pages_for(pool_tokens), dtype=weight.dtype, device=weight.device
+        )
+        self._prompts = None if bank is None else bank.prompts
+        self.decoder = Decoder(
+            model,
+            self.pool,
+            self._prompts,
+            largest=max_batch,
+            longest=min(self.pool.size, pages_for(self._max_tokens)),
+            graphs=weight.device.type == "cuda" if graphs is None else graphs,
+        )
+        self._tickets = count()
+        self._waiting: deque[_Request] = deque()
+        # those whose prompts are not wholly cached, then those that are
+        self._reading: list[_Request] = []
+        self._writing: list[_Request] = []
+        self.held_back = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are not admitted yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that hold pages."""
+        return len(self._reading) + len(self._writing)
+
+    def submit(
+        self,
+        text: str,
+        sampling: SamplingConfig,
+        *,
+        adapter: Hashable | None = None,
+        row_seed: int = 0,
+        name: str = "text",
+    ) -> int:
+        """Queue a request.
+
+        Args:
+            text: full prompt text; encoded with BOS.
+            sampling: how its tokens are chosen and when it stops.
+            adapter: name in the bank; None is the base model. The adapter that bears the name now
+                is used to the request's end.
+            row_seed: with `sampling.seed` seeds its random numbers.
+            name: of the text, for messages.
+
+        Returns:
+            A ticket: the `row` of the request's pieces.
+
+        Raises:
+            ValueError: the text is empty, too long for the context or for the pool, the adapter is
+                unknown, or too many requests wait.
+        """
+        if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
+            raise ValueError(
+                f"at most {self._max_waiting} requests may wait, got one more: try again later"
+            )
+        context = self._max_tokens
+        row = Row(next(self._tickets), row_seed, text, self.tokenizer, sampling, context, name)
+        request = _Request(row, -1)
+        if request.need > self.pool.size:
+            raise ValueError(
+                f"{name} must fit the pool of {self.pool.size} pages of {PAGE_SIZE} tokens, got "
+                f"{len(row.prompt)} tokens and up to {row.limit} new ones, {request.need} pages"
+            )
+        if adapter is not None:
+            if self._bank is None:
+                raise ValueError(f"adapter must be None without a bank, got {adapter!r}")
+            request.adapter = self._bank.acquire(adapter)
+        self._waiting.append(request)
+        return row.index
+
+    def cancel(self, ticket: int) -> Completion | None:
+        """End a request now and free its pages; what it has so far, or None if it is not here."""
+        for group in (self._waiting, self._reading, self._writing):
+            for request in group:
+                if request.row.index == ticket:
+                    group.remove(request)
+                    self._free(request)
+                    return request.row.end("cancelled").completion
+        return None
+
+    def run(self) -> Iterator[Piece]:
+        """Step until every request has ended; more may be submitted meanwhile."""
+        while self.waiting or self.running:
+            yield from self.step()
+
+    def step(self) -> list[Piece]:
+        """Admit what fits, cache a chunk of prompts, and give every running request a token.
+
+        Returns:
+            The text that became decided, in the order of admission; the last piece of a request
+            has its completion.
+        """
+        self._admit()
+        reading = self._reading
+        done, ends = self._read() if reading else ([], None)
+        requests = [*self._writing, *done]
+        logits = [] if ends is None or not done else [ends]
+        if self._writing:
+            logits.insert(0, self.decoder.step([_live(request) for request in self._writing]))
+            for request in self._writing:
+                request.cached += 1
+        self._reading = [request for request in reading if request not in done]
+        self._writing = requests
+        if not logits:
+            return []
+        return self._write(requests, torch.cat(logits) if len(logits) > 1 else logits[0])
+
+    def warmup(self) -> None:
+        """Compile and capture everything that serving needs, so that the first request waits for
+        nothing: on a GPU seconds to minutes, on a CPU one step of every batch size."""
+        if self.waiting or self.running:
+            raise ValueError("warmup must come before requests, got an engine that has some")
+        self.decoder.warmup()
+        pages = self.pool.take(min(self.pool.size, pages_for(self._chunk)))
+        # compilers tell lengths of 1 and multiples of 16 from others
+        for tokens in (self._chunk, 17, 1):
+            tokens = min(tokens, len(pages) * PAGE_SIZE, self._max_tokens)
+            self._run_packed([[0] * tokens], [0], [pages], [-1])
+        self.pool.give_back(pages)
+
+    def _admit(self) -> None:
+        while self._waiting and self.running < self._max_batch:
+            request = self._waiting[0]
+            if request.need > self.pool.free:
+                self.held_back += 1
+                return
+            request.pages = self.pool.take(request.need)
+            request.table = torch.zeros(self.decoder.longest, dtype=torch.int32)
+            request.table[: request.need] = torch.tensor(request.pages)
+            self._reading.append(self._waiting.popleft())
+
+    def _read(self) -> tuple[list[_Request], Tensor | None]:
+        """Cache the next chunk of prompts; returns those it ends, and the logits of their ends."""
+        parts: list[list[int]] = []
+        chosen: list[_Request] = []
+        room = self._chunk
+        for request in self._reading:
+            part = request.row.prompt[request.cached : request.cached + room]
+            if not part:
+                break
+            parts.append(part)
+            chosen.append(request)
+            room -= len(part)
+        hidden = self._run_packed(
+            parts,
+            [request.cached for request in chosen],
+            [request.pages for request in chosen],
+            [request.adapter for request in chosen],
+        )
+        done, rows, end = [], [], 0
+        for request, part in zip(chosen, parts, strict=True):
+            request.cached += len(part)
+            end += len(part)
+            if request.cached == len(request.row.prompt):
+                done.append(request)
+                rows.append(end - 1)
+        if not done:
+            return done, None
+        with torch.inference_mode():
+            return done, self.model.logits(hidden[0, rows])
+
+    @torch.inference_mode()
+    def _run_packed(
+        self,
+        parts: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        pages: Sequence[list[int]],
+        adapters: list[int],
+    ) -> Tensor:
+        """Hidden states (1, tokens, C) of the next tokens of several sequences."""
+        device = self.pool.device
+        used = [
+            own[: pages_for(a + len(p))] for own, a, p in zip(pages, starts, parts, strict=True)
+        ]
+        span = packed_span(starts, [len(part) for part in parts], used, device)
+        tokens = torch.tensor([[token for part in parts for token in part]]).to(device)
+        prompts = self._prompts
+        if prompts is not None:
+            index = torch.tensor(adapters, dtype=torch.int32).to(device)
+            prompts = Prompts(prompts.layers, index, prompts.prompt_lengths)
+        angles = rotary_angles(self.model.config, span.positions)
+        return self.model.run(tokens, Step(*angles, prompts, self.pool, span))
+
+    @torch.inference_mode()
+    def _write(self, requests: list[_Request], logits: Tensor) -> list[Piece]:
+        """Choose every request's next token; those that end leave their pages."""
+        rows = [request.row for request in requests]
+        # rows of the embedding beyond the tokenizer's are padding
+        logits = logits[:, : self.tokenizer.vocab_size]
+        chosen = choose(logits, [row.sampling for row in rows], [row.draw for row in rows])
+        pieces, live = [], []
+        for request, token in zip(requests, chosen, strict=True):
+            piece = request.row.end("error") if token < 0 else request.row.add(token)
+            if piece.completion is None:
+                live.append(request)
+            else:
+                self._free(request)
+            if piece.text or piece.completion is not None:
+                pieces.append(piece)
+        self._writing = live
+        return pieces
+
+    def _free(self, request: _Request) -> None:
+        self.pool.give_back(request.pages)
+        request.pages = []
+        if self._bank is not None and request.adapter >= 0:
+            self._bank.release(request.adapter)
+
+
+def _live(request: _Request) -> Live:
+    """The next step of a request: its newest token is not cached yet."""
+    row = request.row
+    return Live(row.tokens[-1], request.cached + 1, request.adapter, request.table)
