@@ -6,8 +6,6 @@ command again continues. `--quick` only tries the machinery out, in seconds.
 """
 
 import argparse
-import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,29 +20,17 @@ from torch.nn import functional as F
 
 import adapter_kernels
 from adapter_kernels import zero_init_attention
-from benchmarks import baselines, harness
-from benchmarks.attention_report import cells_of, figures, report
+from benchmarks import baselines, command, harness
+from benchmarks.attention_report import figures, report
 from benchmarks.baselines import BASELINES, Call, Problem, Provider, formula_results, wider
-from benchmarks.harness import (
-    Candidate,
-    DeviceLost,
-    Expected,
-    Protocol,
-    ResultFile,
-    Work,
-)
-from benchmarks.roofline import DTYPES, MODES, Shape, gpu_of
-from benchmarks.workers import WorkerLost, side_by_side
-from llama_adapter.checkpoints.atomic import write_atomically
-from llama_adapter.options import Parser
+from benchmarks.harness import Candidate, Expected, Protocol, ResultFile, Work
+from benchmarks.reporting import cells_of
+from benchmarks.roofline import DTYPES, MODES, Shape
 
-RESULTS = Path(__file__).parent / "results"
-QUICK_RESULTS = Path("runs") / "attention-quick"
 # the papers' prompt, and LLaMA-7B's model width at any head width
 PROMPT, WIDTH, TOKENS = 10, 4096, 16384
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 PROTOCOLS = {"cuda": Protocol(), "cpu": Protocol(rounds=15, warmup=2)}
-QUICK_PROTOCOL = Protocol(rounds=5, warmup=1, round_ms=1.0)
 SOURCES = [Path(adapter_kernels.__file__).parent]
 SOURCES += [Path(__file__), *(Path(module.__file__ or "") for module in (baselines, harness))]
 
@@ -121,8 +107,8 @@ OURS = (
     Provider("ours_block", "block", lambda given: partial(_ours_block, given)),
 )
 PROVIDERS = (*OURS, *BASELINES)
-# ours that launch Triton kernels; a process that compiles holds some GB of the GPU
-COMPILED, COMPILERS = ("fused", "hybrid", "fused_plain"), 8
+# ours that launch Triton kernels
+COMPILED = ("fused", "hybrid", "fused_plain")
 
 
 def work(provider: Provider, given: Problem, mode: str) -> Work:
@@ -205,22 +191,8 @@ def measure_shape(
             )
             for provider in missing[mode]
         ]
-        if not candidates:
-            continue
-        try:
-            rows = harness.measure(candidates, device, protocol)
-        except DeviceLost as lost:
-            results.add(cell, {lost.name: lost.row})
-            results.write({})
-            raise
-        results.add(cell, rows)
-        results.write({})
-        shown = [
-            f"{name} {row['ms'][0]:.3g}" if row["status"] == harness.TIMED
-            else f"{name} {row['status']}"
-            for name, row in rows.items()
-        ]  # fmt: skip
-        print(f"{shape.describe()} {mode}, ms: {', '.join(shown)}", flush=True)
+        title = f"{shape.describe()} {mode}"
+        command.measure_cell(cell, title, candidates, device, protocol, results)
 
 
 def compile_one(job: tuple[Shape, str, torch.device]) -> None:
@@ -242,7 +214,7 @@ def compile_ahead(
     device: torch.device,
     results: ResultFile,
 ) -> None:
-    """Compile what has no result yet, in processes side by side: timing takes less than that."""
+    """Compile what has no result yet."""
     jobs = [
         (shape, provider.name, device)
         for shape in wanted
@@ -250,64 +222,23 @@ def compile_ahead(
         if (provider.compiled or provider.name in COMPILED) and provider.supports(shape, device)
         if any(provider.name not in results.of(cell_of(shape, mode)) for mode in MODES)
     ]
-    if not jobs:
-        return
-    processes = min(COMPILERS, len(jobs), os.cpu_count() or 1)
-    try:
-        list(side_by_side(compile_one, jobs, processes))
-    except WorkerLost as lost:
-        print(f"{lost}; what is missing is compiled while measuring", file=sys.stderr)
-
-
-def folder_of(device: torch.device) -> Path:
-    """Where a device's results belong."""
-    if device.type == "cpu":
-        return RESULTS / "cpu"
-    name = torch.cuda.get_device_name(device)
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", (gpu_of(name) or name).lower())
+    command.compile_ahead(compile_one, jobs)
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, then report."""
     device = torch.device(options.device)
-    extent = "quick" if options.quick else "full" if options.full else "core"
-    folder = options.output or (QUICK_RESULTS if options.quick else folder_of(device))
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = harness.describe(device, SOURCES)
-    protocol = QUICK_PROTOCOL if options.quick else PROTOCOLS[device.type]
-    environment["protocol"] = asdict(protocol)
-    results = ResultFile(folder / "attention.json", "attention", environment, options.fresh)
-    if results.dropped:
-        print(f"{results.dropped} rows of other code or another machine are measured again")
+    protocol = command.QUICK_PROTOCOL if options.quick else PROTOCOLS[device.type]
+    results = command.open_results("attention", options, SOURCES, protocol)
     providers = [one for one in PROVIDERS if not (options.quick and one.compiled)]
-    wanted = shapes(device.type, extent)
+    wanted = shapes(device.type, command.extent_of(options))
     if device.type == "cuda":
         compile_ahead(wanted, providers, device, results)
     for shape in wanted:
         measure_shape(shape, providers, device, protocol, results)
     cells = cells_of(results.rows.values())
-    text, verdicts = report(cells, environment, trial=options.quick)
-    results.write({"verdicts": verdicts})
-    write_atomically(folder / "attention.md", text.encode())
-    for name, picture in figures(cells).items():
-        write_atomically(folder / f"attention_{name}.png", picture)
-    print(f"\n{text}\nwritten to {folder}")
-
-
-def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.attention", description=__doc__, allow_abbrev=False)
-    extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="a reduced form, in seconds")
-    extent.add_argument("--full", action="store_true", help="every shape, not the core ones alone")
-    parser.add_argument(
-        "--device",
-        choices=["cuda", "cpu"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="what computes; a GPU where there is one",
-    )
-    parser.add_argument("--fresh", action="store_true", help="start over instead of continuing")
-    parser.add_argument("--output", type=Path, help="folder (default: the device's results)")
-    return parser
+    text, verdicts = report(cells, results.environment, trial=options.quick)
+    command.publish(results, text, {"verdicts": verdicts}, figures(cells))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -319,26 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0, or 2 for a request that cannot be carried out, or 130 after Ctrl-C.
     """
-    options = _parser().parse(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("attention: error: --device cuda: torch sees no GPU here", file=sys.stderr)
-        return 2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    except DeviceLost as error:
-        print(f"attention: error: {error}; the same command continues", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"attention: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+    return command.carry_out("attention", __doc__, run, arguments)
 
 
 if __name__ == "__main__":

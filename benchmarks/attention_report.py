@@ -1,29 +1,28 @@
-"""From the rows of the attention benchmark to tables, verdicts and figures.
+"""The attention benchmark's targets, legend, tables and figures; reporting.py judges and draws."""
 
-A ratio is the median over rounds of two providers' times in the same round, so that a clock that
-changes between rounds does not count. A target is decided at the shapes it names; every other
-shape is told beside it, and every cell that we lose is listed.
-"""
-
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from statistics import median
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from matplotlib.figure import Figure
 
 from benchmarks.ablation_report import picture
 from benchmarks.harness import TIMED, Row, ratio
+from benchmarks.reporting import (
+    Cells,
+    Target,
+    bars,
+    heading,
+    standings,
+    table,
+    timed,
+    verdicts_of,
+)
 from benchmarks.roofline import GPUS, MODES, Shape, gpu_of, useful_flops
-
-MET, MISSED, PENDING, UNDECIDED = "met", "MISSED", "pending", "undecided"
-Cells = Mapping[tuple[Shape, str], Mapping[str, Row]]
 
 OURS = ("ours", "fused", "hybrid", "reference", "ours_plain", "fused_plain", "ours_block")
 WITHOUT_PROMPT = ("ours_plain", "fused_plain", "sdpa", "flash", "cudnn")
 LIBRARIES = ("sdpa", "flash", "cudnn")
 BLOCKS = ("ours_block", "peft_block")
-COLOURS = {"ours": "#1f6fb4", "plain": "#999999", "others": "#e07b1a"}
-TRIAL = "This is the reduced form: it tries the machinery out, its numbers mean nothing."
 LEGEND = (
     "ours: zero_init_attention as it chooses; fused, hybrid, reference: its backends; official: "
     "the official code's concatenations; two_*: two library calls and eager glue (two_sdpa: "
@@ -32,32 +31,6 @@ LEGEND = (
     "TFLOP/s credit the tokens' products alone, 2 forward and 5 backward. Ratios are a provider's "
     "time over that of ours (of a block: over ours_block): above 1, ours is faster."
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    """A goal for a ratio of times.
-
-    Attributes:
-        text: the goal in words.
-        ours: the provider it is about.
-        others: what it is compared with, the fastest of them in a cell.
-        mode: one of MODES.
-        limit: of the ratio.
-        faster: whether the ratio is how many times as fast ours is, at least `limit`; otherwise it
-            is how many times as long it takes, at most `limit`.
-        where: whether it is decided at a shape.
-        gpu: the only GPU on which it is decided.
-    """
-
-    text: str
-    ours: str
-    others: tuple[str, ...]
-    mode: str
-    limit: float
-    faster: bool
-    where: Callable[[Shape], bool]
-    gpu: str | None = None
 
 
 def on_gpu(shape: Shape) -> bool:
@@ -111,98 +84,11 @@ TARGETS = (
         Target(
             f"On a processor with one thread, the hybrid is at least twice as fast as the official "
             f"formula, {words}",
-            "hybrid", ("official",), mode, 2.0, True, on_processor,
+            "hybrid", ("official",), mode, 2.0, True, on_processor, place="a processor",
         )
         for mode, words in (("forward", "forward"), ("both", "forward and backward"))
     ),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the numbers say of a target: MET, MISSED, PENDING or UNDECIDED, and the numbers."""
-
-    target: str
-    verdict: str
-    evidence: str
-
-
-def cells_of(rows: Iterable[Row]) -> dict[tuple[Shape, str], dict[str, Row]]:
-    """Rows by cell and provider, in the order of the file."""
-    found: dict[tuple[Shape, str], dict[str, Row]] = {}
-    for row in rows:
-        key = (Shape(**row["cell"]["shape"]), row["cell"]["mode"])
-        found.setdefault(key, {})[row["provider"]] = row
-    return found
-
-
-def _timed(rows: Mapping[str, Row], names: Iterable[str]) -> list[str]:
-    return [name for name in names if rows.get(name, {}).get("status") == TIMED]
-
-
-def _measured(target: Target, rows: Mapping[str, Row]) -> tuple[float, str] | str:
-    """The target's ratio in a cell with what ours was compared with, or why there is none."""
-    rivals = _timed(rows, target.others)
-    if not _timed(rows, [target.ours]) or not rivals:
-        absent = [name for name in (target.ours, *target.others) if name not in _timed(rows, rows)]
-        return ", ".join(
-            f"{name}: {rows[name].get('reason', 'not timed') if name in rows else 'not measured'}"
-            for name in absent
-        )
-    best = min(rivals, key=lambda name: rows[name]["ms"][0])
-    ours, other = rows[target.ours], rows[best]
-    return (ratio(other, ours) if target.faster else ratio(ours, other)), best
-
-
-def judge(target: Target, cells: Cells, device: str) -> Verdict:
-    """Hold a target against the rows.
-
-    Args:
-        target: the goal.
-        cells: all rows.
-        device: the device's name as torch gives it.
-    """
-    own = {shape: rows for (shape, mode), rows in cells.items() if mode == target.mode}
-    decided = {shape: rows for shape, rows in own.items() if target.where(shape)}
-    if target.gpu is not None and gpu_of(device) != target.gpu:
-        decided = {}
-    found = {shape: _measured(target, rows) for shape, rows in decided.items()}
-    lacking = [f"{s.describe()}: {why}" for s, why in found.items() if isinstance(why, str)]
-    here = {shape: one for shape, one in found.items() if not isinstance(one, str)}
-    evidence = [
-        f"{value:.2f} against {best} at {shape.describe()}" for shape, (value, best) in here.items()
-    ]
-    elsewhere = [
-        one[0]
-        for one in (_measured(target, rows) for shape, rows in own.items() if shape not in decided)
-        if not isinstance(one, str)
-    ]
-    if len(elsewhere) == 1:
-        evidence.append(f"{elsewhere[0]:.2f} at another shape")
-    elif elsewhere:
-        evidence.append(
-            f"{min(elsewhere):.2f} to {max(elsewhere):.2f} at {len(elsewhere)} other shapes"
-        )
-    if not decided:
-        place = target.gpu or ("a GPU" if target.where is on_gpu else "a processor")
-        nothing = f"nothing yet at the target's shapes on {place}"
-        return Verdict(target.text, PENDING, "; ".join([nothing, *evidence]))
-    if lacking:
-        return Verdict(target.text, UNDECIDED, "; ".join([*evidence, *lacking]))
-    holds = all(
-        value >= target.limit if target.faster else value <= target.limit
-        for value, _ in here.values()
-    )
-    return Verdict(target.text, MET if holds else MISSED, "; ".join(evidence))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    ruled = [header, ["-" * width for width in widths], *rows]
-    return [
-        f"| {' | '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True))} |"
-        for row in ruled
-    ]
 
 
 def _rival(name: str) -> str:
@@ -217,7 +103,7 @@ def _line(shape: Shape, mode: str, name: str, rows: Mapping[str, Row], device: s
     middle, low, high = row["ms"]
     rate = useful_flops(shape, mode) / middle / 1e9
     peak = f"{rate / GPUS[gpu].peak(shape.dtype):.0%}" if gpu else "-"
-    compared = _timed(rows, [_rival(name)])
+    compared = timed(rows, [_rival(name)])
     memory = row.get("peak_bytes")
     return [
         mode,
@@ -241,36 +127,8 @@ def tables(cells: Cells, device: str) -> list[str]:
             for rows in [cells.get((shape, mode), {})]
             for name in rows
         ]
-        lines += [f"### {shape.describe()}", "", *_table(header, body), ""]
+        lines += [f"### {shape.describe()}", "", *table(header, body), ""]
     return lines
-
-
-def standings(cells: Cells) -> list[str]:
-    """By other provider and mode, in how many cells ours is faster, and each in which it is not."""
-    names = dict.fromkeys(name for rows in cells.values() for name in rows)
-    body = []
-    for name in (name for name in names if name not in OURS):
-        for mode in MODES:
-            ratios = {
-                shape: ratio(rows[name], rows[_rival(name)])
-                for (shape, own), rows in cells.items()
-                if own == mode and len(_timed(rows, [name, _rival(name)])) == 2
-            }
-            if not ratios:
-                continue
-            lost = [f"{s.describe()} ({r:.2f})" for s, r in ratios.items() if r < 1]
-            values = list(ratios.values())
-            body.append(
-                [
-                    name + (" (no prompt)" if name in WITHOUT_PROMPT else ""),
-                    mode,
-                    f"{len(values) - len(lost)} of {len(values)}",
-                    f"{min(values):.2f}, {median(values):.2f}, {max(values):.2f}",
-                    "; ".join(lost) or "nowhere",
-                ]
-            )
-    header = ["against", "mode", "ours faster", "lowest, median, highest ratio", "ours slower at"]
-    return _table(header, body) if body else ["Nothing is timed."]
 
 
 def report(cells: Cells, environment: Row, trial: bool) -> tuple[str, list[Row]]:
@@ -282,56 +140,30 @@ def report(cells: Cells, environment: Row, trial: bool) -> tuple[str, list[Row]]
         trial: whether the shapes are too small to mean anything.
     """
     device = environment["device"]
-    verdicts = [judge(target, cells, device) for target in TARGETS]
-    packages, protocol = environment["packages"], environment["protocol"]
-    also = [f"{name} {environment[name]}" for name in ("driver", "cudnn") if environment.get(name)]
-    lines = [
-        "# Attention with a prompt",
-        "",
-        f"{device}, {environment.get('instructions', 'CUDA')}, {environment['threads']} thread(s), "
-        + ", ".join([f"torch {packages['torch']}", f"triton {packages['triton']}", *also]),
-        f"Medians (20 % and 80 % quantiles) over {protocol['rounds']} rounds in turns; every "
-        "provider was right before it was timed.",
-        LEGEND,
-        *([TRIAL] if trial else []),
+    lines, verdicts = verdicts_of(TARGETS, cells, device)
+    others = {name: _rival(name) for rows in cells.values() for name in rows if name not in OURS}
+    text = [
+        *heading("Attention with a prompt", environment, LEGEND, trial),
         "",
         "## Targets",
         "",
-        *(f"- **{one.verdict}**: {one.target}. Measured: {one.evidence}." for one in verdicts),
+        *lines,
         "",
         "## Ours against each other provider",
         "",
-        *standings(cells),
+        *standings(cells, MODES, others, WITHOUT_PROMPT),
         "",
         "## Times",
         "",
         *tables(cells, device),
     ]
-    return "\n".join(lines), [asdict(one) for one in verdicts]
+    return "\n".join(text), verdicts
 
 
 def _colour(name: str) -> str:
     if name in WITHOUT_PROMPT:
-        return COLOURS["plain"]
-    return COLOURS["ours" if name in OURS else "others"]
-
-
-def _bars(cells: Cells, chosen: Sequence[Shape]) -> Figure:
-    """Times of every provider at a few shapes, with the quantiles."""
-    figure = Figure(figsize=(13, 3.6 * len(chosen)), layout="constrained")
-    grid = figure.subplots(len(chosen), len(MODES), squeeze=False)
-    for axes_row, shape in zip(grid, chosen, strict=True):
-        for axes, mode in zip(axes_row, MODES, strict=True):
-            rows = cells.get((shape, mode), {})
-            names = _timed(rows, rows)[::-1]
-            times = [rows[name]["ms"] for name in names]
-            errors = [[m - low for m, low, _ in times], [high - m for m, _, high in times]]
-            middle = [time[0] for time in times]
-            axes.barh(names, middle, xerr=errors, color=[_colour(name) for name in names])
-            axes.set(title=f"{shape.describe()}\n{mode}", xlabel="ms")
-            axes.title.set_fontsize(9)
-            axes.grid(alpha=0.3, axis="x")
-    return figure
+        return "plain"
+    return "ours" if name in OURS else "others"
 
 
 def _sweep(cells: Cells, lengths: Sequence[Shape]) -> Figure:
@@ -344,7 +176,7 @@ def _sweep(cells: Cells, lengths: Sequence[Shape]) -> Figure:
             points = {
                 shape.keys: useful_flops(shape, mode) / cells[shape, mode][name]["ms"][0] / 1e9
                 for shape in lengths
-                if _timed(cells.get((shape, mode), {}), [name])
+                if timed(cells.get((shape, mode), {}), [name])
             }
             style = ":" if name in WITHOUT_PROMPT else "-" if name in OURS else "--"
             axes.plot([*points], [*points.values()], style, marker="o", label=name, c=f"C{index}")
@@ -360,7 +192,7 @@ def figures(cells: Cells) -> dict[str, bytes]:
     measured = list(dict.fromkeys(shape for shape, _ in cells))
     chosen = [shape for shape in measured if on_gpu(shape) or on_processor(shape)]
     lengths = [shape for shape in measured if on_gpu(replace(shape, tokens=2048, keys=2048))]
-    drawn = {"times": _bars(cells, chosen or measured[:1])}
+    drawn = {"times": bars(cells, chosen or measured[:1], MODES, _colour, len(MODES))}
     if len(lengths) > 1:
         drawn["lengths"] = _sweep(cells, sorted(lengths, key=lambda shape: shape.keys))
     return {name: picture(figure) for name, figure in drawn.items()}

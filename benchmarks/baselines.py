@@ -190,86 +190,118 @@ def _only(backend: SDPBackend | None) -> AbstractContextManager[Any]:
     return nullcontext() if backend is None else sdpa_kernel([backend])
 
 
-def _heads_first(x: Tensor) -> Tensor:
+def heads_first(x: Tensor) -> Tensor:
+    """(B,T,H,D) as (B,H,T,D), or back, without a copy."""
     return x.transpose(1, 2)
 
 
-def _library(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, backend: SDPBackend | None
-) -> Tensor:  # fmt: skip
-    """torch's attention on (B,H,T,D)."""
+def library(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    backend: SDPBackend | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """torch's attention on (B,H,T,D), with a diagonal or with a mask of what is seen."""
     grouped = q.shape[1] != k.shape[1]
     with _only(backend):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
 
 
 def _of_every_sample(prompt: Tensor, batch: int) -> Tensor:
     """(P,G,D) as (B,G,P,D), a copy for each sample, which any library reads."""
-    return _heads_first(prompt.repeat(batch, 1, 1, 1))
+    return heads_first(prompt.repeat(batch, 1, 1, 1))
 
 
 def _add_gated(tokens: Tensor, prompt: Tensor, gate: Tensor) -> Tensor:
     """tokens + gate * prompt, from heads first to (B,T,H,D)."""
-    return _heads_first(tokens + gate.to(tokens.dtype)[:, None, None] * prompt)
+    return heads_first(tokens + gate.to(tokens.dtype)[:, None, None] * prompt)
 
 
-def _two_calls(
-    leaves: Mapping[str, Tensor], causal: bool, backend: SDPBackend | None = None
+def two_calls(
+    leaves: Mapping[str, Tensor],
+    causal: bool,
+    backend: SDPBackend | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    q, k, v = (_heads_first(leaves[name]) for name in ("q", "k", "v"))
+    """Two library calls, the prompt's and the tokens', and the gated sum.
+
+    Args:
+        leaves: of a problem with a prompt.
+        causal, backend, mask: of the tokens' call.
+    """
+    q, k, v = (heads_first(leaves[name]) for name in ("q", "k", "v"))
     pk, pv = (_of_every_sample(leaves[name], q.shape[0]) for name in ("prompt_k", "prompt_v"))
-    tokens, prompt = _library(q, k, v, causal, backend), _library(q, pk, pv, False, backend)
+    tokens = library(q, k, v, causal, backend, mask)
+    prompt = library(q, pk, pv, False, backend)
     return _add_gated(tokens, prompt, leaves["gate"])
 
 
-def _two_flex_calls(leaves: Mapping[str, Tensor], mask: Any) -> Tensor:
-    q, k, v = (_heads_first(leaves[name]) for name in ("q", "k", "v"))
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)
+    return out
+
+
+def flex_call(leaves: Mapping[str, Tensor], mask: Any) -> Tensor:
+    """FlexAttention over the tokens alone; mask is its block mask."""
+    q, k, v = (heads_first(leaves[name]) for name in ("q", "k", "v"))
+    return heads_first(_flex(q, k, v, mask))
+
+
+def two_flex_calls(leaves: Mapping[str, Tensor], mask: Any) -> Tensor:
+    """FlexAttention over the tokens and over the prompt, and the gated sum."""
+    q, k, v = (heads_first(leaves[name]) for name in ("q", "k", "v"))
     pk, pv = (_of_every_sample(leaves[name], q.shape[0]) for name in ("prompt_k", "prompt_v"))
-    grouped = q.shape[1] != k.shape[1]
-    tokens = flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
-    prompt = flex_attention(q, pk, pv, enable_gqa=grouped)
-    assert isinstance(tokens, Tensor)
-    assert isinstance(prompt, Tensor)
-    return _add_gated(tokens, prompt, leaves["gate"])
+    return _add_gated(_flex(q, k, v, mask), _flex(q, pk, pv, None), leaves["gate"])
 
 
 @lru_cache
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile of a baseline."""
     # one shape at a time, with nothing left to an interpreter: the strongest form
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-def _official(leaves: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
-    """One score matrix over [prompt; tokens], two softmaxes in float32, one product with values."""
+def official(leaves: Mapping[str, Tensor], mask: Tensor | None) -> Tensor:
+    """One score matrix over [prompt; tokens], two softmaxes in float32, one product with values.
+
+    Args:
+        leaves: of a problem with a prompt.
+        mask: added to the tokens' scores (B,H,T,S).
+    """
     q = leaves["q"]
     batch, _, heads, width = q.shape
     rows = leaves["prompt_k"].shape[0]
     pairs = (("prompt_k", "k"), ("prompt_v", "v"))
     keys, values = (
-        _heads_first(
+        heads_first(
             torch.cat([leaves[prompt].expand(batch, -1, -1, -1), leaves[tokens]], 1)
             .repeat_interleave(heads // leaves["k"].shape[2], 2)
         )
         for prompt, tokens in pairs
     )  # fmt: skip
-    scores = (_heads_first(q) @ keys.mT) / width**0.5
+    scores = (heads_first(q) @ keys.mT) / width**0.5
     if mask is not None:
-        scores = scores + torch.cat([mask.new_zeros(mask.shape[0], rows), mask], -1)
+        scores = scores + F.pad(mask, (rows, 0))
     prompt, tokens = (
         part.float().softmax(-1).to(q.dtype) for part in (scores[..., :rows], scores[..., rows:])
     )
     gate = leaves["gate"].to(q.dtype)[:, None, None]
-    return _heads_first(torch.cat([gate * prompt, tokens], -1) @ values).contiguous()
+    return heads_first(torch.cat([gate * prompt, tokens], -1) @ values).contiguous()
 
 
 def _peft_block(given: Problem) -> Tensor:
     """The base's attention, then q once more (and v, for its shape), prompt part, o once more."""
     x, gate, width = given["x"], given["gate"], given.shape.head_dim
     wq, wk, wv, wo = (given[name] for name in ("wq", "wk", "wv", "wo"))
-    q, k, v = (_heads_first(_projected(x, weight, width)) for weight in (wq, wk, wv))
-    attended = _heads_first(_library(q, k, v, given.shape.causal, None))
+    q, k, v = (heads_first(_projected(x, weight, width)) for weight in (wq, wk, wv))
+    attended = heads_first(library(q, k, v, given.shape.causal, None))
     base = F.linear(attended.flatten(-2), wo)
-    q = _heads_first(_projected(x, wq, width))
+    q = heads_first(_projected(x, wq, width))
     F.linear(x, wv)
     repeats = given.shape.heads // given.shape.kv_heads
     pk, pv = (
@@ -279,7 +311,7 @@ def _peft_block(given: Problem) -> Tensor:
     )  # fmt: skip
     scores = (q @ pk.mT) / width**0.5
     weights = gate * scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    added = F.linear(_heads_first(weights.to(q.dtype) @ pv).flatten(-2), wo)
+    added = F.linear(heads_first(weights.to(q.dtype) @ pv).flatten(-2), wo)
     return (base + added).to(x.dtype)
 
 
@@ -289,7 +321,7 @@ class Provider:
 
     Attributes:
         name: of the provider.
-        kind: one of KINDS.
+        kind: of its problem, one of KINDS where it is a Problem.
         build: from a problem to the call that is timed; what it prepares is not.
         devices: where it runs.
         dtypes: what it computes in.
@@ -298,7 +330,7 @@ class Provider:
 
     name: str
     kind: str
-    build: Callable[[Problem], Call]
+    build: Callable[[Any], Call]
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = tuple(DTYPES)
     compiled: bool = False
@@ -314,7 +346,7 @@ def _official_call(given: Problem) -> Call:
         # made once for all layers by the official code
         mask = torch.full((shape.tokens, shape.keys), -torch.inf, device=given.dout.device)
         mask = mask.triu(1).to(given.dout.dtype)
-    return partial(_official, given.leaves, mask)
+    return partial(official, given.leaves, mask)
 
 
 def _flex_call(given: Problem) -> Call:
@@ -323,17 +355,17 @@ def _flex_call(given: Problem) -> Call:
         mask = create_block_mask(
             lambda b, h, i, j: i >= j, None, None, shape.tokens, shape.keys, given.dout.device.type
         )
-    return partial(_compiled(_two_flex_calls), given.leaves, mask)
+    return partial(compiled(two_flex_calls), given.leaves, mask)
 
 
 def _two_calls_with(backend: SDPBackend | None) -> Callable[[Problem], Call]:
-    return lambda given: partial(_two_calls, given.leaves, given.shape.causal, backend)
+    return lambda given: partial(two_calls, given.leaves, given.shape.causal, backend)
 
 
 def _one_call_with(backend: SDPBackend | None) -> Callable[[Problem], Call]:
     def call(given: Problem) -> Tensor:
-        q, k, v = (_heads_first(given[name]) for name in ("q", "k", "v"))
-        return _heads_first(_library(q, k, v, given.shape.causal, backend))
+        q, k, v = (heads_first(given[name]) for name in ("q", "k", "v"))
+        return heads_first(library(q, k, v, given.shape.causal, backend))
 
     return lambda given: partial(call, given)
 
@@ -347,7 +379,7 @@ BASELINES = (
     Provider(
         "two_sdpa_compiled",
         "prompt",
-        lambda given: partial(_compiled(_two_calls), given.leaves, given.shape.causal),
+        lambda given: partial(compiled(two_calls), given.leaves, given.shape.causal),
         compiled=True,
     ),
     Provider("two_flex", "prompt", _flex_call, compiled=True, **_GPU),

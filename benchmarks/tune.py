@@ -29,7 +29,7 @@ from adapter_kernels.zero_init_attention.configs import (
 )
 from benchmarks import harness, specialisations
 from benchmarks.ahead_of_time import compile_for, complaints
-from benchmarks.attention import folder_of
+from benchmarks.command import folder_of
 from benchmarks.harness import (
     FAILED,
     TIMED,

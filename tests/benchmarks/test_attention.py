@@ -10,22 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import attention, attention_report, harness
+from benchmarks import attention, attention_report, command, harness
 from benchmarks.attention import PROVIDERS, gpu_shape, shapes
-from benchmarks.attention_report import (
-    MET,
-    MISSED,
-    PENDING,
-    TARGETS,
-    UNDECIDED,
-    Target,
-    judge,
-    on_gpu,
-    on_processor,
-    standings,
-)
+from benchmarks.attention_report import TARGETS, on_gpu, on_processor
 from benchmarks.baselines import Provider
 from benchmarks.harness import FAILED, TIMED, WRONG, DeviceLost, Row
+from benchmarks.reporting import MET, MISSED, PENDING, UNDECIDED, Target, judge, standings
 from benchmarks.roofline import MODES, Shape
 
 QUICK = ["--quick", "--device", "cpu", "--output"]
@@ -211,13 +201,28 @@ def test_a_target_at_two_shapes_needs_both() -> None:
         assert judge(target, cells, "cpu").verdict == expected
 
 
+def test_many_shapes_are_told_as_a_range_with_the_worst() -> None:
+    target = Target("t", "ours", ("cudnn",), "forward", 1.02, False, lambda shape: True)
+    times = {512: 1.05, 1024: 1.01, 2048: 1.0, 4096: 1.03}
+    cells = {
+        (replace(HEADLINE, tokens=s, keys=s), "forward"): {"ours": timed(t), "cudnn": timed(1.0)}
+        for s, t in times.items()
+    }
+    found = judge(target, cells, "NVIDIA H200")
+    assert found.verdict == MISSED
+    assert found.evidence == (
+        "1.00 to 1.05 at 4 shapes, 2 of them within the limit; worst: 1.05 against cudnn at "
+        f"{replace(HEADLINE, tokens=512, keys=512).describe()}"
+    )
+
+
 def test_losses_are_listed_like_wins() -> None:
     long = replace(HEADLINE, tokens=8192, keys=8192)
     cells = {
         (HEADLINE, "forward"): {"ours": timed(1.0), "two_cudnn": timed(1.5)},
         (long, "forward"): {"ours": timed(1.0), "two_cudnn": timed(0.5)},
     }
-    *_, line = standings(cells)
+    *_, line = standings(cells, MODES, {"two_cudnn": "ours"}, ())
     assert "1 of 2" in line
     assert "0.50, 1.00, 1.50" in line
     assert f"{long.describe()} (0.50)" in line
@@ -286,5 +291,5 @@ def test_what_has_no_result_is_compiled_in_other_processes(
     assert said.count("backend 'triton' is not available") == said.count("\n") == 1
     for mode in MODES:
         results.add(attention.cell_of(shape, mode), {"hybrid": {"status": TIMED}})
-    monkeypatch.setattr(attention, "side_by_side", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(command, "side_by_side", lambda *_: pytest.fail("compiled again"))
     attention.compile_ahead([shape], [hybrid], device, results)

@@ -96,7 +96,7 @@ def test_providers_meet_the_truth(
     provider: Provider, shape: Shape, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # what is compiled is the same function
-    monkeypatch.setattr(baselines, "_compiled", lambda function: function)
+    monkeypatch.setattr(baselines, "compiled", lambda function: function)
     given = problem(provider.kind, shape, CPU)
     own = given.dout.dtype
     expected = expect(formula_results(given, wider(own)), formula_results(given, own))
@@ -111,7 +111,7 @@ def test_providers_meet_the_truth(
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("shape", SETTINGS[:3], ids=Shape.describe)
 def test_flex_attention_twice_is_the_formula(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "_compiled", lambda function: function)
+    monkeypatch.setattr(baselines, "compiled", lambda function: function)
     given = problem("prompt", shape, CPU)
     (provider,) = (p for p in BASELINES if p.name == "two_flex")
     # a processor has its forward pass alone
