@@ -65,6 +65,10 @@ class PagePool:
         # a heap: the lowest pages go first, so that a sequence's often lie in order
         self._free = list(range(size))
         self._taken: set[int] = set()
+        # views that every layer of every step asks for
+        inner = (1, size * PAGE_SIZE, *shape[3:])
+        self._layers = list(zip(self.k, self.v, strict=True))
+        self._rows = [(k.view(inner), v.view(inner)) for k, v in self._layers]
 
     @property
     def free(self) -> int:
@@ -105,7 +109,11 @@ class PagePool:
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """This layer's keys and values as pages (N, PAGE_SIZE, G, D)."""
-        return self.k[layer], self.v[layer]
+        return self._layers[layer]
+
+    def row(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The same memory as one row of slots (1, N * PAGE_SIZE, G, D)."""
+        return self._rows[layer]
 
 
 @dataclass(frozen=True)

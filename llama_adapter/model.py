@@ -158,12 +158,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         k_pages, v_pages = pool.layer(self.layer)
         # all tokens of all sequences are one row, and so are all slots of all pages
-        rows = [
-            x.view(1, -1, *x.shape[2:]) for x in (k, v, k_pages, v_pages, step.cos, step.sin, q)
-        ]
-        q = write_cache(*rows[:4], positions=span.slots, cos=rows[4], sin=rows[5], q=rows[6]).view(
-            q.shape
-        )
+        shape, one = q.shape, (1, q.shape[0] * q.shape[1])
+        q, k, v = (x.view(*one, *x.shape[2:]) for x in (q, k, v))
+        cos, sin = (x.view(*one, x.shape[-1]) for x in (step.cos, step.sin))
+        q = write_cache(k, v, *pool.row(self.layer), positions=span.slots, cos=cos, sin=sin, q=q)
+        q = q.view(shape)
         if span.cu_seqlens_q is None or span.cu_seqlens_k is None:
             return zero_init_attention_decode(
                 q,

@@ -6,8 +6,9 @@ inputs; `backend` forces one. See kernels/README.md for the way from an operatio
 
 from .linear_cross_entropy import linear_cross_entropy
 from .rms_norm import rms_norm
-from .rotary import apply_rotary, write_cache
+from .rotary import apply_rotary
 from .swiglu import swiglu
+from .write_cache import write_cache
 from .zero_init_attention import (
     gated_prompt_attention,
     zero_init_attention,

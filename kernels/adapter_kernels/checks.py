@@ -28,8 +28,10 @@ def passed_before(function: str, *arguments: object) -> Callable[[], None] | Non
     makes them by the thousand, would spend a third of their time on the same answers. Contents are
     no part of it. A form that cannot be compared, as one that is traced, is checked every time.
     """
+    if torch.compiler.is_compiling():
+        return _nothing
     try:
-        form = (function, *(_form(x) for x in arguments))
+        form = (function, *[_form(x) for x in arguments])
         if form in _passed:
             return None
     except (TypeError, RuntimeError):

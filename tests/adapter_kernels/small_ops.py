@@ -68,3 +68,9 @@ class Spy(TorchDispatchMode):
         if func.namespace == "adapter_kernels":
             self.calls.append((func.__name__.removesuffix(".default"), args, out))
         return out
+
+
+def angles(*shape: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of random angles all around the circle."""
+    theta = torch.rand(shape) * 100
+    return theta.cos(), theta.sin()

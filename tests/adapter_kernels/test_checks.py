@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_kernels import checks
+from adapter_kernels import checks, rms_norm
 from adapter_kernels.checks import Sizes, passed_before
 
 PAIR = torch.zeros(2, 3)
@@ -143,3 +143,13 @@ def test_forms_are_forgotten_before_they_fill_the_memory(monkeypatch: pytest.Mon
         assert remember is not None
         remember()
         assert len(checks._passed) <= 3
+
+
+def test_a_traced_call_takes_no_short_cut() -> None:
+    """Of a form that passed before: looking it up would break the graph."""
+    x, weight = torch.randn(2, 5), torch.ones(5)
+    expected = rms_norm(x, weight, eps=1e-5)
+    compiled = torch.compile(
+        lambda x: rms_norm(x, weight, eps=1e-5), fullgraph=True, backend="eager"
+    )
+    assert torch.equal(compiled(x), expected)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from adapter_kernels import apply_rotary, launch, write_cache
 from adapter_kernels.backend import INTERPRETED
-from adapter_kernels.rotary import apply_rotary_reference, write_cache_reference
+from adapter_kernels.rotary import apply_rotary_reference
+from adapter_kernels.write_cache import write_cache_reference
 from tests.adapter_kernels.tolerances import check_as_accurate_as_eager, check_bitwise
 from tests.adapter_kernels.zero_init_attention.kernel_runs import (
     DEVICE,

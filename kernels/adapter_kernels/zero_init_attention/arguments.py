@@ -226,9 +226,13 @@ def page_capacity(q: Tensor, pool: Tensor, page_table: Tensor, batch: int) -> in
 def check_pages(pool: Tensor, page_table: Tensor, lengths: Tensor) -> None:
     """Raise unless the table names a page of the pool for every key below a sequence's length."""
     if contents_checked(page_table) and contents_checked(lengths):
-        first_key = torch.arange(page_table.shape[1]) * pool.shape[1]
-        used = page_table[first_key < lengths[:, None]]
-        check_range("page_table", used, 0, pool.shape[0] - 1)
+        # lists, because decoding looks at few of them and often
+        page = pool.shape[1]
+        for row, length in zip(page_table.tolist(), lengths.tolist(), strict=True):
+            used = row[: -(-length // page)]
+            if used and not 0 <= min(used) <= max(used) < pool.shape[0]:
+                wrong = next(one for one in used if not 0 <= one < pool.shape[0])
+                raise ValueError(f"page_table must be from 0 to {pool.shape[0] - 1}, got {wrong}")
 
 
 def check_cache(

@@ -135,12 +135,14 @@ def decode(
 ) -> Tensor:
     """The result like q, on a CPU: each sequence's keys, and its own prompt's, in one call each."""
     assert (k_scale, v_scale) == (None, None), "dispatch.py sends 8 bits to the reference"
-    out = q.new_zeros(q.shape)
+    lengths = cache_lengths.tolist()
+    # an empty slot stays 0
+    out = q.new_empty(q.shape) if all(lengths) else q.new_zeros(q.shape)
     if q.numel() == 0:
         return out
     (_, tokens, heads, width), groups = q.shape, k_cache.shape[2]
     of_group = (groups, heads // groups * tokens, width)
-    for b, length in enumerate(cache_lengths.tolist()):
+    for b, length in enumerate(lengths):
         if length == 0:
             continue
         pages = None
