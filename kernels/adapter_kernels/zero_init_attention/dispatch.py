@@ -80,8 +80,8 @@ def kernels_for(q: Tensor) -> tuple[str, ...]:
     return ("triton", "reference") if runs_kernels(q) else ("reference",)
 
 
-def decode_backends(q: Tensor, scale: float, eight_bits: bool) -> tuple[str, ...]:
-    """The backends that attend to a cache, best first: on a CPU that is a library.
+def cached_backends(q: Tensor, scale: float, eight_bits: bool = False) -> tuple[str, ...]:
+    """The backends that attend to a cache, by pages or not, best first: on a CPU a library.
 
     Args:
         q: the queries.

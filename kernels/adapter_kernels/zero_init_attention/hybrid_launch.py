@@ -77,6 +77,8 @@ def readable(x: Tensor) -> Tensor:
 def tokens(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     """The tokens' own output, like q, and lse (B,H,T), or (H,total_q) of packed sequences."""
     library, packed = library_of(q), layout.cu_seqlens_q is not None
+    if layout.page_table is not None:
+        k, v, layout = _out_of_pages(k, v, layout, layout.page_table)
     q, k, v = map(readable, (q, k, v))
     pieces = list(_pieces(q, k, layout))
     if len(pieces) == 1 and not packed:
@@ -95,6 +97,25 @@ def tokens(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tup
     return out, lse
 
 
+def _out_of_pages(
+    k: Tensor, v: Tensor, layout: Layout, page_table: Tensor
+) -> tuple[Tensor, Tensor, Layout]:
+    """Packed keys and values (total_k, G, D) of the sequences in a paged cache, on a CPU."""
+    assert layout.cu_seqlens_k is not None, "op.py lets no pages pass without cu_seqlens"
+    # pages do not follow one another as packed keys do: only the lengths count
+    lengths = layout.cu_seqlens_k.diff()
+    found = [
+        torch.cat([
+            _cached(pool, pages, length)
+            for pages, length in zip(page_table.tolist(), lengths.tolist(), strict=True)
+            if length
+        ] or [pool[0, :0]])
+        for pool in (k, v)
+    ]  # fmt: skip
+    starts = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return found[0], found[1], layout._replace(cu_seqlens_k=starts, page_table=None)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,13 +128,18 @@ def attention(
     return out, lse, own
 
 
-def _cached(pool: Tensor, b: int, pages: list[int] | None, length: int) -> Tensor:
-    """The first keys or values (length, G, D) of sequence b: no copy where pages lie in order."""
-    if pages is None:
-        return pool[b, :length]
-    first, last = pages[0], pages[-1]
-    in_order = pages == list(range(first, last + 1))
-    return (pool[first : last + 1] if in_order else pool[pages]).flatten(0, 1)[:length]
+def _cached(pool: Tensor, pages: list[int], length: int) -> Tensor:
+    """The first keys or values (length, G, D) in these pages: no copy where they lie in order."""
+    used = pages[: -(-length // pool.shape[1])]
+    first, last = used[0], used[-1]
+    if used != list(range(first, last + 1)):
+        return pool[used].flatten(0, 1)[:length]
+    return pool[first].narrow(0, 0, length) if first == last else _run(pool, first, last, length)
+
+
+def _run(pool: Tensor, first: int, last: int, length: int) -> Tensor:
+    """The first keys or values in pages that lie side by side."""
+    return pool[first : last + 1].flatten(0, 1)[:length]
 
 
 def _rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -141,22 +167,24 @@ def decode(
     if q.numel() == 0:
         return out
     (_, tokens, heads, width), groups = q.shape, k_cache.shape[2]
-    of_group = (groups, heads // groups * tokens, width)
+    shape = (groups, heads // groups * tokens, width)
+    tables = None if page_table is None else page_table.tolist()
     for b, length in enumerate(lengths):
         if length == 0:
             continue
-        pages = None
-        if page_table is not None:
-            pages = page_table[b, : -(-length // k_cache.shape[1])].tolist()
-        # row t + T r of a key head is token t of its query head r
-        rows = q[b].view(tokens, groups, -1, width).permute(1, 2, 0, 3).reshape(*of_group)
-        bias = None
+        rows, bias = q[b], None
         if tokens > 1:
+            # row t + T r of a key head is token t of its query head r
+            rows = rows.view(tokens, groups, -1, width).permute(1, 2, 0, 3)
             last = torch.arange(length - tokens, length)[:, None]
             hidden = torch.arange(length) > last
             bias = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
             bias = bias.repeat(heads // groups, 1)
-        keys, values = (_cached(pool, b, pages, length) for pool in (k_cache, v_cache))
+        rows = rows.reshape(shape)
+        if tables is None:
+            keys, values = k_cache[b, :length], v_cache[b, :length]
+        else:
+            keys, values = (_cached(pool, tables[b], length) for pool in (k_cache, v_cache))
         own = _rows(rows, keys, values, bias, scale)
         prompt = own_prompt(prompts, b)
         if prompt is not None:
@@ -164,7 +192,9 @@ def decode(
             gate = prompt.gate.view(groups, -1, 1)
             gate = gate if tokens == 1 else gate.repeat_interleave(tokens, 1)
             own = torch.addcmul(own, added, gate)
-        out[b] = own.view(groups, -1, tokens, width).permute(2, 0, 1, 3).reshape(*out.shape[1:])
+        if tokens > 1:
+            own = own.view(groups, -1, tokens, width).permute(2, 0, 1, 3)
+        out[b] = own.reshape(tokens, heads, width)
     return out
 
 

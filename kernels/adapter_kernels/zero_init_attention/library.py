@@ -7,6 +7,7 @@ of the same names: reference_launch.py has them all. Arguments are trusted here:
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from adapter_kernels.backend import LIBRARY, define, refuse
 from .layouts import Layout, Prompts, wide
 
 
+@cache
 def launchers(backend: str) -> ModuleType:
     """The module of a backend, imported when first used: Triton's need not be installed."""
     return import_module(f".{backend}_launch", __package__)

@@ -27,7 +27,7 @@ from .arguments import (
     check_queries,
     page_capacity,
 )
-from .dispatch import backends_for, decode_backends, kernels_for
+from .dispatch import backends_for, cached_backends, kernels_for
 from .layouts import Prompts
 from .library import attention_op, decode_op, prompt_op
 
@@ -233,7 +233,7 @@ def zero_init_attention_varlen(
         cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; sequence b is rows cu[b] to cu[b + 1] - 1. With
             page_table, only the differences of cu_seqlens_k count: the keys of each sequence.
         max_seqlen_q, max_seqlen_k: no length exceeds these.
-        causal, scale, return_lse, backend: as in zero_init_attention; no hybrid with page_table.
+        causal, scale, return_lse, backend: as in zero_init_attention; no hybrid of pages on a GPU.
         page_table: (B, max_pages) int32, the pages of each sequence in order; entries past its
             length are never read.
 
@@ -266,7 +266,7 @@ def zero_init_attention_varlen(
     check_prompts(q, prompts, batch, k.shape[-2])
     inputs = (q, k, v, *prompts[:3])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    able = kernels_for(q)
+    able = cached_backends(q, scale)
     if page_table is None:
         kind = {"causal": causal, "packed": True, "padded": False}
         able = backends_for(q, max_seqlen_k, scale, **kind, training=_wants_gradient(*inputs))
@@ -334,7 +334,7 @@ def zero_init_attention_decode(
     check_prompt_values(prompts)
     inputs = (q, k_cache, v_cache, *prompts[:3])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    able = decode_backends(q, scale, k_scale is not None)
+    able = cached_backends(q, scale, k_scale is not None)
     chosen = choose_backend("zero_init_attention_decode", backend, q.device, able, *inputs)
     return decode_op(q, k_cache, v_cache, *prompts, *cache, scale, chosen)
 

@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapter_kernels import gated_prompt_attention, zero_init_attention_varlen
 from adapter_kernels.backend import INTERPRETED
 from adapter_kernels.zero_init_attention import hybrid_launch
-from adapter_kernels.zero_init_attention.dispatch import decode_backends
+from adapter_kernels.zero_init_attention.dispatch import cached_backends
 from adapter_kernels.zero_init_attention.layouts import Prompts
-from tests.adapter_kernels.tolerances import check_as_accurate_as_eager, check_bitwise
+from tests.adapter_kernels.tolerances import (
+    check_as_accurate_as_eager,
+    check_bitwise,
+    check_identity,
+)
 from tests.adapter_kernels.zero_init_attention import cases, decode_runs
 from tests.adapter_kernels.zero_init_attention.cases import int32, normal
 from tests.adapter_kernels.zero_init_attention.decode_runs import (
@@ -72,6 +77,35 @@ def test_pages_are_the_cache() -> None:
     check_bitwise("pages in order", in_order.call(), expected)
 
 
+@pytest.mark.parametrize("page", [1, 16, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_chunk_over_pages(dtype: torch.dtype, page: int) -> None:
+    """Packed new tokens over a paged cache, and a sequence that has nothing yet."""
+    cache = make_cache(23).cast(dtype)
+    got = decode_runs.chunk_over_pages(paged(cache, page))
+    truth = operation(cache.cast(torch.float64), "reference").flatten(0, 1)
+    eager = operation(cache, "reference").flatten(0, 1)
+    check_as_accurate_as_eager("out", got, eager, truth)
+
+
+def test_a_chunk_whose_sequences_are_empty() -> None:
+    cache = paged(make_cache(2), 16)
+    arguments = {"max_seqlen_q": 2, "max_seqlen_k": 70, "page_table": cache.page_table}
+    with torch.no_grad():
+        out = zero_init_attention_varlen(
+            cache.q[:2].flatten(0, 1), cache.k_cache, cache.v_cache, **cache.prompts, **arguments,
+            cu_seqlens_q=int32(0, 2, 2, 4), cu_seqlens_k=int32(0, 70, 70, 70), backend="hybrid",
+        )  # fmt: skip
+    assert isinstance(out, Tensor)
+    # no keys: the prompt's part alone
+    alone = gated_prompt_attention(
+        cache.q[1:2], *(cache.prompts[n] for n in ("prompt_k", "prompt_v", "gate")),
+        adapter_index=cache.prompts["adapter_index"][2:],
+        prompt_lengths=cache.prompts["prompt_lengths"],
+    )  # fmt: skip
+    check_identity("without keys", out[2:], alone[0])
+
+
 def test_decode_is_a_prefill_row() -> None:
     decode_runs.check_decode_is_a_prefill_row()
 
@@ -117,7 +151,7 @@ def test_a_cpu_takes_the_library_where_it_can(monkeypatch: pytest.MonkeyPatch) -
     cache.call(backend=None, scale=-0.5)
     assert len(calls) == 1
     q = cache.q
-    assert decode_backends(q, 1.0, False) == ("hybrid", "reference")
-    assert decode_backends(q, 0.0, False) == decode_backends(q, 1.0, True) == ("reference",)
+    assert cached_backends(q, 1.0, False) == ("hybrid", "reference")
+    assert cached_backends(q, 0.0, False) == cached_backends(q, 1.0, True) == ("reference",)
     with pytest.raises(ValueError, match="'hybrid' is not available for zero_init_attention_dec"):
         cache.call(scale=-1.0)

@@ -268,6 +268,7 @@ def test_paged_equals_contiguous(form: str, page: int) -> None:
             page_table=table,
             **sizes,
             **prompts,
+            backend=KERNELS,
         )
         packed = [torch.cat([x[b, :n] for b, n in enumerate(lengths.tolist())]) for x in (k, v)]
         expected = zero_init_attention_varlen(
