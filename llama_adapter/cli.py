@@ -8,6 +8,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -152,15 +153,35 @@ def _generate(options: argparse.Namespace) -> int:
     if items is None:
         _answer(base, prompts, prompt_text(options.instruction, options.input), sampling, True)
         return 0
-    for index, item in enumerate(items):
-        text = prompt_text(item["instruction"], item.get("input", ""))
-        try:
-            answer = _answer(base, prompts, text, sampling, False)
-        except ValueError as error:
-            where = f"--data {options.data}: record {index}, counted from 0"
-            raise UsageError(f"{where}: {error}") from error
-        line = {"instruction": item["instruction"], "input": item.get("input", "")}
-        print(json.dumps({**line, "output": answer}, ensure_ascii=False), flush=True)
+    texts = [prompt_text(item["instruction"], item.get("input", "")) for item in items]
+    answers: dict[int, str] = {}
+    try:
+        # every record is answered as it would be alone
+        pieces = stream(
+            base.model,
+            base.tokenizer,
+            texts,
+            sampling,
+            prompts=prompts,
+            row_seeds=[0] * len(texts),
+            max_batch=options.batch_size,
+        )
+        printed = 0
+        for piece in pieces:
+            if piece.completion is not None:
+                answers[piece.row] = piece.completion.text.lstrip()
+            while printed in answers:
+                item, answer = items[printed], answers.pop(printed)
+                line = {"instruction": item["instruction"], "input": item.get("input", "")}
+                print(json.dumps({**line, "output": answer}, ensure_ascii=False), flush=True)
+                printed += 1
+    except ValueError as error:
+        told = re.sub(
+            r"texts\[(\d+)\]",
+            lambda found: f"record {found[1]}, counted from 0: the instruction's prompt",
+            str(error),
+        )
+        raise UsageError(f"--data {options.data}: {told}") from error
     return 0
 
 
@@ -277,6 +298,9 @@ def _parser() -> Parser:
     make.add_argument("--input", default="", help="text that the instruction is about")
     make.add_argument(
         "--data", type=Path, help="file of instructions, JSON or .jsonl; prints JSON lines"
+    )
+    make.add_argument(
+        "--batch-size", type=int, default=8, help="instructions of --data answered together"
     )
     chat = _command(commands, "chat", _chat, "Answer instructions as they are typed.")
     for command in (make, chat):

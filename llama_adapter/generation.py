@@ -26,6 +26,7 @@ def generate(
     prompts: Prompts | None = None,
     prefill_chunk: int | None = None,
     row_seeds: Sequence[int] | None = None,
+    max_batch: int | None = None,
 ) -> list[Completion]:
     """Continue every text; arguments and errors as `stream`.
 
@@ -40,6 +41,7 @@ def generate(
         prompts=prompts,
         prefill_chunk=prefill_chunk,
         row_seeds=row_seeds,
+        max_batch=max_batch,
     )
     done = {piece.row: piece.completion for piece in pieces if piece.completion is not None}
     return [done[row] for row in range(len(texts))]
@@ -54,6 +56,7 @@ def stream(
     prompts: Prompts | None = None,
     prefill_chunk: int | None = None,
     row_seeds: Sequence[int] | None = None,
+    max_batch: int | None = None,
 ) -> Iterator[Piece]:
     """Continue every text, one token per row and step, and yield text as it is decided.
 
@@ -68,6 +71,7 @@ def stream(
         prompts: the adapter's projection, with `adapter_index` (B,) where it is a bank.
         prefill_chunk: prompt tokens of all rows per forward call; None takes the prompts whole.
         row_seeds: B integers that with `sampling.seed` seed each row; default 0 to B - 1.
+        max_batch: rows that run together, the next as soon as one ends; None is all of them.
 
     Returns:
         An iterator over the pieces of all rows, step by step.
@@ -80,21 +84,25 @@ def stream(
         raise ValueError("texts must be a list of strings, got one string")
     if prefill_chunk is not None and prefill_chunk < 1:
         raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
+    if max_batch is not None and max_batch < 1:
+        raise ValueError(f"max_batch must be at least 1, got {max_batch}")
     seeds = range(len(texts)) if row_seeds is None else row_seeds
     if len(seeds) != len(texts):
         raise ValueError(f"row_seeds must have {len(texts)} entries, got {len(seeds)}")
     bank = None if prompts is None else RowBank(prompts, len(texts))
     context, most = model.config.max_seq_len, sampling.max_new_tokens
-    encoded = [len(tokenizer.encode(text, bos=True)) for text in texts]
-    longest = [min(n + most, context) for n in encoded]
+    together = max(min(len(texts), max_batch or len(texts)), 1)
+    # room for the longest that can meet
+    encoded = sorted((len(tokenizer.encode(text, bos=True)) for text in texts), reverse=True)
+    longest = [min(n + most, context) for n in encoded[:together]]
     engine = Engine(
         model,
         tokenizer,
         bank=bank,
-        pool_tokens=max(PAGE_SIZE * sum(map(pages_for, longest)), 1),
-        max_batch=max(len(texts), 1),
+        pool_tokens=PAGE_SIZE * max(sum(map(pages_for, longest)), 1),
+        max_batch=together,
         max_tokens=max(longest, default=None),
-        prefill_chunk=prefill_chunk or max(sum(encoded), 1),
+        prefill_chunk=prefill_chunk or max(sum(encoded[:together]), 1),
     )
     for row, (text, seed) in enumerate(zip(texts, seeds, strict=True)):
         adapter = None if prompts is None else row

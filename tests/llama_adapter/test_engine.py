@@ -326,3 +326,28 @@ def step(engine: Engine, asked: dict[int, Asked]) -> None:
             asked[piece.row].completion = piece.completion
     held = engine.pool.size - engine.pool.free
     assert (held == 0) == (engine.running == 0)
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_token(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    """The same requests, eager and replayed, while an adapter is replaced between two steps."""
+    model, results = tiny_model.to("cuda"), []
+    for graphs in (False, True):
+        bank = AdapterBank(model, capacity=3, prompt_length=3)
+        bank.load("a", random_adapter(tiny_config, 1).to("cuda"))
+        engine = Engine(
+            model, tiny_tokenizer, bank=bank, pool_tokens=2048, max_batch=5, graphs=graphs
+        )
+        engine.warmup()
+        rng, pieces = random.Random(1), []
+        for n in range(40):
+            text = " ".join(rng.choices(WORDS, k=rng.choice([1, 3, 9])))
+            sampling = SamplingConfig(rng.choice([1, 9, 30]), temperature=rng.choice([0.0, 0.8]))
+            engine.submit(text, sampling, adapter=rng.choice(["a", None]), row_seed=n)
+            pieces += engine.step()
+            if n % 7 == 0:
+                bank.load("a", random_adapter(tiny_config, n).to("cuda"))
+        results.append(finished(engine, pieces))
+    assert results[0] == results[1]

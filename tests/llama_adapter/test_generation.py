@@ -318,6 +318,19 @@ def test_finished_rows_are_dropped_from_the_batch(
     assert model.batches == [8, 8, 8, 8, 4, 4, 2, 1]
 
 
+def test_rows_beyond_the_batch_wait_for_a_place(
+    tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    texts = [f"{'green ' * n}question" for n in range(8)]
+    script = {text: [300 + n] * n + [2] for n, text in enumerate(texts)}
+    model = scripted(tiny_config, tiny_tokenizer, script)
+    got = generate(model, tiny_tokenizer, texts, GREEDY, max_batch=3)
+    assert [c.tokens for c in got] == [(300 + n,) * n for n in range(8)]
+    assert max(model.batches) == 3
+    # no step is run with a place free while somebody waits
+    assert sum(model.batches) < 50
+
+
 @pytest.mark.parametrize(
     ("written", "stop", "expected"),
     [
@@ -493,6 +506,7 @@ def test_wrong_arguments_are_refused_before_anything_runs(
             "texts[1] must have at most 159 tokens, one less than the context of 160, got 160",
         ),
         (["a"], {"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
+        (["a"], {"max_batch": 0}, "max_batch must be at least 1, got 0"),
         (["a"], {"row_seeds": [1, 2]}, "row_seeds must have 1 entries, got 2"),
         (
             ["a", "b", "c"],
