@@ -22,7 +22,8 @@ test-all: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m slow
 	$(RUN) -m tests.version_matrix
 
-# every tile of every architecture, into benchmarks/results/ahead_of_time.json: 20 minutes on two cores
+# every tile of every architecture, into benchmarks/results/ahead_of_time.json: 20 minutes on two cores;
+# then the small operations, into a file of their own: two minutes, alone with --only small_ops
 aot-all: $(INSTALLED)
 	$(RUN) -m benchmarks.ahead_of_time
 

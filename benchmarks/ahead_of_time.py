@@ -2,8 +2,9 @@
 
 Compiles the launches that a GPU would run, their tensors on the meta device, and reads shared
 memory, registers, spills and instructions from the machine code, for which triton brings the tools:
-its compiler checks none of them. The program compiles every tile of every architecture into a
-table, some 20 minutes on two cores; a test holds the table to the sources.
+its compiler checks none of them. The program compiles every tile of every architecture into one
+table, some 20 minutes on two cores, and the small operations into another, two minutes; a test
+holds both to the sources.
 """
 
 import hashlib
@@ -12,9 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +28,7 @@ from triton.compiler import ASTSource
 from adapter_kernels.arch import ARCHS
 from adapter_kernels.launch import Launch
 from adapter_kernels.zero_init_attention import forward
+from benchmarks.small_forms import SmallForm, small_launch, small_table
 from benchmarks.specialisations import Specialisation, launch_of, table
 from benchmarks.workers import WorkerLost, positive, side_by_side
 from llama_adapter.checkpoints.atomic import write_atomically
@@ -33,11 +36,15 @@ from llama_adapter.options import Parser
 
 # bytes; a loop over the heads of a group keeps pointers there between its inner loops
 MOST_STACK, MOST_STACK_GROUPED = 64, 240
-TABLE = Path(__file__).parent / "results" / "ahead_of_time.json"
-# what decides the machine code
+RESULTS = Path(__file__).parent / "results"
+# what decides the machine code, of attention and of the small operations
+ATTENTION = Path(forward.__file__).parent
 SOURCES = (
     "tiles", "forward", "backward_dq", "backward_dkv", "decode", "kernel_arguments", "configs",
 )  # fmt: skip
+SMALL_SOURCES = ("rms_norm_kernel", "rotary_kernel", "swiglu_kernel")
+# of a kernel that only moves data there is no more to say
+SMALL_FACTS = ("registers", "spills", "stack", "shared", "wide_loads")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float16: "*fp16",
@@ -190,15 +197,49 @@ def complaints(found: Resources, spec: Specialisation) -> list[str]:
     return wrong
 
 
-def sources_digest() -> str:
+def small_complaints(found: Resources, form: SmallForm) -> list[str]:
+    """What is wrong with a small operation's kernel on its chip."""
+    arch, wrong = ARCHS[form.capability], []
+    if found.shared > arch.shared_memory:
+        wrong.append(f"shared memory {found.shared} exceeds {arch.name}'s {arch.shared_memory}")
+    if found.spills:
+        wrong.append(f"{found.spills} spills")
+    if found.stack:
+        wrong.append(f"a stack of {found.stack} bytes")
+    # not from rows that begin anywhere, nor of numbers that lie between those of their pairs, as
+    # in all of write_cache; of a half of few numbers a thread holds less than 16 bytes
+    pairs = form.operation == "write_cache" or form.form == "interleaved"
+    few = form.form == "halves" and form.width * form.dtype.itemsize < 256
+    if not found.wide_loads and not (form.odd or pairs or few):
+        wrong.append("no 128-bit load")
+    return wrong
+
+
+class Table(NamedTuple):
+    """What is compiled into one file.
+
+    Attributes:
+        path: the file, as JSON.
+        sources: the files that decide the machine code.
+        specs: what is compiled, a row each.
+        row_of: one row.
+    """
+
+    path: Path
+    sources: tuple[Path, ...]
+    specs: Callable[[], list[Any]]
+    row_of: Callable[[Any], dict[str, Any]]
+
+
+def sources_digest(chosen: Table) -> str:
     """SHA-256 of the files that decide the machine code."""
     digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((Path(forward.__file__).parent / f"{name}.py").read_bytes())
+    for source in chosen.sources:
+        digest.update(source.read_bytes())
     return digest.hexdigest()
 
 
-def named(spec: Specialisation) -> dict[str, Any]:
+def named(spec: Specialisation | SmallForm) -> dict[str, Any]:
     """A specialisation as plain data."""
     values = asdict(spec).items()
     return {name: str(x).removeprefix("torch.") if name == "dtype" else x for name, x in values}
@@ -210,8 +251,31 @@ def row_of(spec: Specialisation) -> dict[str, Any]:
     return {**named(spec), **asdict(found), "complaints": complaints(found, spec)}
 
 
+def small_row(form: SmallForm) -> dict[str, Any]:
+    """One row of the small operations' table."""
+    found = compile_for(small_launch(form), form.capability)
+    facts = {name: getattr(found, name) for name in SMALL_FACTS}
+    return {**named(form), **facts, "complaints": small_complaints(found, form)}
+
+
+TABLES = {
+    "attention": Table(
+        RESULTS / "ahead_of_time.json",
+        tuple(ATTENTION / f"{name}.py" for name in SOURCES),
+        table,
+        row_of,
+    ),
+    "small_ops": Table(
+        RESULTS / "ahead_of_time_small_ops.json",
+        tuple(ATTENTION.parent / f"{name}.py" for name in SMALL_SOURCES),
+        small_table,
+        small_row,
+    ),
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Compile every row of the table and write it.
+    """Compile every row of the tables and write them.
 
     Args:
         arguments: words after the program's name; None takes those of the process.
@@ -221,27 +285,29 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = Parser(prog="python -m benchmarks.ahead_of_time", description=__doc__)
     parser.add_argument("--processes", type=positive, default=2, help="that compile side by side")
-    parser.add_argument("--output", type=Path, default=TABLE, help="the table, as JSON")
+    parser.add_argument("--only", choices=list(TABLES), help="one table of them")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the tables")
     options = parser.parse(arguments)
     try:
         # before the minutes that it takes, not after them
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        wrong = write_table(options.output, options.processes)
+        options.output.mkdir(parents=True, exist_ok=True)
+        chosen = [TABLES[options.only]] if options.only else list(TABLES.values())
+        wrong = [write_table(one, options.output, options.processes) for one in chosen]
     except KeyboardInterrupt:
         print("\ninterrupted; the compiler keeps what it has compiled", file=sys.stderr)
         return 130
     except (OSError, WorkerLost) as error:
         print(f"ahead_of_time: error: {error}", file=sys.stderr)
         return 2
-    return 1 if wrong else 0
+    return 1 if any(wrong) else 0
 
 
-def write_table(output: Path, processes: int) -> int:
+def write_table(chosen: Table, folder: Path, processes: int) -> int:
     """Compile every row and write the table; returns how many have complaints."""
     # of what is compiled, whatever is edited meanwhile
-    content = {"triton": triton.__version__, "sources_sha256": sources_digest()}
-    rows, specs = [], table()
-    found = side_by_side(row_of, specs, processes)
+    content = {"triton": triton.__version__, "sources_sha256": sources_digest(chosen)}
+    rows, specs, output = [], chosen.specs(), folder / chosen.path.name
+    found = side_by_side(chosen.row_of, specs, processes)
     for row in tqdm(found, total=len(specs), mininterval=10):
         rows.append(row)
         if row["complaints"]:

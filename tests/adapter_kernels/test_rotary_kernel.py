@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import apply_rotary, launch, write_cache
-from adapter_kernels.backend import INTERPRETED
 from adapter_kernels.rotary import apply_rotary_reference
 from adapter_kernels.write_cache import write_cache_reference
 from tests.adapter_kernels.tolerances import check_as_accurate_as_eager, check_bitwise
@@ -112,23 +111,6 @@ def test_empty_inputs() -> None:
     cos, sin = angles(5, 4)
     q, k = apply_rotary(draw(0, 5, 3, 8), draw(0, 5, 1, 8), cos, sin, interleaved=True)
     assert (q.shape, k.shape) == ((0, 5, 3, 8), (0, 5, 1, 8))
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces what a compiler takes")
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("capability", [80, 90])
-def test_compiles_within_the_chip(capability: int, paged: bool) -> None:
-    from adapter_kernels.rotary_kernel import rotary_launch
-    from benchmarks.ahead_of_time import compile_for
-
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    q, k = meta(8, 1, 32, 128), meta(8, 1, 8, 128)
-    cos, cache = meta(8, 1, 64, dtype=torch.float32), meta(64, 64, 8, 128)
-    index = (meta(8, 1, dtype=torch.int32), meta(8, 8, dtype=torch.int32) if paged else None)
-    found = compile_for(rotary_launch(q, k, k, cos, cos, q, cache, cache, *index, True), capability)
-    assert found.spills == found.stack == 0
 
 
 @pytest.mark.kernel

@@ -1,6 +1,8 @@
 """Do the shipped kernels fit the chips that are not here: memory, registers, instructions?"""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +15,23 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter replaces what a compiler takes", allow_module_level=True)
 
+from benchmarks import ahead_of_time
 from benchmarks.ahead_of_time import (  # a GPU's compiler, with triton alone
-    TABLE,
+    TABLES,
     Resources,
     compile_for,
     complaints,
     count_spills,
     named,
+    small_complaints,
+    small_row,
     sources_digest,
 )
+from benchmarks.small_forms import SmallForm, small_launch, small_table
 from benchmarks.specialisations import (
     Specialisation,
     launch_of,
     pairwise,
-    table,
 )
 
 # two choices that cover every pair, so many triples too
@@ -36,6 +41,13 @@ COMMON = [
     Specialisation(capability, direction, 128, torch.bfloat16, "shared", 10, "causal", 1, "all")
     for capability in (80, 90)
     for direction in ("forward", "backward_dq", "backward_dkv", "prompt_forward")
+]
+# every form of the small operations at an odd width, and at the widest
+SMALL = [
+    form
+    for form in small_table()
+    if form.dtype == torch.bfloat16
+    and (form.odd if form.capability == 80 else form.capability == 90 and form.widest)
 ]
 
 
@@ -74,11 +86,20 @@ def test_an_oversized_tile_is_noticed(config: TileConfig, complaint: str) -> Non
     assert any(complaint in text for text in found), found
 
 
-def test_the_committed_table_is_that_of_the_sources() -> None:
-    """Every tile of every architecture: `make aot-all` after a change of what it compiles."""
-    held = json.loads(TABLE.read_text(encoding="utf-8"))
-    assert held["sources_sha256"] == sources_digest(), "the table is stale: make aot-all"
-    wanted = [named(spec) for spec in table()]
+@pytest.mark.parametrize("form", SMALL, ids=str)
+def test_small_kernels_compile_within_the_chip(form: SmallForm) -> None:
+    row = small_row(form)
+    print(row)
+    assert not row["complaints"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_committed_table_is_that_of_the_sources(name: str) -> None:
+    """Every form on every architecture: `make aot-all` after a change of what it compiles."""
+    chosen = TABLES[name]
+    held = json.loads(chosen.path.read_text(encoding="utf-8"))
+    assert held["sources_sha256"] == sources_digest(chosen), "the table is stale: make aot-all"
+    wanted = [named(spec) for spec in chosen.specs()]
     assert [{name: row[name] for name in wanted[0]} for row in held["rows"]] == wanted
     assert not [row for row in held["rows"] if row["complaints"]]
 
@@ -95,6 +116,52 @@ def test_complaints_say_what_is_wrong() -> None:
         "no tensor-core instruction",
         "no 128-bit load",
     ]
+
+
+def test_complaints_about_small_kernels_say_what_is_wrong() -> None:
+    form = SmallForm(80, "rms_norm", "residual", 4096, torch.bfloat16)
+    limit = ARCHS[80].shared_memory
+    assert small_complaints(Resources(limit, 60, 0, 0, 0, 0, 1), form) == []
+    narrow = Resources(limit + 1, 60, 8, 2, 0, 0, 0)
+    wrong = [f"shared memory {limit + 1} exceeds sm_80's {limit}", "2 spills", "a stack of 8 bytes"]
+    assert small_complaints(narrow, form) == [*wrong, "no 128-bit load"]
+    assert small_complaints(narrow, replace(form, width=67)) == wrong
+    halves = replace(form, operation="apply_rotary", form="halves", width=64)
+    assert small_complaints(narrow, halves) == wrong
+    assert small_complaints(narrow, replace(halves, width=128)) == [*wrong, "no 128-bit load"]
+    assert small_complaints(narrow, replace(halves, form="interleaved", width=128)) == wrong
+
+
+def test_small_forms_are_launched_as_they_say() -> None:
+    """What is absent from a form is absent from its launch."""
+    absent = {
+        "alone": {"residual_ptr", "h_ptr"},
+        "halves": {"v_ptr", "v_out_ptr", "positions_ptr", "page_table_ptr"},
+        "contiguous, -": {"q_ptr", "q_out_ptr", "cos_ptr", "sin_ptr", "page_table_ptr"},
+        "paged, k": {"q_ptr", "q_out_ptr"},
+        "paged, q k": set(),
+        "plain": set(),
+    }
+    for form in small_table()[: len(small_table()) // len(ARCHS)]:
+        arguments = small_launch(form).arguments
+        found = {name for name, value in arguments.items() if value is None}
+        assert found == absent.get(form.form, found), form
+        widths = [arguments.get(name) for name in ("C", "F", "HEAD_DIM")]
+        assert form.width in widths, form
+
+
+def test_one_table_is_written_where_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = TABLES["small_ops"]._replace(specs=lambda: SMALL[:1])
+    monkeypatch.setitem(TABLES, "small_ops", few)
+    arguments = ["--only", "small_ops", "--processes", "1", "--output", str(tmp_path)]
+    assert ahead_of_time.main(arguments) == 0
+    assert "1 rows, 0 with complaints" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    assert path.name == few.path.name
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert row == small_row(SMALL[0])
 
 
 def test_spills_are_told_apart_by_loops() -> None:
