@@ -260,7 +260,7 @@ def two_flex_calls(leaves: Mapping[str, Tensor], mask: Any) -> Tensor:
 
 
 @lru_cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile of a baseline."""
     # one shape at a time, with nothing left to an interpreter: the strongest form
     return torch.compile(function, fullgraph=True, dynamic=False)
@@ -322,7 +322,8 @@ class Provider:
     Attributes:
         name: of the provider.
         kind: of its problem, one of KINDS where it is a Problem.
-        build: from a problem to the call that is timed; what it prepares is not.
+        build: from a problem to the call that is timed, of one result or several by name; what it
+            prepares is not.
         devices: where it runs.
         dtypes: what it computes in.
         compiled: whether its first call compiles, for seconds.
@@ -330,7 +331,7 @@ class Provider:
 
     name: str
     kind: str
-    build: Callable[[Any], Call]
+    build: Callable[[Any], Callable[[], Any]]
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = tuple(DTYPES)
     compiled: bool = False

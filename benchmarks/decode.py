@@ -8,12 +8,13 @@ machinery out, in seconds.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from typing import Protocol as Typed
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from benchmarks.decode_problem import (
     problem,
 )
 from benchmarks.decode_report import MODE, figures, read_bandwidth, report
-from benchmarks.harness import Candidate, Protocol, ResultFile, Work
+from benchmarks.harness import Candidate, Expected, Protocol, ResultFile, Row, Work
 from benchmarks.reporting import cells_of
 from benchmarks.roofline import Shape
 
@@ -121,7 +122,19 @@ PROVIDERS = (*OURS, *OTHERS, *READS)
 COMPILED = tuple(one.name for one in OURS if one.name != "reference")
 
 
-def captured(call: Call, pool: Any) -> Call:
+Out = TypeVar("Out")
+
+
+class Given(Typed):
+    """Inputs of any benchmark that is held against the bandwidth."""
+
+    @property
+    def memory(self) -> Memory:
+        """What the bandwidth is measured on, on the device of the inputs."""
+        ...
+
+
+def captured(call: Callable[[], Out], pool: Any) -> Callable[[], Out]:
     """A call as a CUDA graph, as decoding runs: the host takes longer to launch it than it takes.
 
     Args:
@@ -141,18 +154,18 @@ def captured(call: Call, pool: Any) -> Call:
     with torch.cuda.graph(graph, pool=pool):
         out = call()
 
-    def replay() -> Tensor:
+    def replay() -> Out:
         graph.replay()
         return out
 
     return replay
 
 
-def work(provider: Provider, given: Problem, pool: Any) -> Work:
+def work(provider: Provider, given: Given, pool: Any) -> Work:
     """What is timed of a provider, behind cold caches: a model reads its weights in between.
 
     Args:
-        provider: one of PROVIDERS.
+        provider: what it builds returns one result, "out", or several by name.
         given: the inputs.
         pool: of the graphs' memory, None on a processor.
 
@@ -160,18 +173,20 @@ def work(provider: Provider, given: Problem, pool: Any) -> Work:
         ValueError, RuntimeError: the provider does not do this.
     """
     call = provider.build(given)
-    if given.q.is_cuda:
+    words = given.memory.words
+    if words.is_cuda:
         with torch.no_grad():
             call = captured(call, pool)
 
     def before() -> None:
         # a GPU's caches are emptied by the harness
-        if not given.q.is_cuda:
-            given.memory.words.sum()
+        if not words.is_cuda:
+            words.sum()
 
     def run(_: None) -> dict[str, Tensor]:
         with torch.no_grad():
-            return {"out": call()}
+            found = call()
+        return {"out": found} if isinstance(found, Tensor) else found
 
     return Work(before, run)
 
@@ -187,6 +202,39 @@ def missing_of(
     """The providers that claim a shape and have no result there."""
     held = results.of(cell_of(shape))
     return [one for one in providers if one.supports(shape, device) and one.name not in held]
+
+
+def measure_missing(
+    cell: Row,
+    title: str,
+    given: Given,
+    missing: Mapping[Provider, tuple[Mapping[str, Expected], int]],
+    protocol: Protocol,
+    results: ResultFile,
+) -> None:
+    """Measure what is missing of one cell, and keep it.
+
+    Args:
+        cell: its name in the results.
+        title: its name in words.
+        given: the inputs.
+        missing: by provider the truth of its results, and the bytes that it must move.
+        protocol: how long.
+        results: where the rows go.
+
+    Raises:
+        DeviceLost: a provider broke the GPU's context; its row is kept, the rest is missing.
+    """
+    device = given.memory.words.device
+    # what is compiled for one shape would count against a limit at the next
+    torch.compiler.reset()
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+    candidates = [
+        Candidate(provider.name, partial(work, provider, given, pool), truth)
+        for provider, (truth, _) in missing.items()
+    ]
+    facts = {provider.name: {"bytes": size} for provider, (_, size) in missing.items()}
+    command.measure_cell(cell, title, candidates, device, protocol, results, facts)
 
 
 def measure_shape(
@@ -206,17 +254,15 @@ def measure_shape(
     if not missing:
         return
     given = problem(shape, device, memory)
-    truths = {kind: expected(given, kind) for kind in {provider.kind for provider in missing}}
-    # what is compiled for one shape would count against a limit at the next
-    torch.compiler.reset()
-    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-    candidates = [
-        Candidate(provider.name, partial(work, provider, given, pool), truths[provider.kind])
-        for provider in missing
-    ]
-    facts = {provider.name: {"bytes": bytes_of(given, provider.kind)} for provider in missing}
-    command.measure_cell(
-        cell_of(shape), shape.describe(), candidates, device, protocol, results, facts
+    kinds = {provider.kind for provider in missing}
+    known = {kind: (expected(given, kind), bytes_of(given, kind)) for kind in kinds}
+    measure_missing(
+        cell_of(shape),
+        shape.describe(),
+        given,
+        {provider: known[provider.kind] for provider in missing},
+        protocol,
+        results,
     )
 
 

@@ -95,7 +95,7 @@ def reached(rows: Mapping[str, Row], name: str) -> float | None:
     return None if floor is None else ratio(floor, rows[name])
 
 
-def with_floor(cells: Cells) -> dict[tuple[Shape, str], dict[str, Row]]:
+def with_floor(cells: Cells) -> dict[tuple[Any, str], dict[str, Row]]:
     """The cells with FLOOR as one more provider, for the targets."""
     found = {}
     for cell, rows in cells.items():
@@ -104,7 +104,8 @@ def with_floor(cells: Cells) -> dict[tuple[Shape, str], dict[str, Row]]:
     return found
 
 
-def _rate(row: Row) -> float:
+def rate(row: Row) -> float:
+    """GB/s of what a row must move."""
     return row["bytes"] / row["ms"][0] / 1e6
 
 
@@ -136,7 +137,7 @@ def _line(name: str, rows: Mapping[str, Row]) -> list[str]:
     return [
         name,
         f"{middle:.4f} ({low:.4f}, {high:.4f})",
-        f"{_rate(row):.4g}",
+        f"{rate(row):.4g}",
         "-" if part is None else f"{part:.1%}",
         f"{ratio(row, rows['ours']):.2f}" if compared and name not in READS else "-",
     ]
@@ -152,7 +153,8 @@ def tables(cells: Cells) -> list[str]:
     return lines
 
 
-def _bandwidth_line(cells: Cells) -> str:
+def bandwidth_line(cells: Cells) -> str:
+    """The read bandwidth in words."""
     found = read_bandwidth(cells)
     if found is None:
         return "Read bandwidth: not measured."
@@ -177,7 +179,7 @@ def report(cells: Cells, environment: Row, trial: bool) -> tuple[str, list[Row]]
     }
     text = [
         *heading("Decoding with a prompt over a KV cache", environment, LEGEND, trial),
-        _bandwidth_line(cells),
+        bandwidth_line(cells),
         "",
         "## Targets",
         "",

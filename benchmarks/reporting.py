@@ -8,6 +8,7 @@ shape is told beside it, and every cell that we lose is listed.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -15,7 +16,8 @@ from benchmarks.harness import TIMED, Row, ratio
 from benchmarks.roofline import Shape, gpu_of
 
 MET, MISSED, PENDING, UNDECIDED = "met", "MISSED", "pending", "undecided"
-Cells = Mapping[tuple[Shape, str], Mapping[str, Row]]
+# by shape, which says in `describe` what it is, and mode: rows by provider
+Cells = Mapping[tuple[Any, str], Mapping[str, Row]]
 
 COLOURS = {"ours": "#1f6fb4", "plain": "#999999", "others": "#e07b1a"}
 TRIAL = "This is the reduced form: it tries the machinery out, its numbers mean nothing."
@@ -46,7 +48,7 @@ class Target:
     mode: str
     limit: float
     faster: bool
-    where: Callable[[Shape], bool]
+    where: Callable[[Any], bool]
     gpu: str | None = None
     place: str = "a GPU"
 
@@ -64,11 +66,13 @@ class Verdict:
     evidence: str
 
 
-def cells_of(rows: Iterable[Row]) -> dict[tuple[Shape, str], dict[str, Row]]:
-    """Rows by cell and provider, in the order of the file."""
-    found: dict[tuple[Shape, str], dict[str, Row]] = {}
+def cells_of(
+    rows: Iterable[Row], kind: Callable[..., Any] = Shape
+) -> dict[tuple[Any, str], dict[str, Row]]:
+    """Rows by cell and provider, in the order of the file; `kind` is the class of their shapes."""
+    found: dict[tuple[Any, str], dict[str, Row]] = {}
     for row in rows:
-        key = (Shape(**row["cell"]["shape"]), row["cell"]["mode"])
+        key = (kind(**row["cell"]["shape"]), row["cell"]["mode"])
         found.setdefault(key, {})[row["provider"]] = row
     return found
 
@@ -96,7 +100,7 @@ def _measured(target: Target, rows: Mapping[str, Row]) -> tuple[float, str] | st
     return (ratio(other, ours) if target.faster else ratio(ours, other)), best
 
 
-def _evidence(target: Target, here: Mapping[Shape, tuple[float, str]]) -> list[str]:
+def _evidence(target: Target, here: Mapping[Any, tuple[float, str]]) -> list[str]:
     """The numbers at the target's shapes: each, or where there are many their range."""
     each = [f"{value:.2f} against {best} at {s.describe()}" for s, (value, best) in here.items()]
     if len(each) <= SHOWN:
