@@ -152,7 +152,8 @@ def tables(cells: Cells) -> list[str]:
     return lines
 
 
-def _bandwidth_line(cells: Cells) -> str:
+def bandwidth_line(cells: Cells) -> str:
+    """The read bandwidth in words."""
     found = read_bandwidth(cells)
     if found is None:
         return "Read bandwidth: not measured."
@@ -177,7 +178,7 @@ def report(cells: Cells, environment: Row, trial: bool) -> tuple[str, list[Row]]
     }
     text = [
         *heading("Decoding with a prompt over a KV cache", environment, LEGEND, trial),
-        _bandwidth_line(cells),
+        bandwidth_line(cells),
         "",
         "## Targets",
         "",

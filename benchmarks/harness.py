@@ -27,7 +27,7 @@ from llama_adapter.run_folder import describe_environment
 Row = dict[str, Any]
 Results = Mapping[str, Tensor]
 
-TIMED, WRONG, FAILED = "timed", "wrong", "failed"
+TIMED, WRONG, FAILED, SKIPPED = "timed", "wrong", "failed", "skipped"
 # what a provider that cannot run raises: out of memory, unsupported, does not compile
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError, AssertionError)
 if find_spec("triton") is not None:
@@ -50,10 +50,11 @@ class Work(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """The truth of one result and the largest error that passes."""
+    """The truth of one result, the largest error that passes, and what counts as the error."""
 
     truth: Tensor
     bound: float
+    distance: Callable[[Tensor, Tensor], Tensor] = torch.sub
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def check(results: Results, expected: Mapping[str, Expected]) -> tuple[dict[str,
         By name the largest error, and what is wrong, or "".
     """
     errors, wrong = {}, []
-    for name, (truth, bound) in expected.items():
+    for name, (truth, bound, distance) in expected.items():
         if name not in results:
             wrong.append(f"{name} is missing")
             continue
@@ -136,7 +137,7 @@ def check(results: Results, expected: Mapping[str, Expected]) -> tuple[dict[str,
         if got.shape != truth.shape:
             wrong.append(f"{name} must be {tuple(truth.shape)}, got {tuple(got.shape)}")
             continue
-        errors[name] = _largest(got.to(truth.dtype) - truth)
+        errors[name] = _largest(distance(got.to(truth.dtype), truth))
         # the comparison is false for NaN too
         if not errors[name] <= bound:
             wrong.append(f"{name} is off by {errors[name]:.3g}, more than {bound:.3g}")
@@ -153,8 +154,7 @@ class _Device:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        size = FLUSH_BYTES if self.cuda else 0
-        self.flush = torch.empty(size, dtype=torch.int8, device=device)
+        self.flush = torch.empty(FLUSH_BYTES * self.cuda, dtype=torch.int8, device=device)
 
     def alive(self) -> bool:
         """Whether the device still computes: an illegal access ends every later call too."""

@@ -8,6 +8,7 @@ shape is told beside it, and every cell that we lose is listed.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -15,8 +16,11 @@ from benchmarks.harness import TIMED, Row, ratio
 from benchmarks.roofline import Shape, gpu_of
 
 MET, MISSED, PENDING, UNDECIDED = "met", "MISSED", "pending", "undecided"
-Cells = Mapping[tuple[Shape, str], Mapping[str, Row]]
+# by shape and mode; a shape is what `describe` tells of: a Shape, or a benchmark's own class
+Cells = Mapping[tuple[Any, str], Mapping[str, Row]]
 
+# packages whose versions a heading tells where they take part
+COMPARED = ("transformers", "peft", "torchao")
 COLOURS = {"ours": "#1f6fb4", "plain": "#999999", "others": "#e07b1a"}
 TRIAL = "This is the reduced form: it tries the machinery out, its numbers mean nothing."
 # of so many shapes a verdict shows each number, of more the range
@@ -46,7 +50,7 @@ class Target:
     mode: str
     limit: float
     faster: bool
-    where: Callable[[Shape], bool]
+    where: Callable[[Any], bool]
     gpu: str | None = None
     place: str = "a GPU"
 
@@ -64,11 +68,18 @@ class Verdict:
     evidence: str
 
 
-def cells_of(rows: Iterable[Row]) -> dict[tuple[Shape, str], dict[str, Row]]:
-    """Rows by cell and provider, in the order of the file."""
-    found: dict[tuple[Shape, str], dict[str, Row]] = {}
+def cells_of(
+    rows: Iterable[Row], kind: Callable[..., Any] = Shape
+) -> dict[tuple[Any, str], dict[str, Row]]:
+    """Rows by cell and provider, in the order of the file.
+
+    Args:
+        rows: of a result file.
+        kind: class of the cells' shapes.
+    """
+    found: dict[tuple[Any, str], dict[str, Row]] = {}
     for row in rows:
-        key = (Shape(**row["cell"]["shape"]), row["cell"]["mode"])
+        key = (kind(**row["cell"]["shape"]), row["cell"]["mode"])
         found.setdefault(key, {})[row["provider"]] = row
     return found
 
@@ -96,7 +107,7 @@ def _measured(target: Target, rows: Mapping[str, Row]) -> tuple[float, str] | st
     return (ratio(other, ours) if target.faster else ratio(ours, other)), best
 
 
-def _evidence(target: Target, here: Mapping[Shape, tuple[float, str]]) -> list[str]:
+def _evidence(target: Target, here: Mapping[Any, tuple[float, str]]) -> list[str]:
     """The numbers at the target's shapes: each, or where there are many their range."""
     each = [f"{value:.2f} against {best} at {s.describe()}" for s, (value, best) in here.items()]
     if len(each) <= SHOWN:
@@ -218,7 +229,8 @@ def heading(title: str, environment: Row, legend: str, trial: bool) -> list[str]
         trial: whether the shapes are too small to mean anything.
     """
     packages, protocol = environment["packages"], environment["protocol"]
-    also = [f"{name} {environment[name]}" for name in ("driver", "cudnn") if environment.get(name)]
+    also = [f"{name} {packages[name]}" for name in COMPARED if packages.get(name)]
+    also += [f"{name} {environment[name]}" for name in ("driver", "cudnn") if environment.get(name)]
     return [
         f"# {title}",
         "",
@@ -234,7 +246,7 @@ def heading(title: str, environment: Row, legend: str, trial: bool) -> list[str]
 
 def bars(
     cells: Cells,
-    chosen: Sequence[Shape],
+    chosen: Sequence[Any],
     modes: Sequence[str],
     colour: Callable[[str], str],
     columns: int,
