@@ -7,6 +7,7 @@ continues. `--quick` only tries the machinery out, in seconds.
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -157,7 +158,7 @@ def _candidate(
         return {"status": FAILED, "reason": harness.one_line(error)}
     work = our_work if provider.ours else their_work
     make = partial(work, given, provider, mode)
-    return Candidate(provider.name, make, expected), facts
+    return Candidate(provider.name, make, expected, observed=False), facts
 
 
 def measure_cell(
@@ -207,6 +208,8 @@ def measure_model(
         ]
         if not modes:
             continue
+        # what the last setting or model held is in cycles, and a GPU's memory is short
+        gc.collect()
         models = models or Models(setting.model, setting.dtype, device)
         given = problem(setting, models, memory)
         truths = Truths(given)

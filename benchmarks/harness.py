@@ -65,11 +65,13 @@ class Candidate:
         name: of the provider.
         make: its work; raises one of FAILURES where it is not supported.
         expected: by name, what its results must be.
+        observed: whether a pass on a GPU is profiled, which takes minutes where it is long.
     """
 
     name: str
     make: Callable[[], Work]
     expected: Mapping[str, Expected]
+    observed: bool = True
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def _gate(candidate: Candidate, device: _Device, protocol: Protocol) -> tuple[Wo
         row: Row = {"errors": errors}
         if wrong:
             return None, {**row, "status": WRONG, "reason": wrong}
-        row |= device.observe(work)
+        row |= device.observe(work) if candidate.observed else {}
         row["warm_ms"] = device.passes(work, protocol.warmup)[-1]
     except FAILURES as error:
         return None, {"status": FAILED, "reason": one_line(error)}
@@ -236,8 +238,8 @@ def measure(
     Returns:
         By name: "status" TIMED, WRONG or FAILED; with TIMED "ms" as the median and the 20 % and
         80 % quantiles over all passes, "round_ms" with the median of every round, and "passes";
-        otherwise "reason". "errors" by result, -1 where not finite. On a GPU also "peak_bytes",
-        "kernels", and "clocks" before and after.
+        otherwise "reason". "errors" by result, -1 where not finite. On a GPU also "clocks" before
+        and after, and of an observed candidate "peak_bytes" and "kernels".
 
     Raises:
         DeviceLost: a candidate broke the GPU's context.
@@ -251,7 +253,9 @@ def measure(
             works[candidate.name] = work
         elif not device.alive():
             raise DeviceLost(candidate.name, rows[candidate.name])
-        _release(device)
+        if device.cuda:  # so that no candidate runs out of memory for another's sake
+            gc.collect()
+            torch.cuda.empty_cache()
     times: dict[str, list[list[float]]] = {name: [] for name in works}
     for _ in range(protocol.rounds):
         for name, work in list(works.items()):
@@ -278,13 +282,6 @@ def measure(
         if device.cuda:
             row["clocks"] = clocks
     return rows
-
-
-def _release(device: _Device) -> None:
-    """Give a GPU's memory back, so that no candidate runs out of it for another's sake."""
-    if device.cuda:
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def ratio(slow: Row, fast: Row) -> float:
