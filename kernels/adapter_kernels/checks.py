@@ -151,7 +151,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 
 def contents_checked(tensor: Tensor) -> bool:
     """Whether the values of `tensor` can be looked at: they lie on the CPU and are not traced."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def check_values(
@@ -172,7 +172,9 @@ def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
         return
     # a list of a few numbers costs less than a reduction
     few = tensor.numel() <= FEW
-    values = tensor.flatten().tolist() if few else [x.item() for x in tensor.aminmax()]
+    values = tensor.reshape(-1).tolist() if few else [x.item() for x in tensor.aminmax()]
+    if low <= min(values) <= max(values) <= high:
+        return
     for value in (min(values), max(values)):
         if not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}")

@@ -16,7 +16,7 @@ from adapter_kernels.backend import INTERPRETED
 from . import reference_launch
 from .dispatch import library_of
 from .kernel_arguments import aligned_rows
-from .layouts import Layout, Prompts, own_prompt
+from .layouts import Layout, Prompts, prompt_groups
 from .library_attention import Library, attend, attend_backward, cpu_rows
 
 
@@ -142,12 +142,6 @@ def _run(pool: Tensor, first: int, last: int, length: int) -> Tensor:
     return pool[first : last + 1].flatten(0, 1)[:length]
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Attention of rows (G, N, D), all of one key head's, to keys (S, G, D); like the rows."""
-    k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
-    return cpu_rows(q[None], k, v, bias, scale)[0]
-
-
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -159,43 +153,48 @@ def decode(
     v_scale: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The result like q, on a CPU: each sequence's keys, and its own prompt's, in one call each."""
+    """The result like q, on a CPU: a call for each sequence's keys, one for prompts of a length."""
     assert (k_scale, v_scale) == (None, None), "dispatch.py sends 8 bits to the reference"
     lengths = cache_lengths.tolist()
     # an empty slot stays 0
-    out = q.new_empty(q.shape) if all(lengths) else q.new_zeros(q.shape)
-    if q.numel() == 0:
-        return out
-    (_, tokens, heads, width), groups = q.shape, k_cache.shape[2]
-    shape = (groups, heads // groups * tokens, width)
+    present = [b for b, length in enumerate(lengths) if length]
+    (batch, tokens, heads, width), groups = q.shape, k_cache.shape[2]
+    if not present or q.numel() == 0:
+        return q.new_zeros(q.shape)
+    # row t + T r of a key head is token t of its query head r
+    rows = q.view(batch, tokens, groups, -1, width).permute(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, groups, -1, width)
+    out = rows.new_empty(rows.shape) if len(present) == batch else rows.new_zeros(rows.shape)
     tables = None if page_table is None else page_table.tolist()
-    for b, length in enumerate(lengths):
-        if length == 0:
-            continue
-        rows, bias = q[b], None
+    for b in present:
+        length, bias = lengths[b], None
         if tokens > 1:
-            # row t + T r of a key head is token t of its query head r
-            rows = rows.view(tokens, groups, -1, width).permute(1, 2, 0, 3)
             last = torch.arange(length - tokens, length)[:, None]
             hidden = torch.arange(length) > last
             bias = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
             bias = bias.repeat(heads // groups, 1)
-        rows = rows.reshape(shape)
         if tables is None:
             keys, values = k_cache[b, :length], v_cache[b, :length]
         else:
             keys, values = (_cached(pool, tables[b], length) for pool in (k_cache, v_cache))
-        own = _rows(rows, keys, values, bias, scale)
-        prompt = own_prompt(prompts, b)
-        if prompt is not None:
-            added = _rows(rows, prompt.k, prompt.v, None, scale)
-            gate = prompt.gate.view(groups, -1, 1)
-            gate = gate if tokens == 1 else gate.repeat_interleave(tokens, 1)
-            own = torch.addcmul(own, added, gate)
-        if tokens > 1:
-            own = own.view(groups, -1, tokens, width).permute(2, 0, 1, 3)
-        out[b] = own.reshape(tokens, heads, width)
-    return out
+        keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+        own = cpu_rows(rows[b : b + 1], keys, values, bias, scale)
+        if batch == 1:
+            out = own
+        else:
+            out[b] = own[0]
+    for group in prompt_groups(prompts, present):
+        whole = len(group.sequences) == batch
+        asked = rows if whole else rows[group.sequences]
+        added = cpu_rows(asked, group.k.transpose(1, 2), group.v.transpose(1, 2), None, scale)
+        gate = group.gate.reshape(len(asked), groups, -1, 1)
+        gate = gate if tokens == 1 else gate.repeat_interleave(tokens, 2)
+        if whole:
+            out = torch.addcmul(out, added, gate)
+        else:
+            out[group.sequences] = torch.addcmul(out[group.sequences], added, gate).to(q.dtype)
+    out = out.view(batch, groups, -1, tokens, width).permute(0, 3, 1, 2, 4)
+    return out.reshape(q.shape).to(q.dtype)
 
 
 def token_gradients(

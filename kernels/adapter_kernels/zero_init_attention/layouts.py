@@ -5,6 +5,7 @@ the rows (B,G,N,D) of one key head, its keys (B,G,S,D) and a bias. Nothing here 
 index out of range is clamped there, never looked at.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -137,26 +138,45 @@ def prompt_segment(q: Tensor, prompts: Prompts) -> Segment | None:
     return Segment(k, v, bias, gate=gate.reshape(b, groups, h // groups * t, 1))
 
 
-class OwnPrompt(NamedTuple):
-    """The prompt of one sequence: k and v (P, G, D), of its own length, and gate (H,)."""
+class PromptGroup(NamedTuple):
+    """The prompts of some sequences, all of one length: k and v (B', P, G, D) and gate (B', H)."""
 
+    sequences: list[int]
     k: Tensor
     v: Tensor
     gate: Tensor
 
 
-def own_prompt(prompts: Prompts, b: int) -> OwnPrompt | None:
-    """Sequence b's prompt where prompts lie, on a CPU; None where it has none."""
+def prompt_groups(prompts: Prompts, sequences: list[int]) -> Iterator[PromptGroup]:
+    """Prompts of these sequences where they lie, on a CPU; those without one are left out."""
     k, v, gate, adapter_index, lengths = prompts
     if k is None or v is None or gate is None:
-        return None
+        return
+    count = len(sequences)
     if adapter_index is None:
-        own = [x[b] if x.dim() > bare else x for x, bare in ((k, 3), (v, 3), (gate, 1))]
-        return OwnPrompt(*own)
-    row = int(adapter_index[b])
-    present = 0 <= row < k.shape[0]
-    length = k.shape[1] if lengths is None or not present else int(lengths[row])
-    return OwnPrompt(k[row, :length], v[row, :length], gate[row]) if present and length else None
+        parts = []
+        for x, bare in ((k, 3), (v, 3), (gate, 1)):
+            shared, whole = x.dim() == bare, len(x) == count
+            parts.append(x.expand(count, *x.shape) if shared else x if whole else x[sequences])
+        yield PromptGroup(sequences, parts[0], parts[1], parts[2])
+        return
+    index = adapter_index.tolist()
+    # the length of a sequence without an adapter is some other's, and not looked at
+    sizes = None if lengths is None else lengths[adapter_index.long()].tolist()
+    groups: dict[int, list[int]] = {}
+    for b in sequences:
+        if 0 <= index[b] < k.shape[0]:
+            groups.setdefault(k.shape[1] if sizes is None else sizes[b], []).append(b)
+    for length, members in groups.items():
+        if length > 0:
+            rows = [index[b] for b in members]
+            # one adapter for all is looked at where it lies
+            alike = len(rows) == 1 or len(set(rows)) == 1
+            where = slice(rows[0], rows[0] + 1) if alike else rows
+            own = [k[where, :length], v[where, :length], gate[where]]
+            if len(rows) > own[0].shape[0]:
+                own = [x.expand(len(rows), *x.shape[1:]) for x in own]
+            yield PromptGroup(members, own[0], own[1], own[2])
 
 
 def sum_to(x: Tensor, like: Tensor, adapter_index: Tensor | None) -> Tensor:
