@@ -24,7 +24,7 @@ from llama_adapter.sampling import SamplingConfig
 from llama_adapter.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import transformers
+    from benchmarks.generate_theirs import TheirModel
 
 DECODE, PREFILL = "decode", "prefill"
 MODES = (DECODE, PREFILL)
@@ -236,25 +236,23 @@ def our_work(given: Problem, provider: Provider, mode: str) -> Work:
 
 def their_work(given: Problem, provider: Provider, mode: str) -> Work:
     """The same of transformers' model."""
-    from benchmarks import generate_theirs
-
     steps, checked = given.setting.new - 1, sequences_of(provider.kind, given.setting.batch)
     model = their_model(given.models, provider.kind)
-    *_, logits = generate_theirs.begin(model, given.tokens[:checked])
+    *_, logits = model.begin(given.tokens[:checked])
 
     def before() -> Any:
-        return generate_theirs.begin(model, given.tokens) if mode == DECODE else None
+        return model.begin(given.tokens) if mode == DECODE else None
 
     def run(state: Any) -> Results:
-        cache, tokens, _ = state or generate_theirs.begin(model, given.tokens)
+        cache, tokens, _ = state or model.begin(given.tokens)
         if mode == DECODE:
-            tokens = generate_theirs.proceed(model, cache, tokens, steps)
+            tokens = model.proceed(cache, tokens, steps)
         return _answers(tokens[:checked], logits)
 
     return Work(before, run)
 
 
-def their_model(models: Models, kind: str) -> "transformers.LlamaForCausalLM":
+def their_model(models: Models, kind: str) -> "TheirModel":
     """transformers' model of a kind; PEFT's has one adapter at a time."""
     theirs = models.theirs
     assert theirs is not None

@@ -81,7 +81,42 @@ def _causal_model(
     model.set_attn_implementation("sdpa")
     # its frequencies are no weights, and are still on the meta device
     model.model.rotary_emb = LlamaRotaryEmbedding(theirs).to(device)
-    return model.requires_grad_(False).eval()
+    return model
+
+
+class TheirModel:
+    """One of transformers' models, decoded greedily in the shortest loop.
+
+    Attributes:
+        model: a causal model of transformers, of which PEFT may have wrapped the attention.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Freeze a model."""
+        self.model = model.requires_grad_(False).eval()
+
+    @torch.inference_mode()
+    def last_logits(self, tokens: Tensor) -> Tensor:
+        """(B, V) logits behind tokens (B, T), without a cache."""
+        return self.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
+
+    @torch.inference_mode()
+    def begin(self, tokens: Tensor) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Read prompts (B, T): the cache, the next token (B, 1), the logits (B, V) it is from."""
+        cache = DynamicCache(config=self.model.config)
+        out = self.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1]
+        return cache, logits.argmax(-1, keepdim=True), logits
+
+    @torch.inference_mode()
+    def proceed(self, cache: DynamicCache, token: Tensor, steps: int) -> Tensor:
+        """Continue: the tokens (B, 1 + steps), the given one first; waits for nothing."""
+        tokens = [token]
+        for _ in range(steps):
+            out = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            tokens.append(token)
+        return torch.cat(tokens, 1)
 
 
 class Theirs:
@@ -103,7 +138,7 @@ class Theirs:
         transformers.logging.set_verbosity_error()
         device = model.output_weight.device
         state = _state(model)
-        self.plain = _causal_model(model.config, state, device)
+        self.plain = TheirModel(_causal_model(model.config, state, device))
         settings = AdaptionPromptConfig(
             adapter_layers=len(adapter.layers),
             adapter_len=adapter.prompts.shape[1],
@@ -112,43 +147,12 @@ class Theirs:
         )
         wrapped = get_peft_model(_causal_model(model.config, state, device), settings)
         # PEFT's own `generate` calls what is inside too
-        self.adapted: Any = wrapped.base_model.model
-        self.adapted.requires_grad_(False).eval()
+        self.adapted = TheirModel(wrapped.base_model.model)
         self.wear(adapter)
 
     def wear(self, adapter: Adapter) -> None:
         """Put an adapter's prompts and gates into the wrapped model."""
         for row, layer in enumerate(adapter.layers):
-            attention = self.adapted.model.layers[layer].self_attn
+            attention = self.adapted.model.model.layers[layer].self_attn
             attention.adaption_prompt.copy_(adapter.prompts[row].detach()[None])
             attention.adaption_gate.copy_(adapter.gates[row].detach())
-
-
-@torch.inference_mode()
-def last_logits(model: transformers.LlamaForCausalLM, tokens: Tensor) -> Tensor:
-    """(B, V) logits behind tokens (B, T), without a cache."""
-    return model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1]
-
-
-@torch.inference_mode()
-def begin(
-    model: transformers.LlamaForCausalLM, tokens: Tensor
-) -> tuple[DynamicCache, Tensor, Tensor]:
-    """Read prompts (B, T): the cache, the next token (B, 1), and the logits (B, V) it is from."""
-    cache = DynamicCache(config=model.config)
-    out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits = out.logits[:, -1]
-    return cache, logits.argmax(-1, keepdim=True), logits
-
-
-@torch.inference_mode()
-def proceed(
-    model: transformers.LlamaForCausalLM, cache: DynamicCache, token: Tensor, steps: int
-) -> Tensor:
-    """Continue greedily: the tokens (B, 1 + steps), the given one first; waits for nothing."""
-    tokens = [token]
-    for _ in range(steps):
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
-        tokens.append(token)
-    return torch.cat(tokens, 1)

@@ -74,11 +74,8 @@ def own_truth(given: Problem, kind: str, weights: str | None, count: int) -> Tru
 
 def their_truth(given: Problem, kind: str, count: int) -> Truth:
     """transformers', or PEFT's; of a bank, one sequence after the other."""
-    from benchmarks import generate_theirs
-
     rows, theirs = _rows(given, kind), given.models.theirs
-    model = their_model(given.models, kind)
-    last = partial(generate_theirs.last_logits, model)
+    last = their_model(given.models, kind).last_logits
     assert theirs is not None
     if ADAPTERS[kind] <= 1:
         return greedy(last, rows, count)

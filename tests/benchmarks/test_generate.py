@@ -376,12 +376,12 @@ def test_transformers_holds_our_tensors(toy: Problem) -> None:
     theirs = toy.models.theirs
     assert theirs is not None
     layer = toy.models.base.layers[1]
-    for model in (theirs.plain, theirs.adapted):
+    for model in (theirs.plain.model, theirs.adapted.model):
         assert model.config._attn_implementation == "sdpa"
         held_there = model.model.layers[1]
         assert held_there.mlp.up_proj.weight.data_ptr() == layer.feed_forward.w3.weight.data_ptr()
     # only the adapted layer is wrapped
-    wrapped = [hasattr(one.self_attn, "adaption_gate") for one in theirs.adapted.model.layers]
+    wrapped = [hasattr(one.self_attn, "adaption_gate") for one in theirs.adapted.model.model.layers]
     assert wrapped == [False, False, True]
 
 
