@@ -51,7 +51,8 @@ class AdapterBank:
 
         Args:
             model: what the adapters belong to.
-            capacity: adapters A that fit, counting those replaced or unloaded but still in use.
+            capacity: adapters A that fit, counting those replaced or unloaded but still in use:
+                replacing one takes a free row.
             prompt_length: P, of the longest adapter.
             layers: that an adapter may adapt; default all.
 
@@ -84,14 +85,52 @@ class AdapterBank:
         """The adapters that new requests can name."""
         return list(self._rows)
 
-    @torch.no_grad()
+    # tensors made in inference mode can be written in it alone, and others as well
+    @torch.inference_mode()
     def load(self, name: Hashable, adapter: Adapter) -> None:
         """Project an adapter under a name; one that bears it already is replaced for new requests.
 
         Raises:
-            ValueError: the adapter does not fit the bank, or no row is free.
+            ValueError: the adapter does not fit the model or the bank, no row is free, or the name
+                is None, which stands for the base model.
         """
-        length = adapter.prompts.shape[1]
+        if name is None:
+            raise ValueError("name must not be None, which stands for the base model")
+        self._check(name, adapter)
+        if not self._free:
+            raise ValueError(
+                f"the bank must have a free row for adapter {name!r}, got {self.capacity} of "
+                f"{self.capacity} in use"
+            )
+        projected = self._model.project(adapter).layers
+        row, length = self._free[-1], adapter.prompts.shape[1]
+        for layer, held in self.prompts.layers.items():
+            new = projected.get(layer)
+            # what an earlier adapter left would be seen with any gate, were it no number
+            for tensor in (held.k, held.v, held.gate):
+                tensor[row] = 0.0
+            if new is not None:
+                held.k[row, :length] = new.k
+                held.v[row, :length] = new.v
+                held.gate[row] = new.gate
+        self._lengths[row] = length
+        # only now, so that a failure above loses no row
+        self._free.pop()
+        self._users[row] = 1
+        old = self._rows.get(name)
+        self._rows[name] = row
+        if old is not None:
+            self.release(old)
+
+    def _check(self, name: Hashable, adapter: Adapter) -> None:
+        """Raise unless an adapter belongs to the model's shape and to the bank."""
+        config = self._model.config
+        length, dim = adapter.prompts.shape[1:]
+        if (dim, adapter.n_heads) != (config.dim, config.n_heads):
+            raise ValueError(
+                f"adapter {name!r} must be of a model of dim {config.dim} and {config.n_heads} "
+                f"heads, got dim {dim} and {adapter.n_heads} heads"
+            )
         if length > self._longest:
             raise ValueError(
                 f"adapter {name!r} must have a prompt length of at most {self._longest}, as the "
@@ -103,26 +142,6 @@ class AdapterBank:
                 f"adapter {name!r} must adapt layers among {list(self.prompts.layers)}, "
                 f"got {others[0]}"
             )
-        if not self._free:
-            raise ValueError(
-                f"the bank must have a free row for adapter {name!r}, got {self.capacity} of "
-                f"{self.capacity} in use"
-            )
-        projected = self._model.project(adapter).layers
-        row = self._free.pop()
-        self._users[row] = 1
-        self._lengths[row] = length
-        for layer, held in self.prompts.layers.items():
-            new = projected.get(layer)
-            # a layer that the adapter leaves alone: no gate, no prompt
-            held.gate[row] = 0.0 if new is None else new.gate
-            if new is not None:
-                held.k[row, :length] = new.k
-                held.v[row, :length] = new.v
-        old = self._rows.get(name)
-        self._rows[name] = row
-        if old is not None:
-            self.release(old)
 
     def unload(self, name: Hashable) -> None:
         """Take an adapter from new requests; its row is free when the last running one ends.

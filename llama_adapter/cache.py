@@ -130,6 +130,7 @@ class Span:
         cu_seqlens_q, cu_seqlens_k: (B+1,) int32, starts of the sequences in the packed tokens, and
             running sum of `cache_lengths`; None where the decoding kernel takes the tokens.
         longest_q, longest_k: no sequence has more new tokens, or tokens in all, known to the host.
+            Rounded up, because compilers tell multiples of 16 from other numbers.
     """
 
     positions: Tensor
@@ -161,6 +162,7 @@ def packed_span(
     counts: Sequence[int],
     tables: Sequence[Sequence[int]],
     device: torch.device,
+    width: int | None = None,
 ) -> Span:
     """The next tokens of several sequences, side by side in one row.
 
@@ -169,6 +171,7 @@ def packed_span(
         counts: new tokens of each, at least one.
         tables: pages of each, enough for its tokens.
         device: of the pool.
+        width: of the page table; None is the longest of `tables`.
     """
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
     positions = [p for a, b in zip(starts, lengths, strict=True) for p in range(a, b)]
@@ -177,7 +180,7 @@ def packed_span(
         for pages, a, b in zip(tables, starts, lengths, strict=True)
         for p in range(a, b)
     ]
-    width = max(map(len, tables))
+    width = width or max(map(len, tables))
 
     def on_device(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
@@ -189,8 +192,8 @@ def packed_span(
         on_device(lengths),
         on_device([0, *accumulate(counts)]),
         on_device([0, *accumulate(lengths)]),
-        max(counts),
-        max(lengths),
+        -(-max(counts) // 16) * 16,
+        pages_for(max(lengths)) * PAGE_SIZE,
     )
 
 

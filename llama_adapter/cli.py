@@ -145,6 +145,10 @@ def _read_questions(path: Path) -> list[dict[str, str]]:
 def _generate(options: argparse.Namespace) -> int:
     if (options.instruction is None) == (options.data is None):
         raise UsageError("give either an instruction or --data")
+    if options.batch_size is not None and options.data is None:
+        raise UsageError("--batch-size goes with --data")
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {options.batch_size}")
     if options.data is not None and options.input:
         raise UsageError("--input goes with an instruction; the records of --data have their own")
     sampling = build(SamplingConfig, vars(options))
@@ -164,7 +168,7 @@ def _generate(options: argparse.Namespace) -> int:
             sampling,
             prompts=prompts,
             row_seeds=[0] * len(texts),
-            max_batch=options.batch_size,
+            max_batch=8 if options.batch_size is None else options.batch_size,
         )
         printed = 0
         for piece in pieces:
@@ -300,7 +304,7 @@ def _parser() -> Parser:
         "--data", type=Path, help="file of instructions, JSON or .jsonl; prints JSON lines"
     )
     make.add_argument(
-        "--batch-size", type=int, default=8, help="instructions of --data answered together"
+        "--batch-size", type=int, help="instructions of --data answered together (default: 8)"
     )
     chat = _command(commands, "chat", _chat, "Answer instructions as they are typed.")
     for command in (make, chat):

@@ -1,7 +1,8 @@
 """What a request is continued with, and how tokens become text that may be shown.
 
 A row's pieces of text concatenate to its completion's exactly: what could become a stop string, or
-is part of a character, is held back until it is decided.
+is part of a character, is held back until it is decided. Of a cancelled row the completion alone
+has what was held back.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from llama_adapter.tokenizer import Tokenizer
 
 # what a decoder shows in place of bytes that are no character, or not yet one
 REPLACEMENT = "\ufffd"
+FIRST_DRAWS = 64
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,20 @@ class Text:
         return max((len(start) for start in self._starts if self.text.endswith(start)), default=0)
 
 
+def encode_prompt(text: str, tokenizer: Tokenizer, name: str) -> list[int]:
+    """Token ids of a full prompt, BOS first.
+
+    Raises:
+        ValueError: the text, called by its name, is no string or no UTF-8.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string, got {type(text).__name__}")
+    try:
+        return tokenizer.encode(text, bos=True)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
 class Row:
     """One prompt and what has been generated for it.
 
@@ -128,7 +144,7 @@ class Row:
             ValueError: the text is empty or leaves no room in the context.
         """
         self.index, self.sampling = index, sampling
-        self.prompt = tokenizer.encode(text, bos=True)
+        self.prompt = encode_prompt(text, tokenizer, name)
         if len(self.prompt) < 2:
             raise ValueError(f"{name} must hold at least one token besides BOS, got none")
         if len(self.prompt) >= context:
@@ -140,13 +156,19 @@ class Row:
         self.tokens: list[int] = []
         self._eos = tokenizer.eos_id
         self._text = Text(tokenizer, self.prompt[-1], sampling.stop)
-        greedy = sampling.temperature == 0
-        self._draws = [] if greedy else row_draws(sampling.seed, seed, self.limit)
+        self._seed = seed
+        self._draws: list[float] = []
 
     @property
     def draw(self) -> float:
         """The random number of the next token."""
-        return self._draws[len(self.tokens)] if self._draws else 0.0
+        if self.sampling.temperature == 0:
+            return 0.0
+        if len(self.tokens) >= len(self._draws):
+            # as many as are needed soon: more begin with the same numbers
+            more = min(max(FIRST_DRAWS, 2 * len(self._draws)), self.limit)
+            self._draws = row_draws(self.sampling.seed, self._seed, more)
+        return self._draws[len(self.tokens)]
 
     def add(self, token: int) -> Piece:
         """Take the next token; the piece carries the completion where it ends the row."""
@@ -162,6 +184,11 @@ class Row:
         """No token follows; what was held back is decided."""
         self._text.end()
         return self._next("stop" if self._text.stopped else reason)
+
+    def fail(self) -> Piece:
+        """End a row that could not take a token, without deciding what was held back."""
+        done = Completion(self._text.text, tuple(self.tokens), "error", len(self.prompt))
+        return Piece(self.index, "", done)
 
     def _next(self, reason: str | None = None) -> Piece:
         reason = "stop" if self._text.stopped else reason

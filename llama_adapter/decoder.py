@@ -112,14 +112,16 @@ class Decoder:
             [(one.token, one.length, one.adapter) for one in live]
         )
         numbers[: len(live), HEAD:] = torch.stack([one.table[:pages] for one in live])
-        logits = self._replay(size, numbers) if replayed else self._run(numbers.to(self.device))
-        return logits[: len(live)]
+        if not replayed:
+            return self._run(numbers.to(self.device))[: len(live)]
+        with torch.cuda.device(self.device):
+            return self._replay(size, numbers)[: len(live)]
 
     @torch.inference_mode()
     def warmup(self) -> None:
         """Compile every kernel and capture every graph now, on empty slots, and not while serving.
 
-        Batches of other sizes than the buckets do not occur, so that nothing is compiled later.
+        Batches of other sizes than the buckets do not occur.
         """
         empty = Live(0, 0, -1, torch.zeros(self.longest, dtype=torch.int32))
         for size in self.buckets:
@@ -147,7 +149,7 @@ class Decoder:
         return captured.logits
 
     def _capture(self, size: int) -> "_Captured":
-        """Record one step of empty slots, which writes to no page."""
+        """Record one step of empty slots, which writes to no page; on the current device."""
         empty = torch.zeros(size, HEAD + self.longest, dtype=torch.int32, device=self.device)
         empty[:, 2] = -1
         # libraries make their workspaces at a first call, which must not be the recorded one
@@ -157,7 +159,8 @@ class Decoder:
             self._run(empty)
         torch.cuda.current_stream(self.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # a stream of this device: torch's own is one of the device that is current
+        with torch.cuda.graph(graph, pool=self._memory, stream=aside):
             logits = self._run(empty)
         return _Captured(graph, empty, logits)
 

@@ -34,19 +34,26 @@ class _Request:
         adapter: its row of the bank, held until it ends; -1 for the base model.
         pages: its pages, none while it waits.
         table: the same as the decoder takes them.
-        cached: tokens of it whose keys and values are cached.
+        read: tokens of its prompt that are cached; those after them are, but for the newest.
     """
 
     row: Row
     adapter: int
     pages: list[int] = field(default_factory=list)
-    cached: int = 0
     table: Tensor = field(default_factory=lambda: torch.empty(0))
+    read: int = 0
 
     @property
     def need(self) -> int:
         """Pages for the prompt and the longest answer, whose last token is never cached."""
         return pages_for(len(self.row.prompt) + self.row.limit - 1)
+
+    @property
+    def live(self) -> Live:
+        """The next step of a request whose prompt is read."""
+        row = self.row
+        length = len(row.prompt) + len(row.tokens)
+        return Live(row.tokens[-1], length, self.adapter, self.table)
 
 
 class Engine:
@@ -79,14 +86,15 @@ class Engine:
             bank: where requests find their adapter; None serves the base model.
             pool_tokens: tokens that all running requests hold together, in pages of 64.
             max_batch: requests that run together.
-            max_tokens: of one request, its answer included; None is the model's context or what
-                the pool holds. A graph is as wide as this, so a long context costs a little.
-            max_waiting: requests that may wait; None is no limit.
+            max_tokens: of one request, its answer included, which ends there; None is the model's
+                context. A graph is as wide as this, so a long context costs a little.
+            max_waiting: requests that may wait for a place in the batch or for pages; None is no
+                limit.
             prefill_chunk: prompt tokens per step, so that long prompts do not hold up the others.
             graphs: capture decoding as CUDA graphs; None does on a GPU.
 
         Raises:
-            ValueError: a number is below 1, or the tokenizer does not fit the model.
+            ValueError: a number is below 1, or the tokenizer or the bank does not fit the model.
         """
         numbers = {
             "pool_tokens": pool_tokens,
@@ -96,8 +104,8 @@ class Engine:
             "prefill_chunk": prefill_chunk,
         }
         for name, value in numbers.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"tokenizer must have at most the model's {model.config.vocab_size} tokens, "
@@ -110,7 +118,7 @@ class Engine:
         self.pool = PagePool(
             model.config, pages_for(pool_tokens), dtype=weight.dtype, device=weight.device
         )
-        self._prompts = None if bank is None else bank.prompts
+        self._prompts = None if bank is None else _checked(bank.prompts, model)
         self.decoder = Decoder(
             model,
             self.pool,
@@ -120,6 +128,8 @@ class Engine:
             graphs=weight.device.type == "cuda" if graphs is None else graphs,
         )
         self._tickets = count()
+        # text that is decided and not handed out yet
+        self._pieces: deque[Piece] = deque()
         self._waiting: deque[_Request] = deque()
         # those whose prompts are not wholly cached, then those that are
         self._reading: list[_Request] = []
@@ -156,12 +166,14 @@ class Engine:
             name: of the text, for messages.
 
         Returns:
-            A ticket: the `row` of the request's pieces.
+            A ticket of this engine: the `row` of the request's pieces.
 
         Raises:
             ValueError: the text is empty, too long for the context or for the pool, the adapter is
                 unknown, or too many requests wait.
         """
+        if self._max_waiting is not None:
+            self._admit()
         if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
             raise ValueError(
                 f"at most {self._max_waiting} requests may wait, got one more: try again later"
@@ -182,41 +194,56 @@ class Engine:
         return row.index
 
     def cancel(self, ticket: int) -> Completion | None:
-        """End a request now and free its pages; what it has so far, or None if it is not here."""
+        """End a request now and free its pages.
+
+        Returns:
+            What it has so far, pieces that were not handed out included, which no step brings any
+            more; None if it has ended or is not this engine's.
+        """
         for group in (self._waiting, self._reading, self._writing):
             for request in group:
                 if request.row.index == ticket:
-                    group.remove(request)
-                    self._free(request)
+                    self._end(request)
+                    self._pieces = deque(one for one in self._pieces if one.row != ticket)
                     return request.row.end("cancelled").completion
         return None
 
     def run(self) -> Iterator[Piece]:
-        """Step until every request has ended; more may be submitted meanwhile."""
-        while self.waiting or self.running:
-            yield from self.step()
+        """Step until every request has ended; more may be submitted meanwhile.
+
+        Whoever stops listening finds the pieces left over in the next step or run.
+        """
+        while True:
+            while self._pieces:
+                yield self._pieces.popleft()
+            if not self.waiting and not self.running:
+                return
+            self._step()
 
     def step(self) -> list[Piece]:
         """Admit what fits, cache a chunk of prompts, and give every running request a token.
+
+        An exception leaves every request as it was or one token further, so that the next step
+        goes on; one whose own text raises it ends with "error".
 
         Returns:
             The text that became decided, in the order of admission; the last piece of a request
             has its completion.
         """
+        self._step()
+        pieces = list(self._pieces)
+        self._pieces.clear()
+        return pieces
+
+    def _step(self) -> None:
         self._admit()
-        reading = self._reading
-        done, ends = self._read() if reading else ([], None)
-        requests = [*self._writing, *done]
-        logits = [] if ends is None or not done else [ends]
-        if self._writing:
-            logits.insert(0, self.decoder.step([_live(request) for request in self._writing]))
-            for request in self._writing:
-                request.cached += 1
-        self._reading = [request for request in reading if request not in done]
-        self._writing = requests
-        if not logits:
-            return []
-        return self._write(requests, torch.cat(logits) if len(logits) > 1 else logits[0])
+        if self._waiting and self.running < self._max_batch:
+            self.held_back += 1
+        writing = list(self._writing)
+        if writing:
+            self._write(writing, self.decoder.step([request.live for request in writing]))
+        if self._reading:
+            self._read()
 
     def warmup(self) -> None:
         """Compile and capture everything that serving needs, so that the first request waits for
@@ -225,30 +252,32 @@ class Engine:
             raise ValueError("warmup must come before requests, got an engine that has some")
         self.decoder.warmup()
         pages = self.pool.take(min(self.pool.size, pages_for(self._chunk)))
-        # compilers tell lengths of 1 and multiples of 16 from others
-        for tokens in (self._chunk, 17, 1):
-            tokens = min(tokens, len(pages) * PAGE_SIZE, self._max_tokens)
-            self._run_packed([[0] * tokens], [0], [pages], [-1])
-        self.pool.give_back(pages)
+        try:
+            # compilers tell lengths of 1 and multiples of 16 from others
+            for tokens in (self._chunk, 32, 17, 1):
+                tokens = min(tokens, len(pages) * PAGE_SIZE, self._max_tokens)
+                self._run_packed([[0] * tokens], [0], [pages], [-1])
+        finally:
+            self.pool.give_back(pages)
 
     def _admit(self) -> None:
         while self._waiting and self.running < self._max_batch:
             request = self._waiting[0]
             if request.need > self.pool.free:
-                self.held_back += 1
                 return
             request.pages = self.pool.take(request.need)
             request.table = torch.zeros(self.decoder.longest, dtype=torch.int32)
             request.table[: request.need] = torch.tensor(request.pages)
             self._reading.append(self._waiting.popleft())
 
-    def _read(self) -> tuple[list[_Request], Tensor | None]:
-        """Cache the next chunk of prompts; returns those it ends, and the logits of their ends."""
+    @torch.inference_mode()
+    def _read(self) -> None:
+        """Cache the next chunk of prompts, and choose the first tokens of those that it ends."""
         parts: list[list[int]] = []
         chosen: list[_Request] = []
         room = self._chunk
         for request in self._reading:
-            part = request.row.prompt[request.cached : request.cached + room]
+            part = request.row.prompt[request.read : request.read + room]
             if not part:
                 break
             parts.append(part)
@@ -256,21 +285,21 @@ class Engine:
             room -= len(part)
         hidden = self._run_packed(
             parts,
-            [request.cached for request in chosen],
+            [request.read for request in chosen],
             [request.pages for request in chosen],
             [request.adapter for request in chosen],
         )
         done, rows, end = [], [], 0
         for request, part in zip(chosen, parts, strict=True):
-            request.cached += len(part)
             end += len(part)
-            if request.cached == len(request.row.prompt):
+            if request.read + len(part) == len(request.row.prompt):
+                # read when its token is chosen; until then the chunk would be run again
                 done.append(request)
                 rows.append(end - 1)
-        if not done:
-            return done, None
-        with torch.inference_mode():
-            return done, self.model.logits(hidden[0, rows])
+            else:
+                request.read += len(part)
+        if done:
+            self._write(done, self.model.logits(hidden[0, rows]))
 
     @torch.inference_mode()
     def _run_packed(
@@ -285,7 +314,8 @@ class Engine:
         used = [
             own[: pages_for(a + len(p))] for own, a, p in zip(pages, starts, parts, strict=True)
         ]
-        span = packed_span(starts, [len(part) for part in parts], used, device)
+        counts, width = [len(part) for part in parts], self.decoder.longest
+        span = packed_span(starts, counts, used, device, width)
         tokens = torch.tensor([[token for part in parts for token in part]]).to(device)
         prompts = self._prompts
         if prompts is not None:
@@ -295,32 +325,52 @@ class Engine:
         return self.model.run(tokens, Step(*angles, prompts, self.pool, span))
 
     @torch.inference_mode()
-    def _write(self, requests: list[_Request], logits: Tensor) -> list[Piece]:
-        """Choose every request's next token; those that end leave their pages."""
+    def _write(self, requests: Sequence[_Request], logits: Tensor) -> None:
+        """Choose the next token of requests, one after the other; those that end leave."""
         rows = [request.row for request in requests]
         # rows of the embedding beyond the tokenizer's are padding
         logits = logits[:, : self.tokenizer.vocab_size]
         chosen = choose(logits, [row.sampling for row in rows], [row.draw for row in rows])
-        pieces, live = [], []
         for request, token in zip(requests, chosen, strict=True):
-            piece = request.row.end("error") if token < 0 else request.row.add(token)
-            if piece.completion is None:
-                live.append(request)
-            else:
-                self._free(request)
+            try:
+                piece = request.row.end("error") if token < 0 else request.row.add(token)
+            except BaseException:
+                # the row may have half a token
+                self._end(request)
+                self._pieces.append(request.row.fail())
+                raise
+            if request in self._reading:
+                self._reading.remove(request)
+                self._writing.append(request)
+            if piece.completion is not None:
+                self._end(request)
             if piece.text or piece.completion is not None:
-                pieces.append(piece)
-        self._writing = live
-        return pieces
+                self._pieces.append(piece)
 
-    def _free(self, request: _Request) -> None:
-        self.pool.give_back(request.pages)
-        request.pages = []
-        if self._bank is not None and request.adapter >= 0:
-            self._bank.release(request.adapter)
+    def _end(self, request: _Request) -> None:
+        """Take a request out, wherever it is; its pages and its adapter's row are free."""
+        for group in (self._waiting, self._reading, self._writing):
+            if request in group:
+                group.remove(request)
+        pages, request.pages = request.pages, []
+        self.pool.give_back(pages)
+        row, request.adapter = request.adapter, -1
+        if self._bank is not None and row >= 0:
+            self._bank.release(row)
 
 
-def _live(request: _Request) -> Live:
-    """The next step of a request: its newest token is not cached yet."""
-    row = request.row
-    return Live(row.tokens[-1], request.cached + 1, request.adapter, request.table)
+def _checked(prompts: Prompts, model: Llama) -> Prompts:
+    """A bank's prompts, once they are known to be for this model."""
+    config, weight = model.config, model.output_weight
+    inner = (config.kv_heads, config.head_dim)
+    for layer, prompt in prompts.layers.items():
+        shapes = {tuple(x.shape[2:]) for x in (prompt.k, prompt.v)}
+        kinds = {(x.dtype, x.device) for x in (prompt.k, prompt.v)}
+        fits = shapes == {inner} and prompt.gate.shape[1:] == (config.n_heads,)
+        if not fits or layer >= config.n_layers or kinds != {(weight.dtype, weight.device)}:
+            raise ValueError(
+                f"bank must be of this model, {config.describe()}, {weight.dtype} on "
+                f"{weight.device}; got another's prompts in layer {layer}: keys "
+                f"{tuple(prompt.k.shape)}, {prompt.k.dtype} on {prompt.k.device}"
+            )
+    return prompts

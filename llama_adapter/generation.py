@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from llama_adapter.adapter import Prompts
 from llama_adapter.adapter_bank import RowBank
 from llama_adapter.cache import PAGE_SIZE, pages_for
-from llama_adapter.completion import Completion, Piece
+from llama_adapter.completion import Completion, Piece, encode_prompt
 from llama_adapter.engine import Engine
 from llama_adapter.model import Llama
 from llama_adapter.sampling import SamplingConfig
@@ -93,7 +93,10 @@ def stream(
     context, most = model.config.max_seq_len, sampling.max_new_tokens
     together = max(min(len(texts), max_batch or len(texts)), 1)
     # room for the longest that can meet
-    encoded = sorted((len(tokenizer.encode(text, bos=True)) for text in texts), reverse=True)
+    lengths = [
+        len(encode_prompt(text, tokenizer, f"texts[{row}]")) for row, text in enumerate(texts)
+    ]
+    encoded = sorted(lengths, reverse=True)
     longest = [min(n + most, context) for n in encoded[:together]]
     engine = Engine(
         model,

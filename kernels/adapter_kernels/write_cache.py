@@ -82,6 +82,8 @@ def _find_slots(
 
 def _check_slots(positions: Tensor, page_table: Tensor | None, k_cache: Tensor) -> None:
     """Raise, for CPU tensors, unless every slot that is no -1 exists."""
+    if positions.device.type != "cpu":
+        return
     pages, columns = k_cache.shape[:2]
     slots = columns if page_table is None else page_table.shape[1] * columns
     check_range("positions", positions, -1, slots - 1)
@@ -101,12 +103,12 @@ def _write_cache(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, *rest: Tensor | None
 ) -> Tensor:
     """The kernel where it runs and the caches' heads are contiguous, else the reference."""
-    whole = all(x.stride(-1) == 1 for x in (k_cache, v_cache))
+    # the kernel moves pairs
+    whole = k.shape[-1] % 2 == 0 and all(x.stride(-1) == 1 for x in (k_cache, v_cache))
     if not whole or not runs_kernels(k):
         return write_cache_reference(k, v, k_cache, v_cache, positions, *rest)
     from .rotary_kernel import write_cache
 
-    # only on a CPU, where looking costs nothing
     _check_slots(positions, rest[0], k_cache)
     return write_cache(k, v, k_cache, v_cache, positions, *rest)
 
@@ -242,11 +244,11 @@ def write_cache(
     if remember is not None:
         _check_written(*given)
         remember()
-    written = (k, v, k_cache, v_cache) if q is None else (k, v, k_cache, v_cache, q)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in written):
+    floats = (k, v, k_cache, v_cache, cos, sin, q)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats):
         raise ValueError(
-            "k, v, q and the caches must not require a gradient, because a cache is forward only: "
-            "detach them or call under torch.no_grad()"
+            "k, v, q, cos, sin and the caches must not require a gradient, because a cache is "
+            "forward only: detach them or call under torch.no_grad()"
         )
     choose_backend("write_cache", None, k.device, ("triton" if runs_kernels(k) else "reference",))
     rotated = _write_op(*given)

@@ -129,3 +129,16 @@ def test_compiles_within_the_chip(capability: int, paged: bool) -> None:
     index = (meta(8, 1, dtype=torch.int32), meta(8, 8, dtype=torch.int32) if paged else None)
     found = compile_for(rotary_launch(q, k, k, cos, cos, q, cache, cache, *index, True), capability)
     assert found.spills == found.stack == 0
+
+
+@pytest.mark.kernel
+@needs_kernels
+def test_heads_of_an_odd_width_are_written_whole() -> None:
+    """The kernel moves pairs, and left the last number of such heads out."""
+    for width in (1, 5):
+        k, v = draw(1, 2, 3, width, seed=1), draw(1, 2, 3, width, seed=2)
+        caches = [torch.full((1, 4, 3, width), float("nan"), device=DEVICE) for _ in "kv"]
+        write_cache(k, v, *caches, positions=torch.tensor([[3, 0]], device=DEVICE))
+        for held, new in zip(caches, (k, v), strict=True):
+            check_bitwise("written", held[:, [3, 0]], new)
+            assert not held[:, 1:3].isfinite().any()

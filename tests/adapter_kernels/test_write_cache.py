@@ -177,11 +177,11 @@ PAGES = torch.zeros(2, 3, dtype=torch.int32)
         ),
         (
             {"k": torch.ones(2, 3, 2, 6).requires_grad_()},
-            "k, v, q and the caches must not require a gradient",
+            "k, v, q, cos, sin and the caches must not require a gradient",
         ),
         (
             {"v_cache": torch.zeros(2, 5, 2, 6).requires_grad_()},
-            "k, v, q and the caches must not require a gradient",
+            "k, v, q, cos, sin and the caches must not require a gradient",
         ),
         (
             {"k_cache": torch.zeros(1, 5, 2, 6).expand(2, 5, 2, 6)},

@@ -1,6 +1,7 @@
 """A bank gives each request its adapter, and never writes a row that somebody uses."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,3 +148,40 @@ def test_prompts_of_a_batch_are_a_bank(tiny_config: LlamaConfig) -> None:
     index = torch.tensor([4, -1, 0], dtype=torch.int32)
     bank = RowBank(Prompts({1: LayerPrompt(k, k, torch.randn(3, heads))}, index), 3)
     assert [bank.acquire(n) for n in range(3)] == [4, -1, 0]
+
+
+def test_what_an_earlier_adapter_left_is_wiped(tiny_model: Llama, tiny_config: LlamaConfig) -> None:
+    """In layers that the new one leaves alone, too: no number times 0 is not 0."""
+    bank = AdapterBank(tiny_model, capacity=1, prompt_length=3)
+    for broken in (False, True):
+        old = random_adapter(tiny_config, 1, rows=3, layers=4)
+        if broken:
+            with torch.no_grad():
+                old.prompts.fill_(float("nan"))
+        bank.load("old", old)
+        bank.unload("old")
+        new = random_adapter(tiny_config, 2, rows=2, layers=1)
+        bank.load("new", new)
+        tokens = torch.randint(3, 300, (1, 20), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            alone = tiny_model(tokens, tiny_model.project(new))
+        torch.testing.assert_close(logits_with(tiny_model, bank, 0), alone, rtol=0, atol=1e-5)
+        bank.unload("new")
+
+
+def test_a_load_that_fails_loses_no_row(
+    tiny_model: Llama, tiny_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.inference_mode():
+        bank = AdapterBank(tiny_model, capacity=1, prompt_length=5)
+    for other in (replace(tiny_config, n_heads=1, n_kv_heads=1), replace(tiny_config, dim=96)):
+        with pytest.raises(ValueError, match="adapter 'x' must be of a model of dim 48 and 6 hea"):
+            bank.load("x", random_adapter(other, 1))
+    monkeypatch.setattr(tiny_model, "project", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bank.load("x", random_adapter(tiny_config, 1))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="name must not be None"):
+        bank.load(None, random_adapter(tiny_config, 1))
+    bank.load("x", random_adapter(tiny_config, 1))
+    assert bank.names == ["x"]

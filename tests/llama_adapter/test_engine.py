@@ -3,20 +3,22 @@
 import random
 import re
 import resource
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
+from llama_adapter import engine as engine_module
 from llama_adapter.adapter import Adapter, Prompts
 from llama_adapter.adapter_bank import AdapterBank
-from llama_adapter.completion import Completion, Piece
+from llama_adapter.completion import Completion, Piece, Row
 from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.engine import Engine
 from llama_adapter.generation import generate
-from llama_adapter.model import Llama
+from llama_adapter.model import Llama, Step
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.tokenizer import Tokenizer
 
@@ -196,7 +198,8 @@ def test_what_cannot_be_served_is_refused_on_arrival(
         with pytest.raises(ValueError, match=re.escape(message)):
             engine.submit(text, **{"sampling": GREEDY} | arguments)
     assert (engine.waiting, engine.running) == (0, 0)
-    for _ in range(2):
+    # one that runs, and two that wait
+    for _ in range(3):
         engine.submit("green", GREEDY, adapter="a")
     with pytest.raises(ValueError, match="at most 2 requests may wait, got one more"):
         engine.submit("green", GREEDY)
@@ -351,3 +354,168 @@ def test_graphs_change_no_token(
                 bank.load("a", random_adapter(tiny_config, n).to("cuda"))
         results.append(finished(engine, pieces))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("where", ["text", "model", "sampling"])
+def test_an_exception_in_a_step_costs_at_most_its_own_request(
+    where: str,
+    error: type[BaseException],
+    tiny_model: Llama,
+    tiny_tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once a finished request went on writing into pages that had become others'."""
+    texts = ["green", "light river", "window of stone", "the quiet river in the morning"]
+    expected = generate(tiny_model, tiny_tokenizer, texts, GREEDY)
+    engine = Engine(tiny_model, tiny_tokenizer, pool_tokens=256, max_batch=3, prefill_chunk=8)
+    tickets = [engine.submit(text, GREEDY) for text in texts]
+    calls = 0
+
+    def failing(honest: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls % 4 == 3:
+                raise error
+            return honest(*args, **kwargs)
+
+        return wrapper
+
+    owner, name = {
+        "text": (Row, "add"),
+        "model": (tiny_model, "run"),
+        "sampling": (engine_module, "choose"),
+    }[where]
+    monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    done: dict[int, Completion] = {}
+    for _ in range(100):
+        with suppress(error):
+            for piece in engine.step():
+                if piece.completion is not None:
+                    done[piece.row] = piece.completion
+        held = sum(len(one.pages) for one in (*engine._reading, *engine._writing))
+        assert engine.pool.free == engine.pool.size - held
+        if not engine.waiting and not engine.running:
+            break
+    done |= {p.row: p.completion for p in engine.step() if p.completion is not None}
+    assert sorted(done) == tickets
+    failed = [one for one in done.values() if one.finish_reason == "error"]
+    assert bool(failed) == (where == "text")
+    for ticket, alone in zip(tickets, expected, strict=True):
+        got = done[ticket]
+        if got.finish_reason == "error":
+            assert got.tokens == alone.tokens[: len(got.tokens)]
+        else:
+            assert got == alone
+    assert engine.pool.free == engine.pool.size
+
+
+def test_what_a_listener_left_is_told_to_the_next(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer
+) -> None:
+    texts = ["green", "light river", "window"]
+    expected = generate(tiny_model, tiny_tokenizer, texts, GREEDY)
+    engine = Engine(tiny_model, tiny_tokenizer, pool_tokens=512)
+    for text in texts:
+        engine.submit(text, GREEDY)
+    pieces = []
+    for _ in range(200):
+        for piece in engine.run():
+            pieces.append(piece)
+            break
+    for ticket, alone in enumerate(expected):
+        assert "".join(piece.text for piece in pieces if piece.row == ticket) == alone.text
+        assert [p.completion for p in pieces if p.row == ticket and p.completion] == [alone]
+
+
+def test_a_cancelled_request_says_nothing_more(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer
+) -> None:
+    engine = Engine(tiny_model, tiny_tokenizer, pool_tokens=512)
+    first, second = engine.submit("green", GREEDY), engine.submit("light", GREEDY)
+    told = []
+    for piece in engine.run():
+        if piece.row == first and not told:
+            assert engine.cancel(second) is not None
+        told.append(piece.row)
+    assert second not in told[1:]
+
+
+def test_pages_are_those_of_the_longest_answer(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer
+) -> None:
+    """The last token of an answer is never cached: 64 tokens fit a page, with one more two."""
+    prompt = len(tiny_tokenizer.encode("green", bos=True))
+    for new, pages in ((65 - prompt, 1), (66 - prompt, 2)):
+        engine = Engine(tiny_model, tiny_tokenizer, pool_tokens=512)
+        engine.submit("green", replace(GREEDY, max_new_tokens=new))
+        engine.step()
+        assert engine.pool.size - engine.pool.free == pages
+
+
+def test_prompts_are_read_in_chunks_in_their_order_and_hold_nobody_up(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny_model, tiny_tokenizer, pool_tokens=1024, prefill_chunk=10)
+    engine.submit("green", replace(GREEDY, max_new_tokens=60))
+    engine.step()
+    long = [engine.submit(" ".join(WORDS), GREEDY) for _ in range(3)]
+    sizes: list[int] = []
+    run = tiny_model.run
+
+    def counted(tokens: torch.Tensor, step: Step) -> torch.Tensor:
+        assert step.span is not None
+        if step.span.cu_seqlens_q is not None:
+            sizes.append(tokens.numel())
+        return run(tokens, step)
+
+    monkeypatch.setattr(tiny_model, "run", counted)
+    begun: list[int] = []
+    while len(begun) < 3:
+        before = len(engine._writing[0].row.tokens)
+        for piece in engine.step():
+            if piece.row in long and piece.row not in begun:
+                begun.append(piece.row)
+        # whoever writes gets a token in every step
+        assert len(engine._writing[0].row.tokens) == before + 1
+    assert begun == long
+    total = 3 * len(tiny_tokenizer.encode(" ".join(WORDS), bos=True))
+    assert sum(sizes) == total
+    assert set(sizes[:-1]) == {10}
+
+
+def test_a_finished_request_frees_its_adapters_row(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    bank = AdapterBank(tiny_model, capacity=1, prompt_length=3)
+    engine = Engine(tiny_model, tiny_tokenizer, bank=bank, pool_tokens=256)
+    for n in range(3):
+        bank.load(n, random_adapter(tiny_config, n))
+        engine.submit("green", GREEDY, adapter=n)
+        finished(engine)
+        bank.unload(n)
+
+
+def test_a_bank_of_another_model_is_refused(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    others = (
+        Llama(replace(tiny_config, n_kv_heads=1)),
+        Llama(replace(tiny_config, n_layers=5)),
+        Llama(tiny_config).half(),
+    )
+    for other in others:
+        with pytest.raises(ValueError, match=r"^bank must be of this model, dim 48, 4 layers"):
+            Engine(tiny_model, tiny_tokenizer, bank=AdapterBank(other, capacity=1))
+
+
+def test_a_warmup_that_fails_holds_no_pages(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tiny_model, tiny_tokenizer, pool_tokens=512)
+    monkeypatch.setattr(engine.decoder, "warmup", lambda: None)
+    monkeypatch.setattr(engine, "_run_packed", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.warmup()
+    assert engine.pool.free == engine.pool.size

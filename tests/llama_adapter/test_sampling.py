@@ -114,6 +114,8 @@ def test_draws_depend_on_both_seeds_and_fewer_are_a_prefix() -> None:
     draws = row_draws(3, 5, 40)
     assert row_draws(3, 5, 40) == draws
     assert row_draws(3, 5, 7) == draws[:7]
+    many = row_draws(3, 5, 5000)
+    assert all(row_draws(3, 5, n) == many[:n] for n in (15, 16, 17, 64, 128, 1000, 4096))
     others = [row_draws(5, 3, 40), row_draws(3, 6, 40), row_draws(4, 5, 40), row_draws(35, 0, 40)]
     assert all(set(other).isdisjoint(draws) for other in others)
     assert 0 <= min(draws) < 0.2

@@ -493,3 +493,18 @@ def test_values_are_checked_on_the_cpu_alone() -> None:
     out = zero_init_attention(**moved)
     assert isinstance(out, Tensor)
     assert out.shape == (B, T, H, D)
+
+
+def test_contents_are_checked_in_every_call() -> None:
+    """A form that passed before is not a value that passed before."""
+    bank = {"prompt_k": x(3, P, G, D), "prompt_v": x(3, P, G, D), "gate": x(3, H)}
+    good = DECODE | bank | {"adapter_index": int32(2, -1), "prompt_lengths": int32(3, 0, 1)}
+    for change, message in (
+        ({"adapter_index": int32(3, 0)}, "adapter_index must be from -1 to 2, got 3"),
+        ({"prompt_lengths": int32(3, 0, 4)}, "prompt_lengths must be from 0 to 3, got 4"),
+        ({"cache_lengths": int32(99, 1)}, "cache_lengths must be from 0 to"),
+        ({"scale": True}, "scale must be a finite number, got True"),
+    ):
+        zero_init_attention_decode(**good, scale=1)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            zero_init_attention_decode(**{"scale": 1} | good | change)

@@ -75,6 +75,14 @@ def test_pages_are_the_cache() -> None:
     table = torch.arange(21, dtype=torch.int32).view(3, 7)
     in_order = replace(cache, k_cache=pools[0], v_cache=pools[1], page_table=table)
     check_bitwise("pages in order", in_order.call(), expected)
+    # the first and the last where they would be in order, the others not
+    swapped = [x.clone() for x in pools]
+    for x in swapped:
+        x[[1, 2]] = x[[2, 1]]
+    table = table.clone()
+    table[0, [1, 2]] = table[0, [2, 1]]
+    nearly = replace(cache, k_cache=swapped[0], v_cache=swapped[1], page_table=table)
+    check_bitwise("pages nearly in order", nearly.call(), expected)
 
 
 @pytest.mark.parametrize("page", [1, 16, 64])
