@@ -16,7 +16,7 @@ quickstart: $(INSTALLED)
 # twice: as users run it, then the Triton kernels in the interpreter, which cannot share a process
 test: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m "not slow"
-	TRITON_INTERPRET=1 $(RUN) -m pytest -n $(PARALLEL) -m "kernel and not slow" tests/adapter_kernels tests/benchmarks/test_tune.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest -n $(PARALLEL) -m "kernel and not slow" tests/adapter_kernels tests/benchmarks/test_tune.py tests/llama_adapter/test_decoder.py
 
 test-all: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m slow

@@ -45,8 +45,9 @@ def write_cache_reference(
         rotated = turned[0] if turned else rotated
     if page_table is None and k_cache.shape[0] == 1 and _all_exist(positions, k_cache.shape[1]):
         # the slots of one row are all there is to find
-        k_cache[0].index_copy_(0, positions[0].long(), k[0])
-        v_cache[0].index_copy_(0, positions[0].long(), v[0])
+        slots = positions[0].long()
+        k_cache[0].index_copy_(0, slots, k[0])
+        v_cache[0].index_copy_(0, slots, v[0])
         return rotated
     row, column, valid = _find_slots(positions, page_table, k_cache.shape[0], k_cache.shape[1])
     if not bool(valid.all()):

@@ -78,6 +78,7 @@ def check_a_step_is_the_next_row(
     assert pool.k[:, 5].count_nonzero() == 0
 
 
+@pytest.mark.kernel
 def test_a_step_is_the_next_row(
     tiny_model: Llama, tiny_adapter: Adapter, tiny_config: LlamaConfig
 ) -> None:

@@ -132,14 +132,27 @@ def _cached(pool: Tensor, pages: list[int], length: int) -> Tensor:
     """The first keys or values (length, G, D) in these pages: no copy where they lie in order."""
     used = pages[: -(-length // pool.shape[1])]
     first, last = used[0], used[-1]
-    if used != list(range(first, last + 1)):
-        return pool[used].flatten(0, 1)[:length]
-    return pool[first].narrow(0, 0, length) if first == last else _run(pool, first, last, length)
+    if first == last:
+        return pool[first, :length]
+    in_order = used == list(range(first, last + 1))
+    return (pool[first : last + 1] if in_order else pool[used]).flatten(0, 1)[:length]
 
 
-def _run(pool: Tensor, first: int, last: int, length: int) -> Tensor:
-    """The first keys or values in pages that lie side by side."""
-    return pool[first : last + 1].flatten(0, 1)[:length]
+def _to_rows(q: Tensor, groups: int) -> Tensor:
+    """(B, T, H, D) as (B, G, N, D): token t of query head r of a key head is its row r T + t."""
+    batch, tokens, _, width = q.shape
+    if tokens == 1:
+        return q.view(batch, groups, -1, width)
+    rows = q.view(batch, tokens, groups, -1, width).permute(0, 2, 3, 1, 4)
+    return rows.reshape(batch, groups, -1, width)
+
+
+def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """The way back, into the shape and the dtype of `like`."""
+    batch, tokens, _, width = like.shape
+    if tokens > 1:
+        rows = rows.view(batch, rows.shape[1], -1, tokens, width).permute(0, 3, 1, 2, 4)
+    return rows.reshape(like.shape).to(like.dtype)
 
 
 def decode(
@@ -158,13 +171,11 @@ def decode(
     lengths = cache_lengths.tolist()
     # an empty slot stays 0
     present = [b for b, length in enumerate(lengths) if length]
-    (batch, tokens, heads, width), groups = q.shape, k_cache.shape[2]
+    (batch, tokens, heads, _), groups = q.shape, k_cache.shape[2]
     if not present or q.numel() == 0:
         return q.new_zeros(q.shape)
-    # row t + T r of a key head is token t of its query head r
-    rows = q.view(batch, tokens, groups, -1, width).permute(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, groups, -1, width)
-    out = rows.new_empty(rows.shape) if len(present) == batch else rows.new_zeros(rows.shape)
+    rows = _to_rows(q, groups)
+    out = rows.new_zeros(rows.shape) if batch > 1 else rows
     tables = None if page_table is None else page_table.tolist()
     for b in present:
         length, bias = lengths[b], None
@@ -178,11 +189,10 @@ def decode(
         else:
             keys, values = (_cached(pool, tables[b], length) for pool in (k_cache, v_cache))
         keys, values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-        own = cpu_rows(rows[b : b + 1], keys, values, bias, scale)
         if batch == 1:
-            out = own
+            out = cpu_rows(rows, keys, values, bias, scale)
         else:
-            out[b] = own[0]
+            out[b] = cpu_rows(rows[b : b + 1], keys, values, bias, scale)[0]
     for group in prompt_groups(prompts, present):
         whole = len(group.sequences) == batch
         asked = rows if whole else rows[group.sequences]
@@ -193,8 +203,7 @@ def decode(
             out = torch.addcmul(out, added, gate)
         else:
             out[group.sequences] = torch.addcmul(out[group.sequences], added, gate).to(q.dtype)
-    out = out.view(batch, groups, -1, tokens, width).permute(0, 3, 1, 2, 4)
-    return out.reshape(q.shape).to(q.dtype)
+    return _from_rows(out, q)
 
 
 def token_gradients(
