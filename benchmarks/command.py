@@ -11,6 +11,8 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +58,22 @@ def _parser(name: str, description: str | None) -> Parser:
     return parser
 
 
+def installed(package: str) -> bool:
+    """Whether a package can be imported, without doing so."""
+    return find_spec(package) is not None
+
+
 def extent_of(options: argparse.Namespace) -> str:
     """Which shapes are asked for: "quick", "core" or "full"."""
     return "quick" if options.quick else "full" if options.full else "core"
 
 
 def open_results(
-    name: str, options: argparse.Namespace, sources: Sequence[Path], protocol: Protocol
+    name: str,
+    options: argparse.Namespace,
+    sources: Sequence[Path],
+    protocol: Protocol,
+    packages: Sequence[str] = (),
 ) -> ResultFile:
     """The result file to continue, in its folder.
 
@@ -71,6 +82,7 @@ def open_results(
         options: of its command.
         sources: see `harness.describe`.
         protocol: how long is measured, part of the environment.
+        packages: what takes part beside those of every environment.
 
     Raises:
         ValueError: the file holds something else.
@@ -80,6 +92,8 @@ def open_results(
     folder = options.output or (quick if options.quick else folder_of(device))
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**harness.describe(device, sources), "protocol": asdict(protocol)}
+    for package in packages:
+        environment["packages"][package] = version(package) if installed(package) else None
     results = ResultFile(folder / f"{name}.json", name, environment, options.fresh)
     if results.dropped:
         print(f"{results.dropped} rows of other code or another machine are measured again")

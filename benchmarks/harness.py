@@ -27,7 +27,7 @@ from llama_adapter.run_folder import describe_environment
 Row = dict[str, Any]
 Results = Mapping[str, Tensor]
 
-TIMED, WRONG, FAILED = "timed", "wrong", "failed"
+TIMED, WRONG, FAILED, SKIPPED = "timed", "wrong", "failed", "skipped"
 # what a provider that cannot run raises: out of memory, unsupported, does not compile
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError, AssertionError)
 if find_spec("triton") is not None:
@@ -50,10 +50,11 @@ class Work(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """The truth of one result and the largest error that passes."""
+    """The truth of one result, the largest error that passes, and what counts as the error."""
 
     truth: Tensor
     bound: float
+    distance: Callable[[Tensor, Tensor], Tensor] = torch.sub
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,13 @@ class Candidate:
         name: of the provider.
         make: its work; raises one of FAILURES where it is not supported.
         expected: by name, what its results must be.
+        observed: whether a pass on a GPU is profiled, which takes minutes where it is long.
     """
 
     name: str
     make: Callable[[], Work]
     expected: Mapping[str, Expected]
+    observed: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def check(results: Results, expected: Mapping[str, Expected]) -> tuple[dict[str,
         By name the largest error, and what is wrong, or "".
     """
     errors, wrong = {}, []
-    for name, (truth, bound) in expected.items():
+    for name, (truth, bound, distance) in expected.items():
         if name not in results:
             wrong.append(f"{name} is missing")
             continue
@@ -136,7 +139,7 @@ def check(results: Results, expected: Mapping[str, Expected]) -> tuple[dict[str,
         if got.shape != truth.shape:
             wrong.append(f"{name} must be {tuple(truth.shape)}, got {tuple(got.shape)}")
             continue
-        errors[name] = _largest(got.to(truth.dtype) - truth)
+        errors[name] = _largest(distance(got.to(truth.dtype), truth))
         # the comparison is false for NaN too
         if not errors[name] <= bound:
             wrong.append(f"{name} is off by {errors[name]:.3g}, more than {bound:.3g}")
@@ -153,8 +156,7 @@ class _Device:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        size = FLUSH_BYTES if self.cuda else 0
-        self.flush = torch.empty(size, dtype=torch.int8, device=device)
+        self.flush = torch.empty(FLUSH_BYTES * self.cuda, dtype=torch.int8, device=device)
 
     def alive(self) -> bool:
         """Whether the device still computes: an illegal access ends every later call too."""
@@ -216,7 +218,7 @@ def _gate(candidate: Candidate, device: _Device, protocol: Protocol) -> tuple[Wo
         row: Row = {"errors": errors}
         if wrong:
             return None, {**row, "status": WRONG, "reason": wrong}
-        row |= device.observe(work)
+        row |= device.observe(work) if candidate.observed else {}
         row["warm_ms"] = device.passes(work, protocol.warmup)[-1]
     except FAILURES as error:
         return None, {"status": FAILED, "reason": one_line(error)}
@@ -236,8 +238,8 @@ def measure(
     Returns:
         By name: "status" TIMED, WRONG or FAILED; with TIMED "ms" as the median and the 20 % and
         80 % quantiles over all passes, "round_ms" with the median of every round, and "passes";
-        otherwise "reason". "errors" by result, -1 where not finite. On a GPU also "peak_bytes",
-        "kernels", and "clocks" before and after.
+        otherwise "reason". "errors" by result, -1 where not finite. On a GPU also "clocks" before
+        and after, and of an observed candidate "peak_bytes" and "kernels".
 
     Raises:
         DeviceLost: a candidate broke the GPU's context.
@@ -251,7 +253,9 @@ def measure(
             works[candidate.name] = work
         elif not device.alive():
             raise DeviceLost(candidate.name, rows[candidate.name])
-        _release(device)
+        if device.cuda:  # so that no candidate runs out of memory for another's sake
+            gc.collect()
+            torch.cuda.empty_cache()
     times: dict[str, list[list[float]]] = {name: [] for name in works}
     for _ in range(protocol.rounds):
         for name, work in list(works.items()):
@@ -278,13 +282,6 @@ def measure(
         if device.cuda:
             row["clocks"] = clocks
     return rows
-
-
-def _release(device: _Device) -> None:
-    """Give a GPU's memory back, so that no candidate runs out of it for another's sake."""
-    if device.cuda:
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def ratio(slow: Row, fast: Row) -> float:

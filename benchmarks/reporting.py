@@ -16,9 +16,11 @@ from benchmarks.harness import TIMED, Row, ratio
 from benchmarks.roofline import Shape, gpu_of
 
 MET, MISSED, PENDING, UNDECIDED = "met", "MISSED", "pending", "undecided"
-# by shape, which says in `describe` what it is, and mode: rows by provider
+# by shape and mode; a shape is what `describe` tells of: a Shape, or a benchmark's own class
 Cells = Mapping[tuple[Any, str], Mapping[str, Row]]
 
+# packages whose versions a heading tells where they take part
+COMPARED = ("transformers", "peft", "torchao")
 COLOURS = {"ours": "#1f6fb4", "plain": "#999999", "others": "#e07b1a"}
 TRIAL = "This is the reduced form: it tries the machinery out, its numbers mean nothing."
 # of so many shapes a verdict shows each number, of more the range
@@ -69,7 +71,12 @@ class Verdict:
 def cells_of(
     rows: Iterable[Row], kind: Callable[..., Any] = Shape
 ) -> dict[tuple[Any, str], dict[str, Row]]:
-    """Rows by cell and provider, in the order of the file; `kind` is the class of their shapes."""
+    """Rows by cell and provider, in the order of the file.
+
+    Args:
+        rows: of a result file.
+        kind: class of the cells' shapes.
+    """
     found: dict[tuple[Any, str], dict[str, Row]] = {}
     for row in rows:
         key = (kind(**row["cell"]["shape"]), row["cell"]["mode"])
@@ -222,7 +229,8 @@ def heading(title: str, environment: Row, legend: str, trial: bool) -> list[str]
         trial: whether the shapes are too small to mean anything.
     """
     packages, protocol = environment["packages"], environment["protocol"]
-    also = [f"{name} {environment[name]}" for name in ("driver", "cudnn") if environment.get(name)]
+    also = [f"{name} {packages[name]}" for name in COMPARED if packages.get(name)]
+    also += [f"{name} {environment[name]}" for name in ("driver", "cudnn") if environment.get(name)]
     return [
         f"# {title}",
         "",
@@ -238,7 +246,7 @@ def heading(title: str, environment: Row, legend: str, trial: bool) -> list[str]
 
 def bars(
     cells: Cells,
-    chosen: Sequence[Shape],
+    chosen: Sequence[Any],
     modes: Sequence[str],
     colour: Callable[[str], str],
     columns: int,

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,26 @@ def test_the_gate_finds(results: dict[str, Tensor], reason: str) -> None:
     errors, wrong = check(results, {"out": Expected(TRUTH, 1e-6)})
     assert re.match(reason, wrong), wrong
     json.dumps(errors, allow_nan=False)
+
+
+def test_a_distance_of_its_own_counts_as_the_error() -> None:
+    def differing(got: Tensor, truth: Tensor) -> Tensor:
+        return (got != truth).sum()[None]
+
+    expected = {"out": Expected(TRUTH, 2.0, differing)}
+    far = TRUTH + torch.tensor([9.0, 9.0, *[0.0] * 7])
+    assert check({"out": far}, expected) == ({"out": 2.0}, "")
+    errors, wrong = check({"out": TRUTH + 1}, expected)
+    assert errors["out"] == 9
+    assert wrong == "out is off by 9, more than 2"
+
+
+def test_only_what_is_observed_is_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness._Device, "observe", lambda *_: {"kernels": ["one"]})
+    given = [candidate("short", TRUTH), replace(candidate("long", TRUTH), observed=False)]
+    rows = measure(given, CPU, SHORT)
+    assert rows["short"]["kernels"] == ["one"]
+    assert "kernels" not in rows["long"]
 
 
 def test_the_bound_follows_the_plain_formula_in_the_same_dtype() -> None:
