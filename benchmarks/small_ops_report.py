@@ -34,6 +34,14 @@ LEGEND = (
     "measured in the same rounds. Caches are cold before every pass. Ratios are a provider's time "
     "over that of ours: above 1, ours is faster."
 )
+# in the figure, the same in every panel
+MARKS = {
+    "ours": ("o", COLOURS["ours"]),
+    "eager": ("s", COLOURS["plain"]),
+    "compiled": ("D", COLOURS["others"]),
+    "torch": ("^", "C2"),
+    "two_calls": ("v", "C4"),
+}
 
 
 def large_on_gpu(shape: SmallShape) -> bool:
@@ -126,8 +134,8 @@ def _panel(
         found = [(i, value(rows, name)) for i, (_, rows) in enumerate(own)]
         places = [i for i, x in found if x is not None]
         values = [x for _, x in found if x is not None]
-        colour = COLOURS["ours"] if name == "ours" else None
-        axes.plot(places, values, "o" if name == "ours" else "s", label=name, c=colour)
+        marker, colour = MARKS[name]
+        axes.plot(places, values, marker, label=name, c=colour)
     labels = [shape.describe().rsplit(" ", 1)[0] for shape, _ in own]
     axes.set_xticks(range(len(own)), labels, rotation=30, ha="right", fontsize=7)
     axes.set(title=mode, ylim=(0, None))
