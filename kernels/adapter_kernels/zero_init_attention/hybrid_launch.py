@@ -16,8 +16,8 @@ from adapter_kernels.backend import INTERPRETED
 from . import reference_launch
 from .dispatch import library_of
 from .kernel_arguments import aligned_rows
-from .layouts import Layout, Prompts, prompt_groups
-from .library_attention import Library, attend, attend_backward, cpu_rows
+from .layouts import Layout, PromptGroup, Prompts, prompt_groups
+from .library_attention import Library, attend, attend_backward, cpu_rows, heads_first
 
 
 class _Piece(NamedTuple):
@@ -124,8 +124,47 @@ def attention(
     if prompts.k is None:
         return own, lse, q.new_empty(0)
     where, longest = layout.cu_seqlens_q, layout.max_seqlen_q
-    out = prompt_module(q).prompt(q, prompts, where, own, scale, longest)
-    return out, lse, own
+    if layout.page_table is not None:
+        # forward only, so that nothing must be what the backward pass computes again
+        return _with_packed_prompts(own, q, prompts, where, scale), lse, own
+    return prompt_module(q).prompt(q, prompts, where, own, scale, longest), lse, own
+
+
+def _with_prompts(
+    own: Tensor, q: Tensor, prompts: Prompts, present: list[int], scale: float
+) -> Tensor:
+    """own, like q, plus the gated prompts of the sequences that are `present`, on a CPU."""
+    for group in prompt_groups(prompts, present):
+        some = group.sequences
+        if len(some) == len(q):
+            own = _gated(own, q, group, scale)
+        else:
+            own[some] = _gated(own[some], q[some], group, scale)
+    return own
+
+
+def _with_packed_prompts(
+    own: Tensor, q: Tensor, prompts: Prompts, cu_seqlens_q: Tensor | None, scale: float
+) -> Tensor:
+    """The same for packed sequences (total_q, H, D), one at a time; own stays as it is."""
+    assert cu_seqlens_q is not None, "op.py lets no pages pass without cu_seqlens"
+    out, starts = own.clone(), cu_seqlens_q.tolist()
+    for group in prompt_groups(prompts, list(range(len(starts) - 1))):
+        for n, b in enumerate(group.sequences):
+            one = PromptGroup([b], *(x[n : n + 1] for x in group[1:]))
+            rows = slice(starts[b], starts[b + 1])
+            if rows.stop > rows.start:
+                out[rows] = _gated(own[None, rows], q[None, rows], one, scale)[0]
+    return out
+
+
+def _gated(own: Tensor, q: Tensor, group: PromptGroup, scale: float) -> Tensor:
+    """own (B', T, H, D) plus a group's prompts, each with its gate; in the dtype of own."""
+    repeats = q.shape[2] // group.k.shape[2]
+    k, v = (heads_first(x, repeats) for x in (group.k, group.v))
+    added = cpu_rows(heads_first(q), k, v, None, scale).transpose(1, 2)
+    # two roundings, each the same wherever a number lies; one fused would be none's in remainders
+    return (added * group.gate[:, None, :, None]).add_(own).to(own.dtype)
 
 
 def _cached(pool: Tensor, pages: list[int], length: int) -> Tensor:
@@ -193,17 +232,7 @@ def decode(
             out = cpu_rows(rows, keys, values, bias, scale)
         else:
             out[b] = cpu_rows(rows[b : b + 1], keys, values, bias, scale)[0]
-    for group in prompt_groups(prompts, present):
-        whole = len(group.sequences) == batch
-        asked = rows if whole else rows[group.sequences]
-        added = cpu_rows(asked, group.k.transpose(1, 2), group.v.transpose(1, 2), None, scale)
-        gate = group.gate.reshape(len(asked), groups, -1, 1)
-        gate = gate if tokens == 1 else gate.repeat_interleave(tokens, 2)
-        if whole:
-            out = torch.addcmul(out, added, gate)
-        else:
-            out[group.sequences] = torch.addcmul(out[group.sequences], added, gate).to(q.dtype)
-    return _from_rows(out, q)
+    return _with_prompts(_from_rows(out, q), q, prompts, present, scale)
 
 
 def token_gradients(

@@ -98,7 +98,7 @@ LIBRARIES = {
 }
 
 
-def _heads_first(x: Tensor, repeats: int = 1) -> Tensor:
+def heads_first(x: Tensor, repeats: int = 1) -> Tensor:
     """(B, T, H, D) as (B, H, T, D), each head `repeats` times."""
     x = x.transpose(1, 2)
     return x if repeats == 1 else x.repeat_interleave(repeats, 1)
@@ -159,9 +159,9 @@ def attend(
     blind, whole, end = _parts(tokens, keys, offset)
     calls = [(0, whole, False), (whole, end, True)]
     calls = [call for call in calls if call[1] > call[0] and batch * (tokens - blind) * heads]
-    rows, results = _heads_first(q[:, blind:]), []
+    rows, results = heads_first(q[:, blind:]), []
     for start, stop, causal in calls:
-        k_part, v_part = (_heads_first(x[:, start:stop], repeats) for x in (k, v))
+        k_part, v_part = (heads_first(x[:, start:stop], repeats) for x in (k, v))
         results.append(library.forward(rows, k_part, v_part, causal, scale))
     if not results:
         return q.new_zeros(q.shape), q.new_full(
@@ -193,8 +193,8 @@ def attend_backward(
     blind, whole, end = _parts(tokens, keys, offset)
     if b * tokens * heads and blind == 0 and keys in (whole, end) and whole in (0, keys):
         # one call is all: its gradients are the whole ones
-        k_heads, v_heads = (_heads_first(x, repeats) for x in (k, v))
-        rows = [_heads_first(x) for x in (dout, q, out)]
+        k_heads, v_heads = (heads_first(x, repeats) for x in (k, v))
+        rows = [heads_first(x) for x in (dout, q, out)]
         dq_heads, dk_heads, dv_heads = library.backward(
             rows[0], rows[1], k_heads, v_heads, rows[2], lse, whole == 0, scale
         )
@@ -203,10 +203,10 @@ def attend_backward(
     dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
     if b * (tokens - blind) * heads == 0:
         return dq, dk, dv
-    rows = [_heads_first(x[:, blind:]) for x in (dout, q, out)]
+    rows = [heads_first(x[:, blind:]) for x in (dout, q, out)]
     for start, stop, causal in ((0, whole, False), (whole, end, True)):
         if stop > start:
-            k_part, v_part = (_heads_first(x[:, start:stop], repeats) for x in (k, v))
+            k_part, v_part = (heads_first(x[:, start:stop], repeats) for x in (k, v))
             dq_part, dk_part, dv_part = library.backward(
                 rows[0], rows[1], k_part, v_part, rows[2], lse[..., blind:], causal, scale
             )

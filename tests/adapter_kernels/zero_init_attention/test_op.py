@@ -385,6 +385,7 @@ def test_sequences_without_keys_read_no_page() -> None:
         page_table=int32(0, 1, 10**6).view(3, 1),
         scale=case.scale,
         return_lse=True,
+        backend=KERNELS,
     )
     prompt = {"scale": case.scale, "backend": KERNELS}
     alone = gated_prompt_attention(case.q, *case.prompts[:3], **prompt).flatten(0, 1)
