@@ -206,11 +206,9 @@ def small_complaints(found: Resources, form: SmallForm) -> list[str]:
         wrong.append(f"{found.spills} spills")
     if found.stack:
         wrong.append(f"a stack of {found.stack} bytes")
-    # not from rows that begin anywhere, nor of numbers that lie between those of their pairs, as
-    # in all of write_cache; of a half of few numbers a thread holds less than 16 bytes
-    pairs = form.operation == "write_cache" or form.form == "interleaved"
+    # not from rows that begin anywhere; of a half of few numbers a thread holds less than 16 bytes
     few = form.form == "halves" and form.width * form.dtype.itemsize < 256
-    if not found.wide_loads and not (form.odd or pairs or few):
+    if not found.wide_loads and not (form.odd or few):
         wrong.append("no 128-bit load")
     return wrong
 

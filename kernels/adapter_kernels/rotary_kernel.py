@@ -21,17 +21,38 @@ CONTIGUOUS = torch.contiguous_format
 
 
 @triton.jit
+def _pairs(
+    ptr, offsets, exists,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Pairs (a, b) of heads at offsets (M), each (M, HALF) in float32.
+
+    Neighbours are loaded side by side and taken apart in registers: apart they would be loaded one
+    number at a time.
+    """
+    if INTERLEAVED:
+        i = tl.arange(0, 2 * HALF)
+        mask = exists[:, None] & (i < HEAD_DIM)[None, :]
+        both = tl.load(ptr + offsets[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(both, (both.shape[0], HALF, 2)))
+    else:
+        i = tl.arange(0, HALF)
+        mask = exists[:, None] & (i < HEAD_DIM // 2)[None, :]
+        first = ptr + offsets[:, None] + i[None, :]
+        a = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(first + HEAD_DIM // 2, mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
 def _turned(
     ptr, offsets, exists, cos_ptr, sin_ptr,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Pairs (a, b) of heads at offsets (M), each (M, HALF), turned by the angles of their token."""
-    i = tl.arange(0, HALF)
-    mask = exists[:, None] & (i < HEAD_DIM // 2)[None, :]
-    first, second = _places(i, HEAD_DIM, INTERLEAVED)
-    a = tl.load(ptr + offsets[:, None] + first[None, :], mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(ptr + offsets[:, None] + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    a, b = _pairs(ptr, offsets, exists, HEAD_DIM, HALF, INTERLEAVED)
     if cos_ptr is not None:
+        i = tl.arange(0, HALF)
         inside = i < HEAD_DIM // 2
         cos = tl.load(cos_ptr + i, mask=inside, other=0.0).to(tl.float32)[None, :]
         sin = tl.load(sin_ptr + i, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -40,23 +61,23 @@ def _turned(
 
 
 @triton.jit
-def _places(i, HEAD_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Where the pairs of a head lie: neighbours, or in its two halves."""
-    return (2 * i, 2 * i + 1) if INTERLEAVED else (i, i + HEAD_DIM // 2)
-
-
-@triton.jit
 def _put(
     ptr, offsets, exists, a, b, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Store pairs where they belong, rounded to the dtype of the place."""
-    i = tl.arange(0, HALF)
-    mask = exists[:, None] & (i < HEAD_DIM // 2)[None, :]
-    first, second = _places(i, HEAD_DIM, INTERLEAVED)
     dtype = ptr.dtype.element_ty
-    tl.store(ptr + offsets[:, None] + first[None, :], a.to(dtype), mask=mask)
-    tl.store(ptr + offsets[:, None] + second[None, :], b.to(dtype), mask=mask)
+    if INTERLEAVED:
+        i = tl.arange(0, 2 * HALF)
+        mask = exists[:, None] & (i < HEAD_DIM)[None, :]
+        both = tl.reshape(tl.join(a, b), (a.shape[0], 2 * HALF))
+        tl.store(ptr + offsets[:, None] + i[None, :], both.to(dtype), mask=mask)
+    else:
+        i = tl.arange(0, HALF)
+        mask = exists[:, None] & (i < HEAD_DIM // 2)[None, :]
+        first = ptr + offsets[:, None] + i[None, :]
+        tl.store(first, a.to(dtype), mask=mask)
+        tl.store(first + HEAD_DIM // 2, b.to(dtype), mask=mask)
 
 
 @triton.jit
