@@ -14,6 +14,14 @@ from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
 from llama_adapter.model import Llama
 
 
+class UnknownAdapter(ValueError):
+    """A name that no adapter of a bank bears."""
+
+
+class BankFull(ValueError):
+    """A bank has no row for one more adapter."""
+
+
 class Bank(Protocol):
     """Where an engine finds a request's adapter."""
 
@@ -51,8 +59,8 @@ class AdapterBank:
 
         Args:
             model: what the adapters belong to.
-            capacity: adapters A that fit, counting those replaced or unloaded but still in use:
-                replacing one takes a free row.
+            capacity: adapters A that fit, counting those replaced or unloaded but still in use.
+                One that requests use is replaced through a row to spare.
             prompt_length: P, of the longest adapter.
             layers: that an adapter may adapt; default all.
 
@@ -91,18 +99,31 @@ class AdapterBank:
         """Project an adapter under a name; one that bears it already is replaced for new requests.
 
         Raises:
-            ValueError: the adapter does not fit the model or the bank, no row is free, or the name
-                is None, which stands for the base model.
+            BankFull: every row is in use.
+            ValueError: the adapter does not fit the model or the bank, or the name is None, which
+                stands for the base model.
         """
         if name is None:
             raise ValueError("name must not be None, which stands for the base model")
-        self._check(name, adapter)
-        if not self._free:
+        if not isinstance(adapter, Adapter):
             raise ValueError(
-                f"the bank must have a free row for adapter {name!r}, got {self.capacity} of "
-                f"{self.capacity} in use"
+                f"adapter {name!r} must be an Adapter, as load_adapter reads one, got "
+                f"{type(adapter).__name__}"
             )
+        self._check(name, adapter)
         projected = self._model.project(adapter).layers
+        old = self._rows.get(name)
+        if old is not None and self._users[old] == 1:
+            # the name is its only user
+            self._free.append(old)
+            self._users[old] = 0
+            del self._rows[name]
+            old = None
+        if not self._free:
+            raise BankFull(
+                f"the bank must have a free row for adapter {name!r}, got {self.capacity} of "
+                f"{self.capacity} in use: unload one, wait for its requests, or raise capacity"
+            )
         row, length = self._free[-1], adapter.prompts.shape[1]
         for layer, held in self.prompts.layers.items():
             new = projected.get(layer)
@@ -117,7 +138,6 @@ class AdapterBank:
         # only now, so that a failure above loses no row
         self._free.pop()
         self._users[row] = 1
-        old = self._rows.get(name)
         self._rows[name] = row
         if old is not None:
             self.release(old)
@@ -147,7 +167,7 @@ class AdapterBank:
         """Take an adapter from new requests; its row is free when the last running one ends.
 
         Raises:
-            ValueError: there is no such adapter.
+            UnknownAdapter: there is no such adapter.
         """
         row = self._row(name)
         del self._rows[name]
@@ -157,14 +177,15 @@ class AdapterBank:
         row = self._rows.get(name)
         if row is None:
             known = ", ".join(repr(one) for one in list(self._rows)[:8]) or "none is loaded"
-            raise ValueError(f"adapter must be one of the bank's ({known}), got {name!r}")
+            known += ", ..." if len(self._rows) > 8 else ""
+            raise UnknownAdapter(f"adapter must be one of the bank's ({known}), got {name!r}")
         return row
 
     def acquire(self, name: Hashable) -> int:
         """The row of an adapter, which stays as it is until `release`.
 
         Raises:
-            ValueError: there is no such adapter.
+            UnknownAdapter: there is no such adapter.
         """
         row = self._row(name)
         self._users[row] += 1

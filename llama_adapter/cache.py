@@ -285,10 +285,18 @@ class KVCache:
     def advance(self, counts: list[int]) -> None:
         """Count `counts[b]` more tokens of sequence b as written; what lies beyond is free again.
 
+        A negative count takes tokens back, as a rejected draft.
+
         Raises:
-            ValueError: the number of counts is not the number of sequences.
+            ValueError: the number of counts is not the number of sequences, or a sequence would
+                have fewer than no tokens or more than fit.
         """
         if len(counts) != len(self.lengths):
             raise ValueError(f"counts must have {len(self.lengths)} entries, got {len(counts)}")
+        lengths = [a + b for a, b in zip(self._host_lengths, counts, strict=True)]
+        if min(lengths) < 0 or max(lengths) > self.capacity:
+            raise ValueError(
+                f"counts must leave every sequence 0 to {self.capacity} tokens, got {lengths}"
+            )
         self.lengths += torch.tensor(counts, dtype=torch.int32).to(self.lengths.device)
-        self._host_lengths = [a + b for a, b in zip(self._host_lengths, counts, strict=True)]
+        self._host_lengths = lengths

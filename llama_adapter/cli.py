@@ -66,8 +66,19 @@ class ModelOptions:
         },
     )
 
+    threads: int | None = field(
+        default=None,
+        metadata={"help": "CPU threads; default: torch's choice. One is enough for a small base"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
+
     def load(self) -> tuple[Base, Prompts | None]:
         """The base, and the adapter's prompts projected once."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         device = default_device() if self.device is None else self.device
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         base = load_base(self.base, dtype=dtype, device=device, quantize=self.quantize)

@@ -56,8 +56,15 @@ class _Request:
         return Live(row.tokens[-1], length, self.adapter, self.table)
 
 
+class EngineBusy(ValueError):
+    """As many requests wait as may; a later one may find a place."""
+
+
 class Engine:
-    """Serves requests with one model, one pool of pages and a bank of adapters; single-threaded.
+    """Serves requests with one model, one pool of pages and a bank of adapters.
+
+    One thread at a time: who submits, cancels or loads adapters from others holds the lock that
+    also guards `step`. Two engines may share a model and a bank under one lock.
 
     Attributes:
         pool: pages of keys and values.
@@ -105,7 +112,9 @@ class Engine:
         }
         for name, value in numbers.items():
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be at least 1, got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(model, Llama):
+            raise ValueError(f"model must be a Llama, as Base.model, got {type(model).__name__}")
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"tokenizer must have at most the model's {model.config.vocab_size} tokens, "
@@ -169,22 +178,26 @@ class Engine:
             A ticket of this engine: the `row` of the request's pieces.
 
         Raises:
-            ValueError: the text is empty, too long for the context or for the pool, the adapter is
-                unknown, or too many requests wait.
+            EngineBusy: as many requests wait as may.
+            UnknownAdapter: the bank has no such adapter.
+            ValueError: the text is empty, or too long for the context or for the pool.
         """
         if self._max_waiting is not None:
             self._admit()
         if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
-            raise ValueError(
+            raise EngineBusy(
                 f"at most {self._max_waiting} requests may wait, got one more: try again later"
             )
+        if not isinstance(sampling, SamplingConfig):
+            raise ValueError(f"sampling must be a SamplingConfig, got {type(sampling).__name__}")
         context = self._max_tokens
         row = Row(next(self._tickets), row_seed, text, self.tokenizer, sampling, context, name)
         request = _Request(row, -1)
         if request.need > self.pool.size:
             raise ValueError(
                 f"{name} must fit the pool of {self.pool.size} pages of {PAGE_SIZE} tokens, got "
-                f"{len(row.prompt)} tokens and up to {row.limit} new ones, {request.need} pages"
+                f"{len(row.prompt)} tokens and up to {row.limit} new ones, {request.need} pages: "
+                "raise pool_tokens or lower max_new_tokens"
             )
         if adapter is not None:
             if self._bank is None:
@@ -209,7 +222,9 @@ class Engine:
         return None
 
     def run(self) -> Iterator[Piece]:
-        """Step until every request has ended; more may be submitted meanwhile.
+        """Step until every request has ended, and return; more may be submitted meanwhile.
+
+        A server that waits for requests calls `step` instead, which returns [] where nobody asks.
 
         Whoever stops listening finds the pieces left over in the next step or run.
         """

@@ -65,6 +65,8 @@ def load_base(
         ValueError: the folder is of another kind, a file is damaged or does not fit the others,
             the device is not there, or the base cannot be quantised so.
     """
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype, as torch.bfloat16, got {dtype!r}")
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"base model folder {folder} does not exist")

@@ -105,7 +105,7 @@ def fingerprint(model: Llama, name: str) -> Fingerprint:
     if is_quantized(model):
         raise ValueError(
             f"base {name!r} is quantised, and its fingerprint must be taken before: load_base "
-            "returns it as Base.fingerprint"
+            "returns it as Base.fingerprint, and load_adapter takes it as base="
         )
     # a tied output is the embedding, once more
     parameters = dict(model.named_parameters()) | {"output.weight": model.output_weight}

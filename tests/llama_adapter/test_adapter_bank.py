@@ -2,13 +2,13 @@
 
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
-from llama_adapter.adapter_bank import AdapterBank, RowBank
+from llama_adapter.adapter_bank import AdapterBank, BankFull, RowBank, UnknownAdapter
 from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.model import Llama
 
@@ -87,13 +87,34 @@ def test_an_unloaded_adapter_is_gone_for_new_requests_only(
     bank.unload("a")
     unknown = re.escape("adapter must be one of the bank's (none is loaded), got 'a'")
     for call in (bank.acquire, bank.unload):
-        with pytest.raises(ValueError, match=unknown):
+        with pytest.raises(UnknownAdapter, match=unknown):
             call("a")
     assert torch.equal(logits_with(tiny_model, bank, row), before)
     with pytest.raises(ValueError, match="got 1 of 1 in use"):
         bank.load("b", random_adapter(tiny_config, 2))
     bank.release(row)
     bank.load("b", random_adapter(tiny_config, 2))
+
+
+def test_an_idle_adapter_is_replaced_where_it_lies(
+    tiny_model: Llama, tiny_config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bank without a row to spare; a replacement that fails leaves the old one."""
+    bank = AdapterBank(tiny_model, capacity=1, prompt_length=5)
+    bank.load("a", random_adapter(tiny_config, 1))
+    before = logits_with(tiny_model, bank, 0)
+    monkeypatch.setattr(tiny_model, "project", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bank.load("a", random_adapter(tiny_config, 2))
+    monkeypatch.undo()
+    assert torch.equal(logits_with(tiny_model, bank, bank.acquire("a")), before)
+    with pytest.raises(BankFull, match="unload one, wait for its requests, or raise capacity"):
+        bank.load("a", random_adapter(tiny_config, 2))
+    bank.release(0)
+    bank.load("a", random_adapter(tiny_config, 2))
+    assert not torch.equal(logits_with(tiny_model, bank, bank.acquire("a")), before)
+    with pytest.raises(ValueError, match="adapter 'b' must be an Adapter, as load_adapter reads"):
+        bank.load("b", cast(Adapter, "adapter.safetensors"))
 
 
 def test_thousands_of_adapters(tiny_model: Llama, tiny_config: LlamaConfig) -> None:

@@ -176,6 +176,13 @@ def test_counts_of_another_batch_are_refused(tiny_config: LlamaConfig) -> None:
     cache = KVCache(tiny_config, 3, 8)
     with pytest.raises(ValueError, match="counts must have 3 entries, got 2"):
         cache.advance([1, 1])
+    cache.advance([5, 0, 64])
+    cache.advance([-2, 0, 0])
+    for counts in ([-4, 0, 0], [0, 0, 1]):
+        with pytest.raises(ValueError, match="counts must leave every sequence 0 to 64 tokens, go"):
+            cache.advance(counts)
+    assert cache.lengths.tolist() == [3, 0, 64]
+    cache.advance([-3, 0, -64])
     assert cache.lengths.tolist() == [0, 0, 0]
 
 

@@ -329,6 +329,7 @@ BAD = {
     ),
     "wrong base": ("generate hi --adapter ADAPTER", "was trained on base"),
     "bad temperature": ("generate hi --base BASE --temperature=-1", "temperature must be"),
+    "no thread": ("generate hi --base BASE --threads 0", "threads must be at least 1, got 0"),
     "bad top p": ("generate hi --base BASE --top-p 0", "top_p must be"),
     "bad device": ("generate hi --base BASE --device cuda", "device cuda is not available"),
     "questions no list": ("generate --base BASE --data CONFIG", "must hold a list of records"),

@@ -16,7 +16,7 @@ from llama_adapter.adapter import Adapter, Prompts
 from llama_adapter.adapter_bank import AdapterBank
 from llama_adapter.completion import Completion, Piece, Row
 from llama_adapter.config import AdapterConfig, LlamaConfig
-from llama_adapter.engine import Engine
+from llama_adapter.engine import Engine, EngineBusy
 from llama_adapter.generation import generate
 from llama_adapter.model import Llama, Step
 from llama_adapter.sampling import SamplingConfig
@@ -186,6 +186,7 @@ def test_what_cannot_be_served_is_refused_on_arrival(
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("", {}, "text must hold at least one token besides BOS, got none"),
         ("green", {"adapter": "b"}, "adapter must be one of the bank's ('a'), got 'b'"),
+        ("green", {"sampling": {"temperature": 0}}, "sampling must be a SamplingConfig, got dict"),
         (" light" * 159, {}, "text must have at most 159 tokens, one less than the context of 160"),
         (
             "green",
@@ -201,7 +202,7 @@ def test_what_cannot_be_served_is_refused_on_arrival(
     # one that runs, and two that wait
     for _ in range(3):
         engine.submit("green", GREEDY, adapter="a")
-    with pytest.raises(ValueError, match="at most 2 requests may wait, got one more"):
+    with pytest.raises(EngineBusy, match="at most 2 requests may wait, got one more"):
         engine.submit("green", GREEDY)
     with pytest.raises(ValueError, match="warmup must come before requests"):
         engine.warmup()
@@ -210,7 +211,7 @@ def test_what_cannot_be_served_is_refused_on_arrival(
         without.submit("green", GREEDY, adapter="a")
     numbers = ("pool_tokens", "max_batch", "max_tokens", "max_waiting", "prefill_chunk")
     for name in numbers:
-        with pytest.raises(ValueError, match=f"^{name} must be at least 1, got 0$"):
+        with pytest.raises(ValueError, match=f"^{name} must be an integer of at least 1, got 0$"):
             Engine(tiny_model, tiny_tokenizer, **{name: 0})
     small = Engine(tiny_model, tiny_tokenizer, max_tokens=12)
     (done,) = finished_of(small, "green", replace(GREEDY, max_new_tokens=50))
