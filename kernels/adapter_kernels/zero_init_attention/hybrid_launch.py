@@ -160,11 +160,10 @@ def _with_packed_prompts(
 
 def _gated(own: Tensor, q: Tensor, group: PromptGroup, scale: float) -> Tensor:
     """own (B', T, H, D) plus a group's prompts, each with its gate; in the dtype of own."""
-    repeats = q.shape[2] // group.k.shape[2]
-    k, v = (heads_first(x, repeats) for x in (group.k, group.v))
-    added = cpu_rows(heads_first(q), k, v, None, scale).transpose(1, 2)
+    rows = _to_rows(q, group.k.shape[2])
+    added = cpu_rows(rows, heads_first(group.k), heads_first(group.v), None, scale)
     # two roundings, each the same wherever a number lies; one fused would be none's in remainders
-    return (added * group.gate[:, None, :, None]).add_(own).to(own.dtype)
+    return (_from_rows(added, q) * group.gate[:, None, :, None]).add_(own).to(own.dtype)
 
 
 def _cached(pool: Tensor, pages: list[int], length: int) -> Tensor:
