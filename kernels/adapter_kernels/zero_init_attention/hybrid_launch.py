@@ -16,7 +16,7 @@ from adapter_kernels.backend import INTERPRETED
 from . import reference_launch
 from .dispatch import library_of
 from .kernel_arguments import aligned_rows
-from .layouts import Layout, PromptGroup, Prompts, prompt_groups
+from .layouts import Layout, PromptGroup, Prompts, as_rows, from_rows, prompt_groups
 from .library_attention import Library, attend, attend_backward, cpu_rows, heads_first
 
 
@@ -160,10 +160,10 @@ def _with_packed_prompts(
 
 def _gated(own: Tensor, q: Tensor, group: PromptGroup, scale: float) -> Tensor:
     """own (B', T, H, D) plus a group's prompts, each with its gate; in the dtype of own."""
-    rows = _to_rows(q, group.k.shape[2])
+    rows = as_rows(q, group.k.shape[2])
     added = cpu_rows(rows, heads_first(group.k), heads_first(group.v), None, scale)
     # two roundings, each the same wherever a number lies; one fused would be none's in remainders
-    return (_from_rows(added, q) * group.gate[:, None, :, None]).add_(own).to(own.dtype)
+    return (from_rows(added, q) * group.gate[:, None, :, None]).add_(own).to(own.dtype)
 
 
 def _cached(pool: Tensor, pages: list[int], length: int) -> Tensor:
@@ -174,23 +174,6 @@ def _cached(pool: Tensor, pages: list[int], length: int) -> Tensor:
         return pool[first, :length]
     in_order = used == list(range(first, last + 1))
     return (pool[first : last + 1] if in_order else pool[used]).flatten(0, 1)[:length]
-
-
-def _to_rows(q: Tensor, groups: int) -> Tensor:
-    """(B, T, H, D) as (B, G, N, D): token t of query head r of a key head is its row r T + t."""
-    batch, tokens, _, width = q.shape
-    if tokens == 1:
-        return q.view(batch, groups, -1, width)
-    rows = q.view(batch, tokens, groups, -1, width).permute(0, 2, 3, 1, 4)
-    return rows.reshape(batch, groups, -1, width)
-
-
-def _from_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """The way back, into the shape and the dtype of `like`."""
-    batch, tokens, _, width = like.shape
-    if tokens > 1:
-        rows = rows.view(batch, rows.shape[1], -1, tokens, width).permute(0, 3, 1, 2, 4)
-    return rows.reshape(like.shape).to(like.dtype)
 
 
 def decode(
@@ -212,7 +195,7 @@ def decode(
     (batch, tokens, heads, _), groups = q.shape, k_cache.shape[2]
     if not present or q.numel() == 0:
         return q.new_zeros(q.shape)
-    rows = _to_rows(q, groups)
+    rows = as_rows(q, groups)
     out = rows.new_zeros(rows.shape) if batch > 1 else rows
     tables = None if page_table is None else page_table.tolist()
     for b in present:
@@ -231,7 +214,7 @@ def decode(
             out = cpu_rows(rows, keys, values, bias, scale)
         else:
             out[b] = cpu_rows(rows[b : b + 1], keys, values, bias, scale)[0]
-    return _with_prompts(_from_rows(out, q), q, prompts, present, scale)
+    return _with_prompts(from_rows(out, q), q, prompts, present, scale)
 
 
 def token_gradients(

@@ -52,11 +52,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def to_rows(x: Tensor, groups: int) -> Tensor:
+def as_rows(x: Tensor, groups: int) -> Tensor:
     """(B,T,H,D) as (B,G,N,D): token t of head g R + r is row r T + t of key head g; R = H / G."""
     b, t, h, d = x.shape
     x = x.view(b, t, groups, h // groups, d).permute(0, 2, 3, 1, 4)
-    return x.to(wide(x.dtype)).reshape(b, groups, h // groups * t, d).contiguous()
+    return x.reshape(b, groups, h // groups * t, d)
+
+
+def to_rows(x: Tensor, groups: int) -> Tensor:
+    """The same, contiguous and in the dtype that is computed in."""
+    return as_rows(x.to(wide(x.dtype)), groups).contiguous()
 
 
 def from_rows(x: Tensor, like: Tensor) -> Tensor:
