@@ -12,6 +12,7 @@ from benchmarks.reporting import (
     Target,
     bars,
     heading,
+    page,
     standings,
     table,
     timed,
@@ -142,22 +143,9 @@ def report(cells: Cells, environment: Row, trial: bool) -> tuple[str, list[Row]]
     device = environment["device"]
     lines, verdicts = verdicts_of(TARGETS, cells, device)
     others = {name: _rival(name) for rows in cells.values() for name in rows if name not in OURS}
-    text = [
-        *heading("Attention with a prompt", environment, LEGEND, trial),
-        "",
-        "## Targets",
-        "",
-        *lines,
-        "",
-        "## Ours against each other provider",
-        "",
-        *standings(cells, MODES, others, WITHOUT_PROMPT),
-        "",
-        "## Times",
-        "",
-        *tables(cells, device),
-    ]
-    return "\n".join(text), verdicts
+    head = heading("Attention with a prompt", environment, LEGEND, trial)
+    measured = ["## Times", "", *tables(cells, device)]
+    return page(head, lines, standings(cells, MODES, others, WITHOUT_PROMPT), measured), verdicts
 
 
 def _colour(name: str) -> str:

@@ -19,6 +19,7 @@ from benchmarks.reporting import (
     bars,
     fastest,
     heading,
+    page,
     standings,
     table,
     timed,
@@ -177,23 +178,14 @@ def report(cells: Cells, environment: Row, trial: bool) -> tuple[str, list[Row]]
     others = {
         name: "ours" for rows in cells.values() for name in rows if name not in (*OURS, *READS)
     }
-    text = [
-        *heading("Decoding with a prompt over a KV cache", environment, LEGEND, trial),
-        bandwidth_line(cells),
-        "",
-        "## Targets",
-        "",
-        *lines,
-        "",
-        "## Ours against each other provider",
-        "",
-        *standings(cells, (MODE,), others, WITHOUT_PROMPT),
-        "",
-        "## Times",
-        "",
-        *tables(cells),
-    ]
-    return "\n".join(text), verdicts
+    head = heading("Decoding with a prompt over a KV cache", environment, LEGEND, trial)
+    measured = ["## Times", "", *tables(cells)]
+    return page(
+        [*head, bandwidth_line(cells)],
+        lines,
+        standings(cells, (MODE,), others, WITHOUT_PROMPT),
+        measured,
+    ), verdicts
 
 
 def _colour(name: str) -> str:

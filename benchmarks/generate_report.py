@@ -14,7 +14,17 @@ from benchmarks.decode_report import READS, bandwidth_line, reached, read_bandwi
 from benchmarks.generate_models import BUNDLED, THEIRS
 from benchmarks.generate_problem import DECODE, PREFILL, Setting
 from benchmarks.harness import TIMED, Row, ratio
-from benchmarks.reporting import Cells, Target, bars, heading, standings, table, timed, verdicts_of
+from benchmarks.reporting import (
+    Cells,
+    Target,
+    bars,
+    heading,
+    page,
+    standings,
+    table,
+    timed,
+    verdicts_of,
+)
 
 WITHOUT_ADAPTER = ("ours_plain", "transformers")
 RIVALS = {"peft": "ours", "transformers": "ours_plain"}
@@ -166,27 +176,13 @@ def report(cells: Cells, environment: Row, trial: bool) -> tuple[str, dict[str, 
     packages = environment["packages"]
     legend = LEGEND + (THEIR_TRUTH if all(packages[one] for one in THEIRS) else OWN_TRUTH)
     decoding = {cell: rows for cell, rows in cells.items() if cell[1] == DECODE}
-    text = [
-        *heading("Decoding of whole models with an adapter", environment, legend, trial),
-        bandwidth_line(decoding),
-        "",
-        "## Targets",
-        "",
-        *lines,
-        "",
-        "## Ours against each other provider",
-        "",
-        *standings(cells, (DECODE, PREFILL), RIVALS, WITHOUT_ADAPTER),
-        "",
-        "## Decoding",
-        "",
-        *tables(cells, DECODE),
-        "## Reading the prompts, to the first new token",
-        "",
-        *tables(cells, PREFILL),
-    ]
+    head = heading("Decoding of whole models with an adapter", environment, legend, trial)
+    measured = ["## Decoding", "", *tables(cells, DECODE)]
+    measured += ["## Reading the prompts, to the first new token", "", *tables(cells, PREFILL)]
+    against = standings(cells, (DECODE, PREFILL), RIVALS, WITHOUT_ADAPTER)
+    text = page([*head, bandwidth_line(decoding)], lines, against, measured)
     more = {"read_bandwidth": read_bandwidth(decoding), "verdicts": verdicts}
-    return "\n".join(text), more
+    return text, more
 
 
 def _colour(name: str) -> str:

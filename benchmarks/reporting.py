@@ -244,6 +244,32 @@ def heading(title: str, environment: Row, legend: str, trial: bool) -> list[str]
     ]
 
 
+def page(
+    head: Sequence[str], targets: Sequence[str], ours: Sequence[str], measured: Sequence[str]
+) -> str:
+    """A report's text.
+
+    Args:
+        head: what was measured on what, of `heading`.
+        targets: a line each, of `verdicts_of`.
+        ours: the table of `standings`.
+        measured: everything else, with headings of its own.
+    """
+    return "\n".join([
+        *head,
+        "",
+        "## Targets",
+        "",
+        *targets,
+        "",
+        "## Ours against each other provider",
+        "",
+        *ours,
+        "",
+        *measured,
+    ])  # fmt: skip
+
+
 def bars(
     cells: Cells,
     chosen: Sequence[Any],

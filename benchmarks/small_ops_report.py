@@ -18,6 +18,7 @@ from benchmarks.reporting import (
     Cells,
     Target,
     heading,
+    page,
     standings,
     table,
     timed,
@@ -105,23 +106,11 @@ def report(cells: Cells, environment: Row, trial: bool) -> tuple[str, list[Row]]
     lines, verdicts = verdicts_of(TARGETS, with_floor(cells), environment["device"])
     names = dict.fromkeys(name for rows in cells.values() for name in rows)
     others = {name: "ours" for name in names if name not in ("ours", *READ_NAMES)}
-    text = [
-        *heading("The small operations of a layer", environment, LEGEND, trial),
-        bandwidth_line(cells),
-        "",
-        "## Targets",
-        "",
-        *lines,
-        "",
-        "## Ours against each other provider",
-        "",
-        *standings(cells, MODES, others, ()),
-        "",
-        "## Times",
-        "",
-        *tables(cells),
-    ]
-    return "\n".join(text), verdicts
+    head = heading("The small operations of a layer", environment, LEGEND, trial)
+    measured = ["## Times", "", *tables(cells)]
+    return page(
+        [*head, bandwidth_line(cells)], lines, standings(cells, MODES, others, ()), measured
+    ), verdicts
 
 
 def _panel(
