@@ -32,7 +32,10 @@ setup(
         "llama_adapter": "llama_adapter",
         "adapter_kernels": "kernels/adapter_kernels",
     },
-    package_data={"llama_adapter": ["assets/README.md", "assets/*.json", "assets/*/*"]},
+    package_data={
+        "llama_adapter": ["assets/README.md", "assets/*.json", "assets/*/*"],
+        "adapter_kernels": ["*.cpp"],
+    },
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',
@@ -41,6 +44,7 @@ setup(
         "sentencepiece>=0.2",
         "tqdm>=4.66",
         "packaging>=23",
+        "ninja>=1.11",
         *PLOT,
         *LOG,
     ],

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from adapter_kernels import load_native
 from benchmarks import harness
 from benchmarks.harness import Candidate, DeviceLost, Protocol, ResultFile, Row
 from benchmarks.roofline import gpu_of
@@ -175,7 +176,7 @@ def carry_out(
     run: Callable[[argparse.Namespace], None],
     arguments: list[str] | None,
 ) -> int:
-    """Parse a benchmark's options and run it with one thread.
+    """Parse a benchmark's options and run it with one thread, a CPU's own operations compiled.
 
     Args:
         name: of the benchmark.
@@ -192,6 +193,8 @@ def carry_out(
         return 2
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    if options.device == "cpu":
+        load_native()
     try:
         run(options)
     except KeyboardInterrupt:

@@ -115,11 +115,12 @@ OURS = (
     Provider("ours_paged", "prompt", _ours("prompt", paged=True)),
     Provider("ours_plain", "plain", _ours("plain")),
     *(Provider(f"ours_{kind}", kind, _ours(kind)) for kind in BANKS),
+    Provider("hybrid", "prompt", _ours("prompt", "hybrid"), devices=("cpu",)),
     Provider("reference", "prompt", _ours("prompt", "reference")),
 )
 PROVIDERS = (*OURS, *OTHERS, *READS)
 # ours that launch Triton kernels on a GPU
-COMPILED = tuple(one.name for one in OURS if one.name != "reference")
+COMPILED = tuple(one.name for one in OURS if one.name not in ("hybrid", "reference"))
 
 
 Out = TypeVar("Out")

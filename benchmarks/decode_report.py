@@ -29,13 +29,15 @@ from benchmarks.roofline import Shape
 
 MODE = "decode"
 READS = ("read_sum", "read_dot")
-OURS = ("ours", "ours_paged", "ours_plain", "ours_bank_32", "ours_bank_1000", "reference")
+BACKENDS = ("hybrid", "reference")
+OURS = ("ours", "ours_paged", "ours_plain", "ours_bank_32", "ours_bank_1000", *BACKENDS)
 WITHOUT_PROMPT = ("ours_plain", "sdpa", "flex", *READS)
 # what ours must move, read at the read bandwidth
 FLOOR = "the read bandwidth"
 LEGEND = (
     "ours: zero_init_attention_decode as it chooses; ours_paged: over shuffled pages of 64 tokens; "
-    "ours_bank_*: each sequence its own adapter of so many; reference: the backend of that name; "
+    "ours_bank_*: each sequence its own adapter of so many; hybrid (on a CPU) and reference: the "
+    "backends of those names; "
     "ours_plain, sdpa (one library call) and flex (FlexAttention, compiled): no prompt at all; "
     "two_*: two such calls and eager glue (two_flex: compiled); official: the official code's "
     "concatenations. Sequences are as long as the cache, S, or at random down to half of it; "

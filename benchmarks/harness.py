@@ -311,11 +311,12 @@ def describe(device: torch.device, sources: Sequence[Path]) -> Row:
 
     Args:
         device: that computes.
-        sources: Python files and folders of them, which become one digest.
+        sources: files of code and folders of them, which become one digest.
     """
     digest = hashlib.sha256()
     for source in sources:
-        for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+        files = source.rglob("*") if source.is_dir() else [source]
+        for file in sorted(one for one in files if one.suffix in (".py", ".cpp")):
             digest.update(file.read_bytes())
     found: Row = describe_environment(device)
     if device.type == "cuda":

@@ -15,6 +15,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from adapter_kernels import load_native
 from llama_adapter.adapter import Prompts
 from llama_adapter.adapter_bank import Bank
 from llama_adapter.cache import PAGE_SIZE, PagePool, packed_span, pages_for
@@ -85,7 +86,9 @@ class Engine:
         prefill_chunk: int = 512,
         graphs: bool | None = None,
     ) -> None:
-        """Allocate the pool; nothing is compiled before the first step, or `warmup`.
+        """Allocate the pool, and on a CPU compile its kernels, once per machine in 20 seconds.
+
+        On a GPU nothing is compiled before the first step, or `warmup`.
 
         Args:
             model: the base model.
@@ -127,6 +130,8 @@ class Engine:
         self.pool = PagePool(
             model.config, pages_for(pool_tokens), dtype=weight.dtype, device=weight.device
         )
+        if weight.device.type == "cpu":
+            load_native()
         self._prompts = None if bank is None else _checked(bank.prompts, model)
         self.decoder = Decoder(
             model,

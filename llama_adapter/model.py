@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adapter_kernels import (
     apply_rotary,
+    linear,
     rms_norm,
     swiglu,
     write_cache,
@@ -79,6 +79,10 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Leave the weight as allocated: `Llama` initialises or a checkpoint assigns it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., n_in) to (..., n_out)."""
+        return linear(input, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -321,7 +325,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states (..., C) to logits (..., vocabulary)."""
-        return F.linear(hidden, self.output_weight)
+        return linear(hidden, self.output_weight)
 
     def forward(
         self,

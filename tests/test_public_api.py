@@ -23,6 +23,8 @@ CONTRACT = {
     "rms_norm": "(x, weight, *, eps, residual=None)",
     "apply_rotary": "(q, k, cos, sin, *, interleaved)",
     "swiglu": "(gate, up)",
+    "linear": "(x, weight)",
+    "load_native": "()",
     "linear_cross_entropy": "(x, weight, labels, *, ignore_index=-100, reduction='mean')",
 }
 
@@ -42,7 +44,7 @@ def test_signature(name: str) -> None:
     assert str(signature.replace(parameters=bare, return_annotation=empty)) == CONTRACT[name]
 
 
-@pytest.mark.parametrize("name", CONTRACT)
+@pytest.mark.parametrize("name", [name for name in CONTRACT if name != "load_native"])
 def test_docstring_gives_equation_shapes_errors_and_source(name: str) -> None:
     text = inspect.getdoc(getattr(adapter_kernels, name)) or ""
     for part in ("Args:", "Raises:", "Source:"):

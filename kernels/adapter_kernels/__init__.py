@@ -1,10 +1,13 @@
 """Zero-initialized attention and its neighbours: the public functions of this package.
 
 Every function chooses between Triton kernels and a reference in plain torch by the device of its
-inputs; `backend` forces one. See kernels/README.md for the way from an operation to its file.
+inputs; `backend` forces one. `load_native` adds C++ for decoding on a CPU. See
+kernels/README.md for the way from an operation to its file.
 """
 
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
+from .native import load as load_native
 from .rms_norm import rms_norm
 from .rotary import apply_rotary
 from .swiglu import swiglu
@@ -19,7 +22,9 @@ from .zero_init_attention import (
 __all__ = [
     "apply_rotary",
     "gated_prompt_attention",
+    "linear",
     "linear_cross_entropy",
+    "load_native",
     "rms_norm",
     "swiglu",
     "write_cache",

@@ -25,7 +25,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 
 HAS_TRITON = find_spec("triton") is not None
 
-BACKENDS = ("triton", "hybrid", "reference")
+BACKENDS = ("triton", "native", "hybrid", "reference")
 _warned: set[str] = set()
 
 

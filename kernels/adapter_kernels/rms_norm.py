@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from . import native
 from .backend import LIBRARY, choose_backend, define, runs_kernels
 from .checks import FLOATS, check_device, check_dtype, check_number, check_shape, passed_before
 
@@ -150,9 +151,9 @@ def rms_norm(
         h = x + residual        out = weight * h / sqrt(mean(h ** 2) + eps)
 
     h is rounded to the dtype of x before it is normalised, as if it had been added outside. The
-    statistics and the product with the weight are float32 and out is rounded once; in float32 this
-    is bitwise Meta's RMSNorm and transformers' LlamaRMSNorm, in half precision both round once
-    more, before the product. Differentiable in x, weight and residual.
+    statistics and the product with the weight are float32 and out is rounded once. In float32 the
+    reference is bitwise Meta's RMSNorm and transformers' LlamaRMSNorm, in half precision both round
+    once more, before the product. Differentiable in x, weight and residual.
 
     Args:
         x: (..., C), float16, bfloat16 or float32.
@@ -168,6 +169,10 @@ def rms_norm(
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, equation 4.
     """
+    if not torch.compiler.is_compiling():
+        done = native.rms_norm(x, weight, eps, residual)
+        if done is not None:
+            return done
     remember = passed_before("rms_norm", x, weight, eps, residual)
     if remember is not None:
         _check(x, weight, eps, residual)

@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from . import native
 from .backend import choose_backend, define, runs_kernels
 from .checks import (
     FEW,
@@ -241,6 +242,10 @@ def write_cache(
     PagedAttention, section 4 (pages); Su et al., RoFormer, equation 34 (the rotation).
     """
     given = (k, v, k_cache, v_cache, positions, page_table, cos, sin, q)
+    if not torch.compiler.is_compiling():
+        done = native.write_cache(*given)
+        if done is not None:
+            return None if q is None else done
     remember = passed_before("write_cache", *given)
     if remember is not None:
         _check_written(*given)

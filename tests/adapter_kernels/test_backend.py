@@ -33,7 +33,7 @@ def test_none_takes_the_first_and_a_name_is_obeyed() -> None:
 
 def test_unknown_and_missing_backends_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=re.escape("one of ('triton', 'hybrid', 'reference'), got")
+        ValueError, match=re.escape("one of ('triton', 'native', 'hybrid', 'reference'), got")
     ):
         backend.choose_backend("f", "cuda", CPU, ("reference",))
     message = "backend 'triton' is not available for f on cpu; available: reference"

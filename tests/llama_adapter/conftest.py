@@ -12,6 +12,7 @@ import sentencepiece
 import torch
 from torch import nn
 
+from adapter_kernels import load_native
 from llama_adapter.adapter import Adapter
 from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.model import Llama
@@ -22,6 +23,12 @@ further context. Write a response that appropriately completes the request. Unde
 seven birds follow the quiet river, and in the morning the first answer to the second question is a
 paper window of stone, third in reverse order."""
 VOCAB_SIZE = 353
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_operations() -> None:
+    """The first engine of a process loads them for good: here no test depends on which it is."""
+    load_native()
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ def test_healthy_environment(capsys: pytest.CaptureFixture[str]) -> None:
     named = dict(facts)
     assert problems == []
     assert named["torch"] == importlib.metadata.version("torch")
-    assert named["cpu"].endswith("backends: hybrid for attention, reference for the rest")
+    assert named["cpu"].endswith("in float32, hybrid for attention, reference for the rest")
+    assert Path(named["C++ compiler"]).is_file()
     assert doctor.main() == 0
     assert "everything needed is here" in capsys.readouterr().out
 

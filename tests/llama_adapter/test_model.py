@@ -266,7 +266,7 @@ def test_tied_embeddings_are_one_tensor() -> None:
     assert model.output_weight is model.tok_embeddings.weight
     assert "output.weight" not in model.state_dict()
     hidden = model.hidden(random_tokens(1, 5))
-    assert torch.equal(model.logits(hidden), hidden @ model.tok_embeddings.weight.T)
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.tok_embeddings.weight.T)
 
 
 @torch.no_grad()

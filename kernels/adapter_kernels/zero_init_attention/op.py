@@ -9,6 +9,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from adapter_kernels import native
 from adapter_kernels.backend import choose_backend
 from adapter_kernels.checks import check_flag, check_range, check_tensor, passed_before
 
@@ -303,14 +304,13 @@ def zero_init_attention_decode(
         q: (B, T, H, D) queries in float16, bfloat16 or float32; T up to 16.
         k_cache, v_cache: (B, S_max, G, D), or pages (N, page, G, D) with page_table; the dtype of
             q, or float8_e4m3fn with k_scale and v_scale.
-        prompt_k, prompt_v, gate, adapter_index, prompt_lengths: as in zero_init_attention.
+        prompt_k, prompt_v, gate, adapter_index, prompt_lengths, scale: as in zero_init_attention.
         cache_lengths: (B,) int32, cached tokens of each sequence, the new ones included, or 0.
         page_table: (B, max_pages) int32, the pages of each sequence in order; entries past its
             length are never read.
-        scale: as in zero_init_attention.
         k_scale, v_scale: (G,) float32 positive factors of an fp8 cache, whose keys and values are
             k_scale k_cache and v_scale v_cache; D in steps of 16, on a GPU capability 8.9.
-        backend: "triton", on a CPU "hybrid", or "reference"; None chooses.
+        backend: "triton"; on a CPU "native" (see `load_native`), "hybrid"; "reference"; or None.
 
     Returns:
         out (B, T, H, D) in the dtype of q.
@@ -321,6 +321,12 @@ def zero_init_attention_decode(
 
     Source: LLaMA-Adapter, section 3.2, equations 5 to 8, for the word being generated.
     """
+    prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
+    scaled = k_scale is not None or v_scale is not None
+    if backend in (None, "native") and not scaled and not torch.compiler.is_compiling():
+        out = native.decode(q, k_cache, v_cache, *prompts, cache_lengths, page_table, scale)
+        if out is not None:
+            return out
     q, k_cache, v_cache, prompt_k, prompt_v = cast_together(q, k_cache, v_cache, prompt_k, prompt_v)
     prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
     cache = (cache_lengths, page_table, k_scale, v_scale)
@@ -334,7 +340,7 @@ def zero_init_attention_decode(
     check_prompt_values(prompts)
     inputs = (q, k_cache, v_cache, *prompts[:3])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    able = cached_backends(q, scale, k_scale is not None)
+    able = cached_backends(q, scale, scaled)
     chosen = choose_backend("zero_init_attention_decode", backend, q.device, able, *inputs)
     return decode_op(q, k_cache, v_cache, *prompts, *cache, scale, chosen)
 
@@ -356,8 +362,8 @@ def gated_prompt_attention(
 
         result[b,i,h] = out[b,i,h] + gate[h] sum_p softmax_p(scale q.pk_p) pv_p
 
-    The way in for attention that zero_init_attention does not do (sliding windows, dropout, masks)
-    and for a second gated segment in one layer. Differentiable in all five tensors, once.
+    For attention that zero_init_attention does not do (sliding windows, dropout, masks) and for a
+    second gated segment in one layer. Differentiable in all five tensors, once.
 
     Args:
         q: (B, T, H, D), or (total_q, H, D) with cu_seqlens_q; float16, bfloat16 or float32.

@@ -226,7 +226,10 @@ FORWARD = [
         BANK | {"prompt_k": x(0, 3, 2, D), "prompt_v": x(0, 3, 2, D), "gate": x(0, H)},
         "prompt_k must hold at least one adapter, got (0, 3, 2, 8)",
     ),
-    ({"backend": "cuda"}, "backend must be None or one of ('triton', 'hybrid', 'reference')"),
+    (
+        {"backend": "cuda"},
+        "backend must be None or one of ('triton', 'native', 'hybrid', 'reference')",
+    ),
     (
         # libraries take positive scales only
         {"backend": "hybrid", "scale": -1.0},
