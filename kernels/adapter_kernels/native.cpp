@@ -4,7 +4,7 @@
 // Every function checks its arguments itself and returns None for whatever it does not take: other
 // dtypes and layouts, gradients, tensors that are traced, and what is wrong. The caller then goes
 // the general way, which computes the first and names the last. Equations and arguments are those
-// of the public functions (linear.py, rms_norm.py, swiglu.py, write_cache.py, zero_init_attention/op.py).
+// of the public functions.
 //
 // Every output number is computed by one thread in an order that depends on its own row alone.
 
@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -143,6 +144,14 @@ struct Softmax {
   }
 };
 
+// Calls work(begin, end) on parts of 0 to count, of at least `grain`, in torch's threads; Python's
+// other threads run meanwhile.
+template <typename Work>
+void spread(int64_t count, int64_t grain, const Work& work) {
+  const py::gil_scoped_release release;
+  at::parallel_for(0, count, std::max<int64_t>(1, grain), work);
+}
+
 // ------------------------------------------------------------------------------------- operations
 
 py::object rms_norm(const Tensor& x, const Tensor& weight, double eps, const Optional& residual) {
@@ -160,7 +169,7 @@ py::object rms_norm(const Tensor& x, const Tensor& weight, double eps, const Opt
   const float* w = weight.const_data_ptr<float>();
   float* sums = residual ? h.mutable_data_ptr<float>() : nullptr;
   float* result = out.mutable_data_ptr<float>();
-  at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / width), [&](int64_t begin, int64_t end) {
+  spread(rows, GRAIN / width, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* a = in + row * width;
       float* o = result + row * width;
@@ -195,8 +204,7 @@ py::object linear(const Tensor& x, const Tensor& weight) {
   const float* w = weight.const_data_ptr<float>();
   float* result = out.mutable_data_ptr<float>();
   const int64_t blocks = (outputs + STREAMS - 1) / STREAMS;
-  const int64_t grain = std::max<int64_t>(1, GRAIN / (STREAMS * width));
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  spread(blocks, GRAIN / (STREAMS * width), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * STREAMS; n < std::min(end * STREAMS, outputs); n += STREAMS) {
       const float* some = w + n * step;
       int64_t row = 0;
@@ -223,7 +231,7 @@ py::object swiglu(const Tensor& gate, const Tensor& up) {
   const float* a = gate.const_data_ptr<float>();
   const float* b = up.const_data_ptr<float>();
   float* o = out.mutable_data_ptr<float>();
-  at::parallel_for(0, gate.numel(), GRAIN, [&](int64_t begin, int64_t end) {
+  spread(gate.numel(), GRAIN, [&](int64_t begin, int64_t end) {
     const auto silu = [](const Vector& z, const Vector& y) {
       return z / (Vector(1.0f) + z.neg().exp()) * y;
     };
@@ -305,8 +313,7 @@ py::object write_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache,
   const auto row_of = [](const Tensor& x, int64_t b, int64_t t, int64_t head) {
     return b * x.stride(0) + t * x.stride(1) + head * x.stride(2);
   };
-  const int64_t grain = std::max<int64_t>(1, GRAIN / (groups * width));
-  at::parallel_for(0, batch * tokens, grain, [&](int64_t begin, int64_t end) {
+  spread(batch * tokens, GRAIN / (groups * width), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / tokens, t = n % tokens;
       const float* c = rotated ? angles(*cos, b, t) : nullptr;
@@ -430,8 +437,10 @@ py::object decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
   const float* const keys = k_cache.const_data_ptr<float>();
   const float* const values = v_cache.const_data_ptr<float>();
   float* const result = out.mutable_data_ptr<float>();
-  // a thread for each key head of each sequence: its rows are the queries that share its keys
-  at::parallel_for(0, batch * groups, 1, [&](int64_t begin, int64_t end) {
+  const int64_t keys_read = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+  const int64_t work = 2 * rows * width * (keys_read / batch + 1);
+  // a key head of a sequence is one thread's: its rows are the queries that share its keys
+  spread(batch * groups, GRAIN / work, [&](int64_t begin, int64_t end) {
     std::vector<Softmax> softmax;
     softmax.reserve(rows);
     for (int64_t n = begin; n < end; ++n) {
