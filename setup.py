@@ -34,7 +34,7 @@ setup(
     },
     package_data={
         "llama_adapter": ["assets/README.md", "assets/*.json", "assets/*/*"],
-        "adapter_kernels": ["*.cpp"],
+        "adapter_kernels": ["*.cpp", "*.h"],
     },
     install_requires=[
         "torch>=2.11",

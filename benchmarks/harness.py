@@ -316,7 +316,7 @@ def describe(device: torch.device, sources: Sequence[Path]) -> Row:
     digest = hashlib.sha256()
     for source in sources:
         files = source.rglob("*") if source.is_dir() else [source]
-        for file in sorted(one for one in files if one.suffix in (".py", ".cpp")):
+        for file in sorted(one for one in files if one.suffix in (".py", ".cpp", ".h")):
             digest.update(file.read_bytes())
     found: Row = describe_environment(device)
     if device.type == "cuda":

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -55,7 +56,9 @@ def _packages(problems: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
-    backends = "native for decoding in float32, hybrid for attention, reference for the rest"
+    backends = "hybrid for attention, reference for the rest"
+    if _cxx() is not None:
+        backends = f"native for decoding in float32, {backends}"
     yield "cpu", f"{torch.get_num_threads()} threads, backends: {backends}"
     if not torch.cuda.is_available():
         built = torch.version.cuda
@@ -71,6 +74,12 @@ def _devices(problems: list[str]) -> Iterator[tuple[str, str]]:
         yield f"cuda:{index}", f"{name}, sm_{major}{minor}, {memory}, backends: {backends}"
         if (major, minor) < CAPABILITY:
             problems.append(f"cuda:{index} is sm_{major}{minor}: bfloat16 needs sm_80 or newer")
+
+
+def _cxx() -> str | None:
+    """The C++ compiler that torch takes for a CPU's operations, CXX first."""
+    named = shlex.split(os.environ.get("CXX", "c++"))
+    return shutil.which(named[0]) if named else None
 
 
 def _runs_kernels(index: int) -> bool:
@@ -138,8 +147,7 @@ def report() -> tuple[list[tuple[str, str]], list[str]]:
         return [*facts, *_devices(problems)], problems
     facts += [*_packages(problems), *_devices(problems)]
     facts.append(("C compiler", _compiler(problems)))
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    facts.append(("C++ compiler", compiler or "none (a CPU decodes half as fast without)"))
+    facts.append(("C++ compiler", _cxx() or "none (a CPU decodes half as fast without)"))
     _imports(problems)
     return facts, problems
 

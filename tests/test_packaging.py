@@ -58,7 +58,8 @@ def test_wheel_holds_code_and_assets_and_runs_outside_the_tree(tmp_path: Path) -
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert "adapter_kernels/native.cpp" in names
+    for name in ("native.cpp", "native_arguments.h", "native_arithmetic.h"):
+        assert f"adapter_kernels/{name}" in names
     for folder in ("kernels/adapter_kernels", "llama_adapter"):
         for path in (ROOT / folder).rglob("*.py"):
             wanted = path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT)

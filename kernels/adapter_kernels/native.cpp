@@ -8,151 +8,27 @@
 //
 // Every output number is computed by one thread in an order that depends on its own row alone.
 
-#include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <ATen/record_function.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/extension.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <numeric>
-#include <optional>
 #include <vector>
 
-namespace {
+#include "native_arguments.h"
+#include "native_arithmetic.h"
 
-namespace vec = at::vec;
-using at::Tensor;
-using Vector = vec::Vectorized<float>;
-using Optional = std::optional<Tensor>;
+namespace adapter_kernels {
+namespace {
 
 constexpr int64_t MAX_TOKENS = 16;
 constexpr int64_t MAX_WIDTH = 256;
 // rows for which reading the weights is most of a linear map
 constexpr int64_t FEW_ROWS = 8;
-// keys whose scores are held at a time
-constexpr int64_t BLOCK = 64;
 // numbers that are worth a thread
 constexpr int64_t GRAIN = 16384;
-
-// ---------------------------------------------------------------------------------- what is taken
-
-// Whether nothing watches or changes calls of torch, which these functions are not.
-bool unwatched() {
-  return !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-      !at::impl::torch_function_mode_enabled() && !at::autocast::is_autocast_enabled(at::kCPU) &&
-      !c10::impl::tls_local_dispatch_key_set().included_.has_any(c10::DispatchKeySet(
-          {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::Functionalize}));
-}
-
-// Whether x is memory on the CPU and no gradient goes through it.
-bool plain(const Tensor& x) {
-  static const c10::DispatchKeySet refused(
-      {c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
-       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
-       c10::DispatchKey::Batched, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate,
-       c10::DispatchKey::ZeroTensor});
-  return x.device().is_cpu() && x.layout() == at::kStrided && !x.key_set().has_any(refused) &&
-      !(x.requires_grad() && at::GradMode::is_enabled()) && !x._fw_grad(0).defined();
-}
-
-bool takes(const Tensor& x, at::ScalarType dtype = at::kFloat) {
-  return x.scalar_type() == dtype && plain(x);
-}
-
-// Rows of float32 that can be read one number after another.
-bool takes_rows(const Tensor& x) {
-  return takes(x) && x.dim() > 0 && x.numel() > 0 && x.stride(-1) == 1;
-}
-
-// A cache that can be written to: memory of its own for every slot.
-bool takes_cache(const Tensor& x) {
-  if (x.dim() != 4 || !takes_rows(x)) return false;
-  for (int64_t i = 0; i < 4; ++i)
-    if (x.size(i) > 1 && x.stride(i) == 0) return false;
-  return !x.is_inference() || at::InferenceMode::is_enabled();
-}
-
-void written(const Tensor& x) {
-  if (!x.is_inference()) x.unsafeGetTensorImpl()->bump_version();
-}
-
-// ------------------------------------------------------------------------------------- arithmetic
-
-const auto ADD = [](const Vector& a, const Vector& b) { return a + b; };
-const auto MULTIPLY = [](const Vector& a, const Vector& b) { return a * b; };
-
-inline float dot(const float* a, const float* b, int64_t n) {
-  return vec::map2_reduce_all<float>(MULTIPLY, ADD, a, b, n);
-}
-
-// out[x][w] = w . x of some rows of C numbers: several streams at once reach the memory's speed.
-template <int WEIGHTS, int ROWS>
-void dots(const float* w, int64_t w_step, const float* x, int64_t width, float* out,
-          int64_t out_step) {
-  Vector sums[ROWS][WEIGHTS];
-  for (auto& row : sums)
-    for (Vector& sum : row) sum = Vector(0.0f);
-  int64_t i = 0;
-  for (; i + Vector::size() <= width; i += Vector::size()) {
-    Vector part[ROWS];
-    for (int r = 0; r < ROWS; ++r) part[r] = Vector::loadu(x + r * width + i);
-    for (int n = 0; n < WEIGHTS; ++n) {
-      const Vector weight = Vector::loadu(w + n * w_step + i);
-      for (int r = 0; r < ROWS; ++r) sums[r][n] = vec::fmadd(weight, part[r], sums[r][n]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r) {
-    for (int n = 0; n < WEIGHTS; ++n) {
-      float sum = vec::vec_reduce_all<float>(ADD, sums[r][n]);
-      for (int64_t j = i; j < width; ++j) sum += w[n * w_step + j] * x[r * width + j];
-      out[r * out_step + n] = sum;
-    }
-  }
-}
-
-// One query's softmax over keys that come in blocks: the largest score, the sum, the weighted sum.
-struct Softmax {
-  float top = -std::numeric_limits<float>::infinity();
-  float sum = 0.0f;
-  float* out;
-
-  Softmax(float* place, int64_t width) : out(place) { std::fill_n(out, width, 0.0f); }
-
-  // n <= BLOCK keys and values, each `step` numbers after the one before
-  void add(const float* q, const float* k, const float* v, int64_t n, int64_t k_step,
-           int64_t v_step, int64_t width, float scale) {
-    float score[BLOCK];
-    for (int64_t j = 0; j < n; ++j) score[j] = scale * dot(q, k + j * k_step, width);
-    const auto larger = [](const Vector& a, const Vector& b) { return vec::maximum(a, b); };
-    const float high = std::max(vec::reduce_all<float>(larger, score, n), top);
-    vec::map<float>([=](const Vector& x) { return (x - Vector(high)).exp(); }, score, score, n);
-    const float kept = std::exp(top - high);
-    sum = sum * kept + vec::reduce_all<float>(ADD, score, n);
-    vec::map<float>([=](const Vector& x) { return x * Vector(kept); }, out, out, width);
-    for (int64_t j = 0; j < n; ++j) {
-      const Vector weight(score[j]);
-      const auto more = [=](const Vector& x, const Vector& y) { return vec::fmadd(y, weight, x); };
-      vec::map2<float>(more, out, out, v + j * v_step, width);
-    }
-    top = high;
-  }
-};
-
-// Calls work(begin, end) on parts of 0 to count, of at least `grain`, in torch's threads; Python's
-// other threads run meanwhile.
-template <typename Work>
-void spread(int64_t count, int64_t grain, const Work& work) {
-  const py::gil_scoped_release release;
-  at::parallel_for(0, count, std::max<int64_t>(1, grain), work);
-}
-
-// ------------------------------------------------------------------------------------- operations
 
 py::object rms_norm(const Tensor& x, const Tensor& weight, double eps, const Optional& residual) {
   const bool taken = unwatched() && takes_rows(x) && x.is_contiguous() && takes_rows(weight) &&
@@ -247,8 +123,8 @@ bool takes_heads(const Tensor& x, int64_t batch, int64_t tokens, int64_t width) 
 }
 
 bool takes_angles(const Tensor& x, int64_t batch, int64_t tokens, int64_t width) {
-  if (!takes_rows(x) || x.size(-1) * 2 != width || x.size(-2) != tokens) return false;
-  return x.dim() == 2 || (x.dim() == 3 && x.size(0) == batch);
+  return (x.dim() == 2 || (x.dim() == 3 && x.size(0) == batch)) && takes_rows(x) &&
+      x.size(-1) * 2 == width && x.size(-2) == tokens;
 }
 
 // int32 numbers (rows, columns) of which each row lies together.
@@ -282,7 +158,11 @@ py::object write_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache,
        (width % 2 == 0 && takes_angles(*cos, batch, tokens, width) &&
         takes_angles(*sin, batch, tokens, width))) &&
       (!q || (rotated && takes_heads(*q, batch, tokens, width)));
-  if (!taken) return py::none();
+  // what is read must not be what is written
+  const auto untouched = [&](const Tensor& x) { return apart(x, k_cache) && apart(x, v_cache); };
+  if (!taken || !apart(k_cache, v_cache) || !untouched(k) || !untouched(v) ||
+      (q && !untouched(*q)) || (rotated && !(untouched(*cos) && untouched(*sin))))
+    return py::none();
   RECORD_FUNCTION("adapter_kernels::write_cache", {});
   const int64_t page = k_cache.size(1), pages = page_table ? page_table->size(1) : 1;
   // where each token goes: a row of the caches and a slot in it, or -1
@@ -336,14 +216,21 @@ py::object write_cache(const Tensor& k, const Tensor& v, const Tensor& k_cache,
   return py::cast(turned);
 }
 
+// A sequence's row of the prompts, -1 for none, and how many keys it has.
+struct PromptRow {
+  int64_t row, count;
+};
+
 // A layer's prompts in one of their three forms: for all, per sample, a bank.
 struct Prompts {
   const Optional &k, &v, &gate, &index, &lengths;
 
   bool taken(int64_t batch, int64_t groups, int64_t heads, int64_t width) const {
     if (!k || !v || !gate) return !k && !v && !gate && !index && !lengths;
-    const int64_t dim = k->dim(), count = index ? k->size(0) : batch;
-    return (dim == 4 || (dim == 3 && !index)) && takes_rows(*k) && takes_rows(*v) &&
+    const int64_t dim = k->dim();
+    if (dim != 4 && (dim != 3 || index)) return false;
+    const int64_t count = index ? k->size(0) : batch;
+    return takes_rows(*k) && takes_rows(*v) &&
         k->sizes() == v->sizes() && k->size(-1) == width && k->size(-2) == groups &&
         (dim == 3 || k->size(0) == count) && takes_rows(*gate) && gate->size(-1) == heads &&
         (gate->dim() == 1 ? !index : gate->dim() == 2 && dim == 4 && gate->size(0) == count) &&
@@ -362,20 +249,24 @@ struct Prompts {
     return lengths ? lengths->const_data_ptr<int32_t>()[row * lengths->stride(0)] : k->size(-3);
   }
 
-  // Whether the indices of a bank name its rows.
-  bool exist(int64_t batch) const {
-    if (!k || !index) return true;
-    for (int64_t b = 0; b < batch; ++b)
-      if (row(b) < -1 || row(b) >= k->size(0)) return false;
+  // Whether the indices of a bank name its rows; then `found` holds each sequence's own.
+  bool find(int64_t batch, std::vector<PromptRow>& found) const {
+    found.assign(batch, {-1, 0});
+    if (!k) return true;
     for (int64_t a = 0; lengths && a < k->size(0); ++a)
       if (length(a) < 0 || length(a) > k->size(1)) return false;
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t a = row(b);
+      if (a < -1 || (index && a >= k->size(0))) return false;
+      if (a >= 0) found[b] = {a, length(a)};
+    }
     return true;
   }
 
-  // Adds gate * softmax(scale q k) v of sequence b and one head to out.
-  void add(const float* q, float* out, int64_t b, int64_t head, int64_t group, int64_t width,
-           float scale) const {
-    const int64_t a = k ? row(b) : -1, count = a < 0 ? 0 : length(a);
+  // Adds gate * softmax(scale q k) v of one row and one head to out.
+  void add(const float* q, float* out, PromptRow found, int64_t head, int64_t group,
+           int64_t width, float scale) const {
+    const auto [a, count] = found;
     if (count == 0) return;
     const auto start = [&](const Tensor& x) {
       return x.const_data_ptr<float>() + (x.dim() == 4 ? a * x.stride(0) : 0) +
@@ -415,9 +306,12 @@ py::object decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
       (page_table ? takes_table(*page_table, batch) : k_cache.size(0) == batch) &&
       prompts.taken(batch, groups, heads, width) &&
       (!scale || (std::fabs(*scale) >= 1e-30 && std::fabs(*scale) <= 1e30));
-  if (!taken || !prompts.exist(batch)) return py::none();
+  // numbers that are looked at once, because other threads may change them
+  std::vector<PromptRow> own_prompts;
+  if (!taken || !prompts.find(batch, own_prompts)) return py::none();
   const int64_t capacity = page_table ? page * page_table->size(1) : page;
   std::vector<int64_t> lengths(batch);
+  std::vector<std::vector<int64_t>> pages(batch);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t length =
         cache_lengths.const_data_ptr<int32_t>()[b * cache_lengths.stride(0)];
@@ -426,6 +320,7 @@ py::object decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
       const int32_t one =
           page_table->const_data_ptr<int32_t>()[b * page_table->stride(0) + i];
       if (one < 0 || one >= k_cache.size(0)) return py::none();
+      pages[b].push_back(one);
     }
     lengths[b] = length;
   }
@@ -458,9 +353,7 @@ py::object decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
       for (int64_t start = 0; start < length;) {
         const int64_t in_page = start % page;
         const int64_t end_of_block = std::min({start + BLOCK, start + page - in_page, length});
-        const int64_t row = page_table
-            ? page_table->const_data_ptr<int32_t>()[b * page_table->stride(0) + start / page]
-            : b;
+        const int64_t row = page_table ? pages[b][start / page] : b;
         const float* k = keys + row * k_cache.stride(0) + in_page * k_cache.stride(1) +
             g * k_cache.stride(2);
         const float* v = values + row * v_cache.stride(0) + in_page * v_cache.stride(1) +
@@ -477,7 +370,7 @@ py::object decode(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
         float* const own = softmax[r].out;
         const Vector by_sum(1.0f / softmax[r].sum);
         vec::map<float>([=](const Vector& x) { return x * by_sum; }, own, own, width);
-        prompts.add(query(r), own, b, g * per_group + r / tokens, g, width, by);
+        prompts.add(query(r), own, own_prompts[b], g * per_group + r / tokens, g, width, by);
       }
     }
   });
@@ -492,8 +385,10 @@ void define(py::module_& module, const char* name, Function function) {
 }
 
 }  // namespace
+}  // namespace adapter_kernels
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  using namespace adapter_kernels;
   define(module, "rms_norm", &rms_norm);
   define(module, "linear", &linear);
   define(module, "swiglu", &swiglu);

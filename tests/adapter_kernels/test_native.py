@@ -226,6 +226,16 @@ def test_infinity_and_nan_spread_as_in_the_reference() -> None:
             assert not got.isfinite().all()
 
 
+def test_a_block_whose_scores_are_all_minus_infinity_weighs_nothing() -> None:
+    cache = make_cache(1, form="none", capacity=197)
+    k = cache.k_cache.clone()
+    k[:, :130] = float("-inf")
+    q = torch.ones_like(cache.q)
+    got = replace(cache, q=q, k_cache=k).rows(0).call()
+    rest = replace(cache, q=q, k_cache=cache.k_cache[:, 130:], v_cache=cache.v_cache[:, 130:])
+    check_identity("the rest", got, replace(rest, cache_lengths=int32(67, 1, 1)).rows(0).call())
+
+
 def test_pages_are_the_cache() -> None:
     cache = make_cache(3)
     for page in (64, 128):
@@ -383,6 +393,58 @@ def test_half_precision_goes_the_general_way(dtype: torch.dtype) -> None:
         cache.call()
 
 
+def test_traced_code_keeps_the_operations() -> None:
+    x, up = torch.randn(2, 9), torch.randn(2, 9)
+    traced = torch.jit.trace(lambda x: swiglu(x, up), (x,))
+    other = torch.randn(2, 9)
+    torch.testing.assert_close(traced(other), functional.silu(other) * up)
+
+
+def test_classes_of_their_own_are_kept() -> None:
+    class Own(Tensor):
+        """A tensor with a class of its own."""
+
+    x, weight = torch.randn(2, 9).as_subclass(Own), torch.randn(3, 9)
+    assert type(linear(x, weight)) is Own
+    assert type(swiglu(x, x)) is Own
+    assert type(linear(x.as_subclass(Tensor), torch.nn.Parameter(weight).detach())) is Tensor
+
+
+def test_sources_inside_the_cache_are_left_to_torch() -> None:
+    k_cache, v_cache = torch.randn(2, 1, 9, 2, 6)
+    rest = [torch.tensor([[3, 4]]), *[None] * 4]
+    k, v = k_cache[:, 2:4], torch.randn(1, 2, 2, 6)
+    assert native.write_cache(k, v, k_cache, v_cache, *rest) is None
+    assert native.write_cache(v, k, v_cache, k_cache, *rest) is None
+    both = torch.randn(1, 20, 2, 6)
+    assert native.write_cache(v, v, both[:, :16], both[:, 1:17], *rest) is None
+    assert native.write_cache(v, v, k_cache, v_cache, *rest) is not None
+
+
+def test_memory_that_is_shorter_than_the_tensor_is_left_to_torch() -> None:
+    weight = torch.randn(32, 64)
+    weight.untyped_storage().resize_(64)
+    assert native.linear(torch.randn(2, 64), weight) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cos": torch.randn(4), "sin": torch.randn(4)}, "cos must have shape (T, D/2)"),
+        ({"k": torch.tensor(1.0)}, "k must have shape (B, T, G, D), got ()"),
+    ],
+)
+def test_arguments_without_dimensions_are_named(change: dict[str, Any], message: str) -> None:
+    k, caches = torch.ones(1, 2, 2, 6), torch.zeros(2, 1, 5, 2, 6)
+    given = {"k": k, "v": k, "k_cache": caches[0], "v_cache": caches[1]}
+    given |= {"positions": torch.tensor([[0, 1]])}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_cache(**given | change)
+    scalar = {"prompt_k": torch.tensor(1.0), "prompt_v": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match="prompt_k must have shape"):
+        zero_init_attention_decode(**decode_arguments() | scalar)
+
+
 def test_memory_of_inference_is_not_written_outside_of_it() -> None:
     with torch.inference_mode():
         caches = torch.zeros(2, 1, 5, 2, 6)
@@ -409,7 +471,7 @@ def compiling(folder: Path, code: str = "", **variables: str) -> subprocess.Pope
 
 @pytest.mark.parametrize(
     ("variables", "reason"),
-    [({"CXX": "false"}, "Command"), ({"CXX": "/no/compiler"}, "Error building extension")],
+    [({"CXX": "false"}, "Command"), ({"CXX": "/no/g++ -m64"}, "there is no C++ compiler '/no/g")],
 )
 def test_without_a_compiler_a_warning_says_so(
     tmp_path: Path, variables: dict[str, str], reason: str
@@ -417,8 +479,31 @@ def test_without_a_compiler_a_warning_says_so(
     code = "import torch; from adapter_kernels import swiglu; print(swiglu(*torch.ones(2, 3)))"
     out, errors = compiling(tmp_path, code, **variables).communicate(timeout=120)
     assert out.split("\n")[:2] == ["False", "tensor([0.7311, 0.7311, 0.7311])"]
-    assert f"native.cpp, which does not compile: {reason}" in errors
+    assert f"native.cpp, which cannot be compiled: {reason}" in errors
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_damaged_file_is_compiled_anew_and_a_failure_is_not_repeated(tmp_path: Path) -> None:
+    code = "native.library().parent.mkdir(); native.library().write_bytes(b'')\n"
+    code += "native._failed = False; print(native.load(), native.load())"
+    out, errors = compiling(tmp_path, code, CXX="/no/g++").communicate(timeout=120)
+    assert out == "False\nFalse False\n"
+    assert errors.count("there is no C++ compiler") == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are OpenMP's")
+def test_torchs_own_threads_share_large_work(threads: Callable[[int], None]) -> None:
+    torch.manual_seed(5)
+    x, weight = torch.randn(3, 1024), torch.randn(700, 1024)
+    cache = make_cache(2, capacity=900, head_dim=64)
+    alone = linear(x, weight), cache.call()
+    threads(2)
+    check_bitwise("linear", linear(x, weight), alone[0])
+    check_bitwise("decode", cache.call(), alone[1])
+    assert b"GOMP_parallel" in native.library().read_bytes()
+    # one runtime of threads: torch's
+    maps = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    assert len([path for path in maps if "libgomp" in path]) == 1
 
 
 @pytest.mark.slow
