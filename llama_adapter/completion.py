@@ -5,6 +5,7 @@ is part of a character, is held back until it is decided. Of a cancelled row the
 has what was held back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_adapter.sampling import SamplingConfig, row_draws
@@ -46,11 +47,12 @@ class Piece:
 class Text:
     """One row's text so far: whole characters, held back where a stop string may begin."""
 
-    def __init__(self, tokenizer: Tokenizer, before: int, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], stop: tuple[str, ...]) -> None:
+        """Begin behind the tokens before it, of which the last few count."""
         self._decode = tokenizer.decode
         self._stop = stop
         self._starts = [text[:n] for text in stop for n in range(1, len(text))]
-        self._window = [before]
+        self._window = list(before)
         self._restart()
         self._given = 0
         self.text = ""
@@ -163,7 +165,7 @@ class Row:
         self.limit = min(sampling.max_new_tokens, context - len(self.prompt))
         self.tokens: list[int] = []
         self._ends = tokenizer.end_ids
-        self._text = Text(tokenizer, self.prompt[-1], sampling.stop)
+        self._text = Text(tokenizer, self.prompt, sampling.stop)
         self._seed = seed
         self._draws: list[float] = []
 

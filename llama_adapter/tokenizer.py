@@ -7,7 +7,9 @@ import base64
 import binascii
 import importlib
 import json
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LONG_BLANKS = re.compile(r"\s{25000}")
 # its marks follow the vocabulary: beginning, end of a text, and of a message and of a turn
 LLAMA3_MARKS, LLAMA3_BOS, LLAMA3_EOS, LLAMA3_ENDS = 256, 0, 1, (1, 8, 9)
 
@@ -164,7 +167,10 @@ class _Tiktoken:
         self.end_ids = frozenset(count + end for end in LLAMA3_ENDS)
 
     def encode(self, text: str) -> list[int]:
-        return self._model.encode_ordinary(text)
+        # its regular expression overflows on longer runs of blanks, which Meta cuts there too
+        cuts = [found.end() for found in _LONG_BLANKS.finditer(text)]
+        parts = (text[a:b] for a, b in pairwise([0, *cuts, len(text)]))
+        return [i for part in parts for i in self._model.encode_ordinary(part)]
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode([i for i in ids if i < self._first_mark], errors="replace")
