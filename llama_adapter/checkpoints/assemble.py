@@ -56,12 +56,28 @@ def make_config(values: dict[str, Any], where: str | Path) -> LlamaConfig:
         raise ValueError(f"{where}: {error}") from None
     if config.n_layers > _MOST_LAYERS:
         raise ValueError(
-            f"{where}: n_layers must be at most {_MOST_LAYERS}, got {config.n_layers:.6g}"
+            f"{where}: n_layers must be at most {_MOST_LAYERS}, got {config.n_layers!r:.40}"
         )
     for name, value in shape.items():
         if not 0 < value <= _LARGEST:
-            raise ValueError(f"{where}: {name} must be from 1 to {_LARGEST}, got {value:.6g}")
+            raise ValueError(f"{where}: {name} must be from 1 to {_LARGEST}, got {value!r:.40}")
     return config
+
+
+def size_of(given: dict[str, Any], key: str, path: Path) -> int:
+    """A size in a configuration.
+
+    Raises:
+        ValueError: the key is missing, or its value no integer that a size can be.
+    """
+    if given.get(key) is None:
+        raise ValueError(f"{path}: key {key!r} is missing")
+    value = given[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST:
+        raise ValueError(
+            f"{path}: {key} must be an integer from 1 to {_LARGEST}, got {value!r:.60}"
+        )
+    return value
 
 
 def check_vocabulary(config: LlamaConfig, tokenizer: Tokenizer, where: str | Path) -> None:

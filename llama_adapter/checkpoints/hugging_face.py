@@ -30,6 +30,7 @@ from llama_adapter.checkpoints.assemble import (
     make_config,
     read_object,
     rope_scaling,
+    size_of,
 )
 from llama_adapter.config import LlamaConfig, width_of
 from llama_adapter.model import Llama
@@ -72,12 +73,9 @@ SIZES = {
     "num_attention_heads": "n_heads",
     "vocab_size": "vocab_size",
     "intermediate_size": "hidden_dim",
-}
-OPTIONAL_SIZES = {
-    "num_key_value_heads": "n_kv_heads",
-    "head_dim": "attention_head_dim",
     "max_position_embeddings": "max_seq_len",
 }
+OPTIONAL_SIZES = {"num_key_value_heads": "n_kv_heads", "head_dim": "attention_head_dim"}
 # the one value that the lean model computes, absent or said
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -171,14 +169,17 @@ def read_config(path: Path) -> LlamaConfig:
         if given.get(key) is not None and given[key] not in allowed:
             wanted = f"must be {json.dumps(allowed[0])}" if allowed else "is not supported"
             raise ValueError(f"{path}: {key} {wanted}, got {given[key]!r:.60}")
-    sizes = {key: given.get(key, defaults.get(key)) for key in SIZES | OPTIONAL_SIZES}
-    for key, value in sizes.items():
-        if value is None and key in SIZES:
-            raise ValueError(f"{path}: key {key!r} is missing")
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"{path}: {key} must be an integer, got {value!r:.60}")
-        if value is not None and value < 1:
-            raise ValueError(f"{path}: {key} must be at least 1, got {value:.6g}")
+    given = defaults | given
+    values: dict[str, Any] = {
+        ours: size_of(given, key, path)
+        for key, ours in (SIZES | OPTIONAL_SIZES).items()
+        if key in SIZES or given.get(key) is not None
+    }
+    if given.get("sliding_window") is not None:
+        window = size_of(given, "sliding_window", path)
+        values["max_seq_len"] = min(values["max_seq_len"], window)
+    values |= width_of(values["dim"], values.pop("hidden_dim"))
+    values |= _rotary(given, path)
     if not is_positive(given.get("rms_norm_eps")):
         raise ValueError(
             f"{path}: rms_norm_eps must be a positive number, got {given.get('rms_norm_eps')!r:.60}"
@@ -186,21 +187,7 @@ def read_config(path: Path) -> LlamaConfig:
     tied = given.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise ValueError(f"{path}: tie_word_embeddings must be true or false, got {tied!r:.60}")
-    values = {(SIZES | OPTIONAL_SIZES)[key]: value for key, value in sizes.items() if value}
-    window = given.get("sliding_window", defaults.get("sliding_window"))
-    values["max_seq_len"] = min([values["max_seq_len"], *_window(window, path)])
-    values |= width_of(values["dim"], values.pop("hidden_dim"))
-    values |= _rotary(given, path)
     return make_config(values | {"norm_eps": given["rms_norm_eps"], "tied_embeddings": tied}, path)
-
-
-def _window(value: Any, path: Path) -> list[int]:
-    """The sliding window as a limit of the context, if there is one."""
-    if value is None:
-        return []
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{path}: sliding_window must be a positive integer, got {value!r:.60}")
-    return [value]
 
 
 def _rotary(given: dict[str, Any], path: Path) -> dict[str, Any]:

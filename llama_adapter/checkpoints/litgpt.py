@@ -27,6 +27,7 @@ from llama_adapter.checkpoints.assemble import (
     make_config,
     read_object,
     rope_scaling,
+    size_of,
 )
 from llama_adapter.checkpoints.torch_file import check_tensors, read_torch_file
 from llama_adapter.config import LlamaConfig, width_of
@@ -165,27 +166,20 @@ def read_config(path: Path) -> LlamaConfig:
         neutral = value == 1 if key in NEUTRAL else value in (0, False, "")
         if key not in {*fixed, *SIZES, *OPTIONAL_SIZES, *FREE} and not neutral:
             raise ValueError(f"{path}: {ascii(key)[1:-1]} is not supported, got {value!r:.60}")
-    values: dict[str, Any] = {}
-    for key, ours in (SIZES | OPTIONAL_SIZES).items():
-        value = given.get(key)
-        if value is None and key in OPTIONAL_SIZES:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{path}: {key} must be a positive integer, got {value!r:.60}")
-        values[ours] = value
+    values: dict[str, Any] = {
+        ours: size_of(given, key, path)
+        for key, ours in (SIZES | OPTIONAL_SIZES).items()
+        if key in SIZES or key in given
+    }
+    if "sliding_window_size" in given:
+        window = size_of(given, "sliding_window_size", path)
+        values["max_seq_len"] = min(values["max_seq_len"], window)
     for key, ours in (("norm_eps", "norm_eps"), ("rope_base", "rope_theta")):
         if key not in given and key == "rope_base":
             continue
         if not is_positive(given.get(key)):
             raise ValueError(f"{path}: {key} must be a positive number, got {given.get(key)!r:.60}")
         values[ours] = float(given[key])
-    window = given.get("sliding_window_size")
-    if window is not None:
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            raise ValueError(
-                f"{path}: sliding_window_size must be a positive integer, got {window!r:.60}"
-            )
-        values["max_seq_len"] = min(values["max_seq_len"], window)
     scaling = given.get("rope_adjustments")
     if scaling is not None:
         if not isinstance(scaling, dict) or "factor" not in scaling or len(scaling) < 4:
