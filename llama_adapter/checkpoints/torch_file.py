@@ -32,6 +32,8 @@ _DAMAGE = (
     struct.error,
     zlib.error,
 )
+_CUT_OFF = "the directory at the end is missing"
+_TENSOR_RECORD = re.compile(r"[^/]+/data/\d+")
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _EXTRA_HEADER = struct.Struct("<2H")
 
@@ -47,13 +49,14 @@ def read_torch_file(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist")
     with open(path, "rb") as file:
         is_archive = file.read(2) == b"PK"
-    if is_archive and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is cut off ({path.stat().st_size} bytes): copy it again")
     try:
-        if is_archive:
-            _check_archive(path)
+        if is_archive and not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile(_CUT_OFF)
+        sizes = _record_sizes(path) if is_archive else None
         # archives are mapped, so a tensor is read from disk when it is copied into the model
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        if sizes is not None and sizes != sorted(_storage_sizes(content).values()):
+            raise zipfile.BadZipFile("a tensor has more or less numbers than its record")
     except _DAMAGE as error:
         needed = re.search(r"GLOBAL ([\w.]+)", str(error))
         if needed:
@@ -61,6 +64,9 @@ def read_torch_file(path: Path) -> dict[str, Any]:
                 f"{path} can only be read by running code ({needed[1]}), which is refused: "
                 "save its tensors alone, with torch.save(state_dict, path)"
             ) from None
+        if str(error) == _CUT_OFF:
+            size = path.stat().st_size
+            raise ValueError(f"{path} is cut off ({size} bytes): copy it again") from None
         raise ValueError(f"{path} is damaged or not a torch file: copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold tensors by name, got {type(content).__name__}")
@@ -99,8 +105,28 @@ def check_tensors(
     return content
 
 
-def _check_archive(path: Path) -> None:
-    """Refuse an archive whose records lie elsewhere, or are others, than its directory says."""
+def _storage_sizes(content: Any) -> dict[int, int]:
+    """Bytes of all memory that tensors in nested containers have, by address."""
+    if isinstance(content, Tensor):
+        if content.layout is not torch.strided or content.is_meta:
+            return {}
+        storage = content.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()} if storage.nbytes() else {}
+    inner = content.values() if isinstance(content, dict) else content
+    if not isinstance(content, dict | list | tuple):
+        return {}
+    sizes: dict[int, int] = {}
+    for value in inner:
+        sizes |= _storage_sizes(value)
+    return sizes
+
+
+def _record_sizes(path: Path) -> list[int]:
+    """Bytes of the records of an archive's tensors, in ascending order.
+
+    Raises:
+        BadZipFile: records lie elsewhere, or are others, than the directory says.
+    """
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         records = archive.infolist()
         if len({record.filename for record in records}) != len(records):
@@ -128,6 +154,8 @@ def _check_archive(path: Path) -> None:
                 file.seek(start)
                 if zlib.crc32(file.read(record.file_size)) != record.CRC:
                     raise zipfile.BadZipFile(f"record {record.filename} is damaged")
+        found = [record for record in records if _TENSOR_RECORD.fullmatch(record.filename)]
+        return sorted(record.file_size for record in found if record.file_size)
 
 
 def _is_tiled(extra: bytes) -> bool:
