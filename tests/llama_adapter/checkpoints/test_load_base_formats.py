@@ -3,6 +3,7 @@
 Of every format 1,000 folders are damaged: each is refused in one line, or is the model it was.
 """
 
+import base64
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,21 @@ def test_the_format_is_told_by_what_is_in_the_folder(
         (folder / "params.json").write_text('{"dim": 4096}', encoding="utf-8")
         (folder / "consolidated.safetensors").touch()
     assert torch.equal(load_base(folder).model.output_weight, tiny_model.output_weight)
+
+
+@torch.no_grad()
+def test_a_llama_3_folder_of_meta_is_read_with_its_own_tokenizer(
+    write_meta: Write, tiny_config: LlamaConfig
+) -> None:
+    pytest.importorskip("tiktoken")
+    model = Llama(replace(tiny_config, vocab_size=512)).requires_grad_(False)
+    folder = write_meta(model, shards=2, embedding_dim=0, params={"vocab_size": 512})
+    lines = (base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
+    (folder / "tokenizer.model").write_bytes(b"".join(lines))
+    base = load_base(folder)
+    assert (base.tokenizer.bos_id, base.tokenizer.eos_id) == (256, 257)
+    tokens = torch.tensor([base.tokenizer.encode("the river", bos=True)])
+    assert torch.equal(base.model(tokens), model(tokens))
 
 
 WATCH = """
