@@ -164,7 +164,8 @@ def main(arguments: list[str] | None = None) -> int:
         "",
         f"{config.describe()}, bfloat16, from files just written; {platform.machine()}, "
         f"{os.cpu_count()} cores, torch {torch.__version__}. Beyond the weights: the process's own "
-        "memory at its peak, less the loaded weights.",
+        "memory at its peak, less the loaded weights. The seconds depend on the disk and on what "
+        "else runs, the memory does not.",
         "",
         "| format | weights, GB | seconds | beyond the weights, GB |",
         "|---|---|---|---|",
