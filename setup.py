@@ -9,7 +9,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-HF = ["transformers>=5.10.1", "peft>=0.18", "accelerate>=1.0", "tokenizers>=0.22"]
+TOKENIZERS = ["tokenizers>=0.22", "tiktoken>=0.8"]
+HF = ["transformers>=5.10.1", "peft>=0.18", "accelerate>=1.0", "pyyaml>=6", *TOKENIZERS]
 PLOT = ["matplotlib>=3.8"]
 LOG = ["tensorboard>=2.16"]
 # the first that is made for torch 2.11
@@ -50,6 +51,7 @@ setup(
     ],
     extras_require={
         "hf": HF,
+        "tokenizers": TOKENIZERS,
         "quant": QUANT,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "pyright[nodejs]>=1.1.400"],

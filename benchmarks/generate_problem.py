@@ -119,6 +119,7 @@ class Numbers(Tokenizer):
     def __init__(self, vocab_size: int) -> None:
         """Accept ids below a bound."""
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, 0, -1
+        self.end_ids = frozenset()
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids that the text spells, no more."""

@@ -43,7 +43,10 @@ class ModelOptions:
     """Model."""
 
     base: Path = field(
-        default=assets.BASE, metadata={"help": "folder of the base model; the bundled one"}
+        default=assets.BASE,
+        metadata={
+            "help": "folder of the base model, Meta's, Hugging Face's or litgpt's; the bundled one"
+        },
     )
     adapter: Path | None = field(
         default=None, metadata={"help": "adapter file; without it the base answers alone"}

@@ -5,6 +5,7 @@ is part of a character, is held back until it is decided. Of a cancelled row the
 has what was held back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_adapter.sampling import SamplingConfig, row_draws
@@ -46,27 +47,36 @@ class Piece:
 class Text:
     """One row's text so far: whole characters, held back where a stop string may begin."""
 
-    def __init__(self, tokenizer: Tokenizer, before: int, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int], stop: tuple[str, ...]) -> None:
+        """Begin behind the tokens before it, of which the last few count."""
         self._decode = tokenizer.decode
         self._stop = stop
         self._starts = [text[:n] for text in stop for n in range(1, len(text))]
-        self._restart(before)
+        self._window = list(before)
+        self._restart()
         self._given = 0
         self.text = ""
         self.stopped = False
 
-    def _restart(self, token: int) -> None:
-        # decoding starts at a token whose text is out already, because the first piece of a
-        # decoded text loses its leading space
-        self._window = [token]
-        self._skip = len(self._decode([token]))
+    def _restart(self) -> None:
+        # decoding starts at tokens whose text is out already, because the first piece of a decoded
+        # text loses its leading space; at whole characters, because some decoders give up a run of
+        # bytes that begins within one
+        for count in range(1, 5):
+            kept = self._window[-count:]
+            if REPLACEMENT not in self._decode(kept):
+                break
+        else:
+            kept = self._window[-1:]
+        self._window = kept
+        self._skip = len(self._decode(kept))
 
     def add(self, token: int) -> None:
         """Append one generated token."""
         self._window.append(token)
         text = self._decode(self._window)[self._skip :]
         if text and not text.endswith(REPLACEMENT):
-            self._restart(token)
+            self._restart()
             self._extend(text)
 
     def end(self) -> None:
@@ -154,8 +164,8 @@ class Row:
             )
         self.limit = min(sampling.max_new_tokens, context - len(self.prompt))
         self.tokens: list[int] = []
-        self._eos = tokenizer.eos_id
-        self._text = Text(tokenizer, self.prompt[-1], sampling.stop)
+        self._ends = tokenizer.end_ids
+        self._text = Text(tokenizer, self.prompt, sampling.stop)
         self._seed = seed
         self._draws: list[float] = []
 
@@ -172,7 +182,7 @@ class Row:
 
     def add(self, token: int) -> Piece:
         """Take the next token; the piece carries the completion where it ends the row."""
-        reason = "eos" if token == self._eos else None
+        reason = "eos" if token in self._ends else None
         if reason is None:
             self.tokens.append(token)
             self._text.add(token)

@@ -100,6 +100,13 @@ class LlamaConfig:
         )
 
 
+def width_of(dim: int, hidden_dim: int) -> dict[str, Any]:
+    """The options of `LlamaConfig` that give a model of width `dim` this feed-forward width."""
+    usual = int(2 * 4 * dim / 3)
+    factor = None if hidden_dim >= usual else hidden_dim / usual
+    return {"multiple_of": hidden_dim, "ffn_dim_multiplier": factor}
+
+
 _LLAMA1 = {"vocab_size": 32000, "norm_eps": 1e-6, "max_seq_len": 2048}
 _LLAMA2 = {"vocab_size": 32000, "norm_eps": 1e-5, "max_seq_len": 4096}
 _LLAMA3 = {"vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 5e5, "n_kv_heads": 8}

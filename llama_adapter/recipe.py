@@ -39,7 +39,11 @@ class FinetuneConfig:
     output: Path = field(metadata={"help": "run folder to create", "recipe": False})
     base: Path | None = field(
         default=None,
-        metadata={"help": "folder of the base model; default: the bundled one", "recipe": False},
+        metadata={
+            "help": "folder of the base model, Meta's, Hugging Face's or litgpt's; default: the "
+            "bundled one",
+            "recipe": False,
+        },
     )
     dtype: str | None = _option(None, "dtype of the base; default: the files' own", DTYPES)
     device: str | None = _option(None, "where to compute; default: the GPU, if there is one")

@@ -40,7 +40,10 @@ def test_import_without_triton() -> None:
 
 
 def test_command_line_does_not_import_heavy_optional_packages() -> None:
-    heavy = "{'transformers', 'peft', 'matplotlib', 'tensorboard', 'accelerate', 'torchao'}"
+    heavy = (
+        "{'transformers', 'peft', 'matplotlib', 'tensorboard', 'accelerate', 'torchao', "
+        "'tokenizers', 'tiktoken', 'yaml'}"
+    )
     done = run(f"import llama_adapter.cli; print(sorted({heavy} & set(sys.modules)))")
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint
+from llama_adapter.checkpoints.hugging_face import is_hugging_face, read_hugging_face
+from llama_adapter.checkpoints.litgpt import is_litgpt, read_litgpt
 from llama_adapter.checkpoints.meta import is_meta, read_meta
 from llama_adapter.checkpoints.quantize import check_format
 from llama_adapter.checkpoints.quantize import quantize as quantize_weights
@@ -16,6 +18,13 @@ from llama_adapter.model import Llama
 from llama_adapter.tokenizer import Tokenizer
 
 __all__ = ["Base", "load_base"]
+
+# how a folder is recognised and read; litgpt keeps Hugging Face's config.json beside its own
+READERS = (
+    (is_meta, read_meta),
+    (is_litgpt, read_litgpt),
+    (is_hugging_face, read_hugging_face),
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,14 @@ def load_base(
     device: torch.device | str = "cpu",
     quantize: str | None = None,
 ) -> Base:
-    """Read a base model from a folder in Meta's format.
+    """Read a base model from a folder in Meta's, Hugging Face's or litgpt's format.
+
+    What is in the folder tells the format. A model with a sliding window has it as its context.
 
     Args:
-        folder: holds consolidated.*.pth, params.json and tokenizer.model.
+        folder: holds consolidated.*.pth, params.json and tokenizer.model; or config.json,
+            safetensors and tokenizer.model or tokenizer.json; or lit_model.pth,
+            model_config.yaml and such a tokenizer.
         dtype: of the loaded weights, a floating one; None keeps the files' own.
         device: where the weights go; it must hold all of them as read, even to be quantised.
         quantize: "int8" or "int4", the format that the weights of the linear maps are brought into
@@ -70,10 +83,12 @@ def load_base(
     folder = Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"base model folder {folder} does not exist")
-    if not folder.is_dir() or not is_meta(folder):
+    read = next((read for fits, read in READERS if folder.is_dir() and fits(folder)), None)
+    if read is None:
         raise ValueError(
-            f"base model {folder} must be a folder in Meta's format: consolidated.00.pth, "
-            "params.json and tokenizer.model"
+            f"base model {folder} must be a folder in Meta's format (consolidated.00.pth, "
+            "params.json, tokenizer.model), Hugging Face's (config.json, model.safetensors or "
+            "its index) or litgpt's (lit_model.pth, model_config.yaml)"
         )
     try:
         kind = torch.device(device).type
@@ -86,7 +101,7 @@ def load_base(
     if quantize is not None:
         # before the weights are read: that takes minutes
         check_format(quantize, device)
-    model, tokenizer = read_meta(folder, dtype=dtype, device=device)
+    model, tokenizer = read(folder, dtype=dtype, device=device)
     name = folder.resolve().name
     if quantize is None:
         return Base(model, tokenizer, name)

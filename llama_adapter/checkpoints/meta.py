@@ -4,18 +4,25 @@ Shards are joined tensor by tensor by the table below, straight into the model's
 Only tensors are unpickled. Whatever is missing, surplus or of another shape is an error.
 """
 
-import pickle
 import re
-import struct
-import zipfile
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from llama_adapter.checkpoints.assemble import (
+    EMBEDDING,
+    OUTPUT,
+    assemble,
+    check_names,
+    check_shape,
+    common_dtype,
+    expected_shapes,
+    is_copy,
+)
 from llama_adapter.checkpoints.meta_params import read_params
+from llama_adapter.checkpoints.torch_file import check_tensors, read_torch_file
 from llama_adapter.config import LlamaConfig
 from llama_adapter.model import Llama
 from llama_adapter.tokenizer import Tokenizer
@@ -32,26 +39,9 @@ LAYER_TENSORS: dict[str, int | None] = {
     "attention_norm.weight": None,
     "ffn_norm.weight": None,
 }
-MODEL_TENSORS: dict[str, int | None] = {"norm.weight": None, "output.weight": 0}
-# LLaMA 1 and 2 split it by column, LLaMA 3 by row: the shapes tell which
-EMBEDDING = "tok_embeddings.weight"
+MODEL_TENSORS: dict[str, int | None] = {"norm.weight": None, OUTPUT: 0}
 # buffers of rotary frequencies, which follow from the configuration
 IGNORED_TENSOR = re.compile(r"(.*\.)?rope\.freqs")
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# what a damaged pickle has been seen to raise
-_DAMAGE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    EOFError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True)
@@ -63,8 +53,11 @@ class Shard:
 
 
 def is_meta(folder: Path) -> bool:
-    """Whether a folder is meant as one of Meta's: it has a params.json or a consolidated file."""
-    return (folder / "params.json").exists() or any(folder.glob("consolidated.*"))
+    """Whether a folder is meant as one of Meta's: it has a consolidated file or a params.json."""
+    if any(folder.glob("consolidated.*.pth")):
+        return True
+    # Mistral puts its own params.json beside Hugging Face's files
+    return (folder / "params.json").exists() and not (folder / "config.json").exists()
 
 
 def read_meta(
@@ -120,26 +113,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def _open_shard(path: Path) -> Shard:
-    with open(path, "rb") as file:
-        is_archive = file.read(2) == b"PK"
-    if is_archive and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is cut off ({path.stat().st_size} bytes): copy it again")
-    try:
-        # archives are mapped, so a tensor is read from disk when it is copied into the model
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except _DAMAGE as error:
-        needed = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if needed:
-            raise ValueError(
-                f"{path} can only be read by running code ({needed[1]}), which is refused: "
-                "save its tensors alone, with torch.save(state_dict, path)"
-            ) from None
-        raise ValueError(f"{path} is damaged or not a torch file: copy it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold tensors by name, got {type(content).__name__}")
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: {name} must be a tensor, got {type(value).__name__}")
+    content = check_tensors(read_torch_file(path), path, tied=(EMBEDDING, OUTPUT))
     tensors = {name: value for name, value in content.items() if not IGNORED_TENSOR.match(name)}
     return Shard(path, tensors)
 
@@ -149,49 +123,31 @@ def _is_tied(shards: list[Shard]) -> bool:
 
     A second copy is dropped.
     """
-    pairs = [(shard.tensors.get("output.weight"), shard.tensors.get(EMBEDDING)) for shard in shards]
+    pairs = [(shard.tensors.get(OUTPUT), shard.tensors.get(EMBEDDING)) for shard in shards]
     if all(output is None for output, _ in pairs):
         return True
-    for output, embedding in pairs:
-        if output is None or embedding is None or output.shape != embedding.shape:
-            return False
-        # the first row tells nearly always, without reading the rest
-        if not torch.equal(output[:1], embedding[:1]) or not torch.equal(output, embedding):
-            return False
+    if not all(is_copy(*pair) for pair in pairs):
+        return False
     for shard in shards:
-        del shard.tensors["output.weight"]
+        del shard.tensors[OUTPUT]
     return True
 
 
 def _assemble(
     config: LlamaConfig, shards: list[Shard], dtype: torch.dtype | None, device: torch.device
 ) -> Llama:
-    with torch.device("meta"):
-        model = Llama(config)
-    model.requires_grad_(False)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    _check_names(expected, shards)
-    _check_shard_count(expected, shards)
-    dtype = _common_dtype(shards, dtype)
-    state = {}
-    for name, shape in expected.items():
-        pieces = [shard.tensors.pop(name) for shard in shards]
-        state[name] = _join(name, shape, pieces, shards, dtype, device)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-def _check_names(expected: Iterable[str], shards: list[Shard]) -> None:
+    expected = expected_shapes(config)
     for shard in shards:
-        missing = [name for name in expected if name not in shard.tensors]
-        surplus = sorted(shard.tensors.keys() - set(expected))
-        for problem, names in (("lacks", missing), ("has surplus", surplus)):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise ValueError(
-                    f"{shard.path} {problem} tensors: {', '.join(names[:3])}{more}; "
-                    "is params.json another model's?"
-                )
+        check_names(shard.tensors, expected, shard.path, "is params.json another model's?")
+    _check_shard_count(expected, shards)
+    found = [
+        (shard.path, name, value.dtype) for shard in shards for name, value in shard.tensors.items()
+    ]
+
+    def write(name: str, out: Tensor) -> None:
+        _join(name, out, [shard.tensors.pop(name) for shard in shards], shards)
+
+    return assemble(config, write, common_dtype(found, dtype), device)
 
 
 def _check_shard_count(expected: dict[str, tuple[int, ...]], shards: list[Shard]) -> None:
@@ -207,51 +163,26 @@ def _check_shard_count(expected: dict[str, tuple[int, ...]], shards: list[Shard]
         )
 
 
-def _common_dtype(shards: list[Shard], wanted: torch.dtype | None) -> torch.dtype:
-    """The dtype to load: the wanted one, or the one that all tensors share."""
-    name, first = next(iter(shards[0].tensors.items()))
-    for shard in shards:
-        for other, tensor in shard.tensors.items():
-            if tensor.dtype not in DTYPES:
-                raise ValueError(
-                    f"{shard.path}: {other} must be float32, float16 or bfloat16, "
-                    f"got {tensor.dtype}"
-                )
-            if wanted is None and tensor.dtype != first.dtype:
-                raise ValueError(
-                    f"{shard.path}: {other} is {tensor.dtype}, but {name} is {first.dtype}: "
-                    "give the dtype to load them in"
-                )
-    return first.dtype if wanted is None else wanted
-
-
-def _join(
-    name: str,
-    shape: tuple[int, ...],
-    pieces: list[Tensor],
-    shards: list[Shard],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """One tensor of the model, copied piece by piece into its final place."""
-    short = re.sub(r"^layers\.\d+\.", "", name)
+def _join(name: str, joined: Tensor, pieces: list[Tensor], shards: list[Shard]) -> None:
+    """Fill one tensor of the model piece by piece."""
+    short, shape = re.sub(r"^layers\.\d+\.", "", name), tuple(joined.shape)
+    # LLaMA 1 and 2 split the embedding by column, LLaMA 3 by row: the shapes tell which
     dims = (0, 1) if name == EMBEDDING else ((MODEL_TENSORS | LAYER_TENSORS)[short],)
-    joined = torch.empty(shape, dtype=dtype, device=device)
     for dim in dims:
         if dim is None and all(tuple(piece.shape) == shape for piece in pieces):
-            return joined.copy_(pieces[0])
+            joined.copy_(pieces[0])
+            return
         if dim is not None and _fits(shape, pieces, dim):
             for part, piece in zip(
                 joined.split([piece.shape[dim] for piece in pieces], dim), pieces, strict=True
             ):
                 part.copy_(piece)
-            return joined
+            return
+    if len(pieces) == 1:
+        check_shape(name, pieces[0], shape, shards[0].path)
     got = [tuple(piece.shape) for piece in pieces]
-    where = shards[0].path if len(shards) == 1 else shards[0].path.parent
     raise ValueError(
-        f"{where}: {name} must have shape {shape}, got {got[0]}"
-        if len(got) == 1
-        else f"{where}: {name} must join to shape {shape}, got shards of {got}"
+        f"{shards[0].path.parent}: {name} must join to shape {shape}, got shards of {got}"
     )
 
 

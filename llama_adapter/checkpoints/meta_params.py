@@ -3,12 +3,16 @@
 What the file does not say is decided here: the factor of a rotary scaling, the trained context.
 """
 
-import json
-import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.checkpoints.assemble import (
+    is_positive,
+    make_config,
+    read_object,
+    rope_scaling,
+)
 from llama_adapter.checkpoints.fingerprint import shape_of
 from llama_adapter.config import PRESETS, LlamaConfig, RopeScaling
 
@@ -50,11 +54,8 @@ def read_params(path: Path, tokens: int) -> LlamaConfig:
     Raises:
         ValueError: the file is not JSON, or a key is unknown, missing, or of the wrong kind.
     """
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if isinstance(params, dict) and set(params) == {"model"}:
+    params = read_object(path)
+    if set(params) == {"model"}:
         params = params["model"]
     if not isinstance(params, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(params).__name__}")
@@ -71,12 +72,10 @@ def read_params(path: Path, tokens: int) -> LlamaConfig:
         params["attention_head_dim"] = params["head_dim"]
     scaling = _rope_scaling(params, path)
     known = {spec.name for spec in fields(LlamaConfig)} - {"rope_scaling"}
-    try:
-        config = LlamaConfig(
-            **{key: value for key, value in params.items() if key in known}, rope_scaling=scaling
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    config = make_config(
+        {key: value for key, value in params.items() if key in known} | {"rope_scaling": scaling},
+        path,
+    )
     return config if "max_seq_len" in params else replace(config, max_seq_len=_context(config))
 
 
@@ -96,7 +95,7 @@ def _check_params(params: dict[str, Any], path: Path) -> None:
             raise ValueError(f"{path}: key {key!r} is missing")
     for key in POSITIVE_PARAMS:
         value = params.get(key, 1.0)
-        if not (math.isfinite(value) and value > 0):
+        if not is_positive(value):
             raise ValueError(f"{path}: {key} must be positive and finite, got {value}")
 
 
@@ -108,28 +107,7 @@ def _kind_name(kind: type | tuple[type, ...]) -> str:
 def _rope_scaling(params: dict[str, Any], path: Path) -> RopeScaling | None:
     explicit = params.get("rope_scaling")
     if explicit is not None:
-        known = {spec.name for spec in fields(RopeScaling)}
-        values = dict(explicit)
-        # the name of the same number elsewhere
-        if "original_max_position_embeddings" in values:
-            values["original_context"] = values.pop("original_max_position_embeddings")
-        if set(values) - known:
-            raise ValueError(
-                f"{path}: rope_scaling must have {sorted(known)}, got {sorted(explicit)}"
-            )
-        for key, value in values.items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not (math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"{path}: rope_scaling's {key} must be a positive number, got {value!r}"
-                )
-        scaling = RopeScaling(**values)
-        if scaling.low_freq_factor >= scaling.high_freq_factor:
-            raise ValueError(
-                f"{path}: rope_scaling's low_freq_factor must be below high_freq_factor = "
-                f"{scaling.high_freq_factor}, got {scaling.low_freq_factor}"
-            )
-        return scaling
+        return rope_scaling(explicit, f"{path}: rope_scaling")
     if not params.get("use_scaled_rope", False):
         return None
     # params.json does not tell LLaMA 3.2's factor 32 from LLaMA 3.1's 8: the size does

@@ -55,11 +55,11 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_another_kind_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path
     if kind == "other":
-        (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+        (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
     if kind == "file":
         path = tmp_path / "consolidated.00.pth"
         path.touch()
-    message = r"must be a folder in Meta's format: consolidated\.00\.pth, params\.json and tok"
+    message = r"Meta's format \(consolidated.*Hugging Face's \(config\.json.*litgpt's \(lit_model"
     with pytest.raises(ValueError, match=message):
         load_base(path)
 
