@@ -4,10 +4,7 @@ Shards are joined tensor by tensor by the table below, straight into the model's
 Only tensors are unpickled. Whatever is missing, surplus or of another shape is an error.
 """
 
-import pickle
 import re
-import struct
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.checkpoints.meta_params import read_params
+from llama_adapter.checkpoints.torch_file import open_torch
 from llama_adapter.config import LlamaConfig
 from llama_adapter.model import Llama
 from llama_adapter.tokenizer import Tokenizer
@@ -39,19 +37,6 @@ EMBEDDING = "tok_embeddings.weight"
 IGNORED_TENSOR = re.compile(r"(.*\.)?rope\.freqs")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-# what a damaged pickle has been seen to raise
-_DAMAGE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    EOFError,
-    struct.error,
-)
 
 
 @dataclass(frozen=True)
@@ -120,23 +105,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def _open_shard(path: Path) -> Shard:
-    with open(path, "rb") as file:
-        is_archive = file.read(2) == b"PK"
-    if is_archive and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is cut off ({path.stat().st_size} bytes): copy it again")
-    try:
-        # archives are mapped, so a tensor is read from disk when it is copied into the model
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except _DAMAGE as error:
-        needed = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if needed:
-            raise ValueError(
-                f"{path} can only be read by running code ({needed[1]}), which is refused: "
-                "save its tensors alone, with torch.save(state_dict, path)"
-            ) from None
-        raise ValueError(f"{path} is damaged or not a torch file: copy it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold tensors by name, got {type(content).__name__}")
+    content = open_torch(path)
     for name, value in content.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{path}: {name} must be a tensor, got {type(value).__name__}")

@@ -1,0 +1,59 @@
+"""Opens what torch.save wrote: tensors and plain values, never code.
+
+Archives are mapped, so that a tensor is read from disk when it is used. Whatever is no file of
+torch's, is cut off, packed, or needs code to be read is an error of one line.
+"""
+
+import pickle
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# what a damaged pickle has been seen to raise
+_DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    EOFError,
+    OverflowError,
+    struct.error,
+)
+
+
+def open_torch(path: Path) -> dict[Any, Any]:
+    """Content of a torch file, on the CPU.
+
+    Args:
+        path: the file; it exists.
+
+    Returns:
+        What was saved, a dictionary; nothing about its keys and values is checked.
+
+    Raises:
+        ValueError: the file is damaged, needs code to be read, or holds no dictionary.
+    """
+    with open(path, "rb") as file:
+        is_archive = file.read(2) == b"PK"
+    if is_archive and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is cut off ({path.stat().st_size} bytes): copy it again")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except _DAMAGE as error:
+        needed = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if needed:
+            raise ValueError(
+                f"{path} can only be read by running code ({needed[1]}), which is refused: "
+                "save its tensors alone, with torch.save(state_dict, path)"
+            ) from None
+        raise ValueError(f"{path} is damaged or not a torch file: copy it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold tensors by name, got {type(content).__name__}")
+    return content

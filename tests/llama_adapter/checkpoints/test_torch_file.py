@@ -1,0 +1,49 @@
+"""Is a torch file opened without running anything, and every other file refused in one line?"""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_adapter.checkpoints.torch_file import open_torch
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_tensors_and_plain_values_come_back(archive: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    content = {"model": {"x": torch.randn(3, 5)}, "epoch": 4}
+    torch.save(content, path, _use_new_zipfile_serialization=archive)
+    opened = open_torch(path)
+    assert opened["epoch"] == 4
+    assert torch.equal(opened["model"]["x"], content["model"]["x"])
+
+
+def test_a_file_that_needs_code_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-4.pth"
+    torch.save({"model": {}, "args": argparse.Namespace(epochs=5)}, path)
+    message = r"checkpoint-4\.pth can only be read by running code \(argparse\.Namespace\), which"
+    with pytest.raises(ValueError, match=message):
+        open_torch(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"PK\x03\x04 and no more", r"is cut off \(15 bytes\): copy it again"),
+        (b"", "is damaged or not a torch file"),
+        (b"hello", "is damaged or not a torch file"),
+    ],
+)
+def test_other_files_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        open_torch(path)
+
+
+def test_only_a_dictionary_will_do(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    torch.save(torch.ones(2), path)
+    with pytest.raises(ValueError, match="must hold tensors by name, got Tensor"):
+        open_torch(path)
