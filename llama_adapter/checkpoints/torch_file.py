@@ -44,6 +44,8 @@ def open_torch(path: Path) -> dict[Any, Any]:
         is_archive = file.read(2) == b"PK"
     if is_archive and not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is cut off ({path.stat().st_size} bytes): copy it again")
+    if is_archive:
+        _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except _DAMAGE as error:
@@ -57,3 +59,19 @@ def open_torch(path: Path) -> dict[Any, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold tensors by name, got {type(content).__name__}")
     return content
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError unless every record lies in the file as it is, under a name of its own.
+
+    A mapped record is not unpacked, and of two records with one name either may be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (*_DAMAGE, zipfile.BadZipFile, NotImplementedError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again") from None
+    names = {record.filename for record in records}
+    packed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
+    if packed or len(names) != len(records):
+        raise ValueError(f"{path} is an archive, but not one that torch.save wrote: save it again")

@@ -30,7 +30,7 @@ def test_a_file_that_needs_code_says_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"PK\x03\x04 and no more", r"is cut off \(15 bytes\): copy it again"),
+        (b"PK\x03\x04 and no more", r"is cut off \(16 bytes\): copy it again"),
         (b"", "is damaged or not a torch file"),
         (b"hello", "is damaged or not a torch file"),
     ],
