@@ -140,8 +140,8 @@ def _open(path: Path) -> Source:
         accessory = adapter_accessory.shards(path)
         return (adapter_accessory if accessory else adapter_peft).open_folder(path)
     with open(path, "rb") as file:
-        start = file.read(9)
-    return (adapter_peft.open_safetensors if start[8:] == b"{" else open_source)(path)
+        named = path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+    return (adapter_peft.open_safetensors if named else open_source)(path)
 
 
 def _read_own(path: Path, options: ReadOptions) -> StoredAdapter:

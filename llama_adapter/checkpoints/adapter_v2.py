@@ -168,6 +168,9 @@ def encode_chat(stored: StoredAdapter) -> tuple[dict[str, dict[str, Tensor]], li
     tensors: dict[str, Tensor] = {}
     if stored.header.layers:
         tensors, notes = tensors_of(stored)
+        # layers without prompts have no gate either
+        for layer in range(stored.header.layers[0]):
+            del tensors[GATE.format(layer)]
     tensors |= unstacked(CHAT_TABLE, stored)
     held = {name for name in stored.tensors if name.startswith(("bias_", "scale_"))}
     if len(held) < len(CHAT_TABLE) - len(NORMS):

@@ -58,7 +58,36 @@ def open_torch(path: Path) -> dict[Any, Any]:
         raise ValueError(f"{path} is damaged or not a torch file: copy it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold tensors by name, got {type(content).__name__}")
+    if is_archive and _storage_sizes(content) != _record_sizes(path):
+        raise ValueError(f"{path} is damaged: its tensors lie in records of other sizes")
     return content
+
+
+def _storage_sizes(content: object) -> list[int]:
+    """Bytes of every storage that is mapped, in the order of the file."""
+    found, seen, left = dict[int, int](), set[int](), [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            if value.layout == torch.strided and value.device.type == "cpu":
+                storage = value.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            # a pickle may hold itself
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)
+    return [found[at] for at in sorted(found) if found[at]]
+
+
+def _record_sizes(path: Path) -> list[int]:
+    """Bytes of every record of numbers, in the order of the file.
+
+    The loader maps as many bytes as a tensor says, be its record shorter: those of the next one.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = [one for one in archive.infolist() if "/data/" in one.filename]
+    ordered = sorted(records, key=lambda one: one.header_offset)
+    return [record.file_size for record in ordered if record.file_size]
 
 
 def _check_archive(path: Path) -> None:

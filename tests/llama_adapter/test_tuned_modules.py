@@ -9,6 +9,7 @@ from torch import Tensor
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
 from llama_adapter.adapter_bank import AdapterBank, RowBank
 from llama_adapter.cache import KVCache
+from llama_adapter.checkpoints.quantize import quantize
 from llama_adapter.config import LINEARS, AdapterConfig, LlamaConfig, Tuning
 from llama_adapter.engine import Engine
 from llama_adapter.generation import generate
@@ -140,6 +141,16 @@ def test_a_half_precision_base_runs_them(tiny_model: Llama, tiny_config: LlamaCo
     assert (got.float() - expected).abs().mean() < 0.1 * expected.std()
 
 
+@torch.no_grad()
+def test_a_quantised_base_runs_them(tiny_model: Llama, tiny_config: LlamaConfig) -> None:
+    adapter = tuned_adapter(tiny_config)
+    expected = tiny_model(tokens_of(), tiny_model.project(adapter))
+    quantize(tiny_model, "int8")
+    got = tiny_model(tokens_of(), tiny_model.project(adapter))
+    assert not torch.equal(got, expected)
+    assert (got - expected).abs().mean() < 0.1 * expected.std()
+
+
 def test_banks_of_many_adapters_refuse_them_by_name(
     tiny_model: Llama, tiny_config: LlamaConfig, tiny_tokenizer: Tokenizer
 ) -> None:
@@ -155,7 +166,9 @@ def test_banks_of_many_adapters_refuse_them_by_name(
     with pytest.raises(ValueError, match="adapter_index must be None with an adapter's bias"):
         RowBank(Prompts(banked, index, None, prompts.tuned), 2)
     engine = Engine(tiny_model, tiny_tokenizer, bank=RowBank(prompts, 1), pool_tokens=512)
-    with pytest.raises(ValueError, match="adapter must be named: the bank's biases and norms"):
+    with pytest.raises(
+        ValueError, match="adapter must be named: the bank's biases, scales and norms"
+    ):
         engine.submit("seven birds", SamplingConfig())
 
 

@@ -71,9 +71,15 @@ def norm_tensors(prefix: str = "") -> dict[str, Tensor]:
 
 
 def chat_tensors(*, prompts: bool) -> dict[str, Tensor]:
-    """chat65b: a scale of the input's width and a bias of the output's, for seven maps."""
+    """chat65b: a scale of the input's width and a bias of the output's, for seven maps.
+
+    It has no gates in layers without prompts.
+    """
     source = generator(9)
-    found = (prompt_tensors() if prompts else {}) | norm_tensors()
+    found = norm_tensors()
+    if prompts:
+        gateless = ("layers.0.", "layers.1.")
+        found |= {n: v for n, v in prompt_tensors().items() if not n.startswith(gateless)}
     for layer in range(4):
         for linear, (n_in, n_out) in WIDTHS.items():
             found[f"{place(layer, linear)}_scale"] = torch.rand(n_in, generator=source) + 0.5

@@ -165,7 +165,7 @@ def changed_tensors(tensors: dict[Any, Any], rng: random.Random) -> str:
         tensors[rng.choice(["x", name + ".more", "layers.77.attention.gate"])] = value
     elif kind == "longer":
         dim = rng.randrange(value.ndim)
-        tensors[name] = torch.cat((value, value), dim)
+        tensors[name] = torch.cat((value, value.narrow(dim, 0, 1)), dim)
     elif kind == "shorter":
         tensors[name] = value[..., : value.shape[-1] - 1] if value.shape[-1] > 1 else value[:0]
     elif kind == "expanded":
@@ -294,7 +294,7 @@ def fuzz(name: str, folder: Path, count: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FORMATS)
 def test_mutations_are_refused_or_harmless(name: str, tmp_path: Path) -> None:
-    fuzz(name, tmp_path, 120)
+    fuzz(name, tmp_path, 40)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Is a torch file opened without running anything, and every other file refused in one line?"""
 
 import argparse
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,36 @@ def test_only_a_dictionary_will_do(tmp_path: Path) -> None:
     torch.save(torch.ones(2), path)
     with pytest.raises(ValueError, match="must hold tensors by name, got Tensor"):
         open_torch(path)
+
+
+def test_a_record_shorter_than_its_tensor_is_found(tmp_path: Path) -> None:
+    """The loader maps the bytes that follow it, another tensor's, and says nothing."""
+    whole, path = tmp_path / "whole.pth", tmp_path / "cut.pth"
+    torch.save({"x": torch.randn(64), "y": torch.randn(64), "again": {}}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:
+        for record in source.infolist():
+            content = source.read(record)
+            cut = record.filename.endswith("/data/0")
+            target.writestr(record.filename, content[:100] if cut else content)
+    with pytest.raises(ValueError, match="is damaged: its tensors lie in records of other sizes"):
+        open_torch(path)
+
+
+def test_an_archive_of_another_program_is_refused(tmp_path: Path) -> None:
+    whole, path = tmp_path / "whole.pth", tmp_path / "packed.pth"
+    torch.save({"x": torch.zeros(640)}, whole)
+    packed = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(whole) as source, packed as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+    with pytest.raises(ValueError, match=r"is an archive, but not one that torch\.save wrote"):
+        open_torch(path)
+
+
+def test_views_of_one_storage_and_values_that_hold_themselves_are_read(tmp_path: Path) -> None:
+    path, x = tmp_path / "a.pth", torch.randn(6)
+    loop: list[object] = [x]
+    loop.append(loop)
+    torch.save({"x": x[2:], "y": x.view(2, 3), "empty": torch.ones(0), "loop": loop}, path)
+    opened = open_torch(path)
+    assert torch.equal(opened["x"], x[2:])
