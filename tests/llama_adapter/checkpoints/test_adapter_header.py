@@ -82,6 +82,52 @@ def test_every_flipped_bit_of_every_group_is_found(tuned: Path) -> None:
         data[bit // 8] ^= 1 << bit % 8
 
 
+def changed_json(value: Any, rng: random.Random) -> Any:
+    """The same JSON with one thing in it replaced, removed or added."""
+    odd = [None, True, -1, 0, 10**30, 1.5, float("nan"), "", "x" * 300, [], [[]], {}, {"a": 1}, [7]]
+    if isinstance(value, dict | list) and value and rng.random() < 0.85:
+        key = rng.choice(sorted(value) if isinstance(value, dict) else range(len(value)))
+        kind = rng.random()
+        if kind < 0.7:
+            value[key] = changed_json(value[key], rng)
+        elif kind < 0.85:
+            del value[key]
+        elif isinstance(value, dict):
+            value[f"{key}_more"] = rng.choice(odd)
+        else:
+            value.append(rng.choice([*odd, value[key]]))
+        return value
+    return rng.choice(odd)
+
+
+def fuzz_header(path: Path, count: int) -> None:
+    """A header with a valid hash is read as it is, or refused in one line."""
+    rng, data, refused = random.Random(4), path.read_bytes(), 0
+    for _ in range(count):
+        path.write_bytes(data)
+        rewrite(path, lambda header: changed_json(header, rng))
+        try:
+            header, tensors = read_adapter(path)
+        except ValueError as error:
+            message = str(error)
+            assert str(path) in message
+            assert "\n" not in message
+            refused += 1
+        else:
+            assert header.tuning == TUNING
+            assert tensors["bias_w2"].shape == (4, 48)
+    assert refused > count / 2
+
+
+def test_changed_headers_are_read_or_refused(tuned: Path) -> None:
+    fuzz_header(tuned, 200)
+
+
+@pytest.mark.slow
+def test_a_thousand_changed_headers_are_read_or_refused(tuned: Path) -> None:
+    fuzz_header(tuned, 1000)
+
+
 ERRORS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda header: header["groups"].reverse(), "groups must be some of"),
     (lambda header: header.update(groups=[]), "groups .* do not go with 2 adapted layers"),

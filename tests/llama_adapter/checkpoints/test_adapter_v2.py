@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_adapter.checkpoints.adapter_assembly import ReadOptions
+from llama_adapter.checkpoints.adapter_assembly import ReadOptions, fitting_presets
 from llama_adapter.checkpoints.adapter_formats import read_any_adapter, write_adapter_as
 from tests.llama_adapter.checkpoints.adapter_samples import (
     CONFIG,
@@ -118,3 +118,24 @@ def test_an_unknown_base_is_asked_for(tmp_path: Path) -> None:
     path = save({"model": chat_tensors(prompts=False)}, tmp_path / "chat.pth")
     with pytest.raises(ValueError, match="does not tell its base's n_heads: name the base"):
         read_any_adapter(path)
+
+
+def test_the_released_65b_file_is_known_by_its_shape(tmp_path: Path) -> None:
+    """No prompts, no gates: 13,811,712 numbers, the abstract's 14M."""
+    dim, hidden = 8192, 22016
+    tensors = {"norm.weight": torch.ones(dim)}
+    for i in range(80):
+        at = f"layers.{i}"
+        for name in ("wq", "wk", "wv", "wo"):
+            tensors[f"{at}.attention.{name}_scale"] = torch.ones(dim)
+            tensors[f"{at}.attention.{name}_bias"] = torch.ones(dim)
+        for name, n_in, n_out in (("w1", dim, hidden), ("w2", hidden, dim), ("w3", dim, hidden)):
+            tensors[f"{at}.feed_forward.{name}_scale"] = torch.ones(n_in)
+            tensors[f"{at}.feed_forward.{name}_bias"] = torch.ones(n_out)
+        tensors |= {
+            f"{at}.{name}.weight": torch.ones(dim) for name in ("attention_norm", "ffn_norm")
+        }
+    stored = read_any_adapter(save({"model": tensors}, tmp_path / "chat.pth"))
+    assert sum(value.numel() for value in stored.tensors.values()) == 13_811_712
+    assert fitting_presets(stored.header.base.shape) == ["llama-65b"]
+    assert any("n_heads 64" in note and "assumed" in note for note in stored.notes)
