@@ -16,6 +16,7 @@ from llama_adapter.generation import generate
 from llama_adapter.model import Llama
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.tokenizer import Tokenizer
+from llama_adapter.trainer import Trainer
 
 EVERYTHING = Tuning(("bias", "scale", "norm"), LINEARS, "output")
 
@@ -170,6 +171,19 @@ def test_banks_of_many_adapters_refuse_them_by_name(
         ValueError, match="adapter must be named: the bank's biases, scales and norms"
     ):
         engine.submit("seven birds", SamplingConfig())
+
+
+def test_training_refuses_what_its_loss_would_not_see(
+    tiny_model: Llama, tiny_config: LlamaConfig
+) -> None:
+    with pytest.raises(ValueError, match="prompts and gates alone to be trained, got bias, scale"):
+        Trainer(
+            tiny_model,
+            tuned_adapter(tiny_config),
+            micro_batch_size=1,
+            weight_decay=0.0,
+            betas=(0.9, 0.95),
+        )
 
 
 @pytest.mark.parametrize(
