@@ -84,13 +84,14 @@ def describe_adapter(path: Path) -> list[str]:
     # an answer about a file needs no picture, and says what it holds besides
     stored = read_any_adapter(path, ReadOptions(leave_out=("lora", "new_gate", "visual")))
     header, tensors = stored.header, stored.tensors
+    converted = header.origin not in (None, stored.format)
     path = adapter_path(path) or path
     files = [path] if path.is_file() else [one for one in path.iterdir() if one.is_file()]
     size = sum(file.stat().st_size for file in files)
     count = sum(tensor.numel() for tensor in tensors.values())
     lines = [
         f"adapter     {path} ({count:,} parameters, {size:,} bytes)",
-        f"format      {stored.format}" + (f", from {header.origin}" * (header.origin is not None)),
+        f"format      {stored.format}" + (f", from {header.origin}" if converted else ""),
         f"base        {header.base.describe()}",
         f"groups      {', '.join(header.groups)}",
     ]

@@ -76,6 +76,7 @@ def test_logits_equal_litgpts(kind: str) -> None:
     assert stored.format == {"adapter": "litgpt", "adapter_v2": "litgpt-v2"}[kind]
     assert stored.notes[0] == f"gates: identity ({stored.format}'s convention), one per head"
     assert stored.header.layers == (2, 3)
+    assert stored.tensors["gates"].abs().max() > 1
     assert stored.header.scale_side == (None if kind == "adapter" else "output")
     assert_logits(stored, model, held["tokens"], held[f"logits.{kind}"])
 
