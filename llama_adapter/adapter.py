@@ -1,8 +1,9 @@
-"""The adapter: learnable prompts and gates of the adapted layers, as data beside a frozen model.
+"""The adapter: prompts and gates of the adapted layers, as data beside a frozen model.
 
-An `Adapter` holds parameters and knows which layers they belong to. `Llama.project` turns it into
-`Prompts`, the keys, values and gate multipliers that attention takes; whoever calls the model owns
-the result, so training projects anew at each step and inference once per adapter.
+With LLaMA-Adapter V2's groups also biases and scales of linear maps, and norms. An `Adapter` holds
+parameters and knows where they belong. `Llama.project` turns it into `Prompts`, what the model's
+layers take; whoever calls the model owns the result, so training projects anew at each step and
+inference once per adapter.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.config import AdapterConfig, LlamaConfig
+from llama_adapter.config import AdapterConfig, LlamaConfig, Tuning, shape_of
+from llama_adapter.tuned_modules import TunedModules
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,18 @@ class Prompts:
         layers: layer index to its prompt segment; layers that are absent have none.
         adapter_index: (B,) int32, each sequence's row of a bank of adapters, -1 for none.
         prompt_lengths: (A,) int32, prompt rows in use per adapter of a bank.
+        tuned: the layers as an adapter's biases, scales and norms make them, for the whole batch;
+            None leaves the model's own.
     """
 
     layers: dict[int, LayerPrompt]
     adapter_index: Tensor | None = None
     prompt_lengths: Tensor | None = None
+    tuned: TunedModules | None = None
+
+    def of(self, adapter_index: Tensor) -> "Prompts":
+        """A bank's prompts for a batch whose sequences have these rows (B,) int32."""
+        return Prompts(self.layers, adapter_index, self.prompt_lengths, self.tuned)
 
 
 class Adapter(nn.Module):
@@ -45,7 +54,8 @@ class Adapter(nn.Module):
     Attributes:
         prompts: (L, P, C), the rows prepended to a layer's tokens (equation 1).
         gates: (L, H), or (L, 1) with gate_scope "layer" (equation 7); before the activation.
-        layers: the L layer indices that the rows belong to, ascending.
+        layers: the L layer indices that the rows belong to, ascending; none with a tuning alone.
+        tuning: which biases, scales and norms there are besides; see `tuned_parameters`.
     """
 
     def __init__(
@@ -55,6 +65,7 @@ class Adapter(nn.Module):
         *,
         layers: tuple[int, ...] | None = None,
         generator: torch.Generator | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         """Create an untrained adapter.
 
@@ -63,6 +74,7 @@ class Adapter(nn.Module):
             model: the shape of the base model.
             layers: explicit layer indices in place of the topmost `config.n_layers`.
             generator: source of the prompts' random values.
+            tuning: groups of biases (0 at first), scales (1) and norms (1, not the base's own).
 
         Raises:
             ValueError: a layer index is repeated or outside the model.
@@ -71,7 +83,9 @@ class Adapter(nn.Module):
         self.config = config
         self.layers = config.layers_of(model.n_layers) if layers is None else tuple(layers)
         fits = all(0 <= layer < model.n_layers for layer in self.layers)
-        if not self.layers or sorted(set(self.layers)) != list(self.layers) or not fits:
+        self.tuning = Tuning() if tuning is None else tuning
+        given = self.layers or self.tuning.groups
+        if not given or sorted(set(self.layers)) != list(self.layers) or not fits:
             raise ValueError(
                 f"layers must be ascending indices below {model.n_layers}, got {self.layers}"
             )
@@ -80,6 +94,9 @@ class Adapter(nn.Module):
         shape = (count, config.prompt_length, model.dim)
         self.prompts = nn.Parameter(torch.randn(shape, generator=generator) * config.prompt_std)
         self.gates = nn.Parameter(torch.zeros(count, heads))
+        for name, tuned_shape in self.tuning.shapes(shape_of(model)).items():
+            value = torch.zeros if name.startswith("bias_") else torch.ones
+            self.register_parameter(name, nn.Parameter(value(tuned_shape)))
 
     def multipliers(self) -> Tensor:
         """Gate multipliers (L, H) in float32: the only place where tanh is applied to a gate."""
@@ -88,6 +105,29 @@ class Adapter(nn.Module):
             gates = gates.tanh()
         return gates.expand(-1, self.n_heads)
 
+    def tuned_parameters(self) -> dict[str, nn.Parameter]:
+        """The tuning's parameters by name: "bias_wq" (N, out), "norm" (C,), of N layers each."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name not in ("prompts", "gates")
+        }
+
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by group name, as optimisers and checkpoints know them."""
-        return {"prompts": [self.prompts], "gates": [self.gates]}
+        found = {"prompts": [self.prompts], "gates": [self.gates]} if self.layers else {}
+        for group in self.tuning.groups:
+            found[group] = [
+                parameter
+                for name, parameter in self.tuned_parameters().items()
+                if (name.partition("_")[0] if name.startswith(("bias_", "scale_")) else "norm")
+                == group
+            ]
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a file of the adapter holds, by name; without prompts no gates either."""
+        own = {name: value.detach() for name, value in self.state_dict().items()}
+        return (
+            own if self.layers else {n: v for n, v in own.items() if n in self.tuned_parameters()}
+        )

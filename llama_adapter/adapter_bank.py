@@ -145,6 +145,12 @@ class AdapterBank:
     def _check(self, name: Hashable, adapter: Adapter) -> None:
         """Raise unless an adapter belongs to the model's shape and to the bank."""
         config = self._model.config
+        if adapter.tuning.groups:
+            raise ValueError(
+                f"adapter {name!r} must have prompts and gates alone, got "
+                f"{', '.join(adapter.tuning.groups)}: those change the layers of a whole batch, "
+                "whose adapters a bank mixes; run it by itself, with prompts of Llama.project"
+            )
         length, dim = adapter.prompts.shape[1:]
         if (dim, adapter.n_heads) != (config.dim, config.n_heads):
             raise ValueError(
@@ -213,10 +219,13 @@ class RowBank:
             batch: rows B.
 
         Raises:
-            ValueError: they belong to another number of rows.
+            ValueError: they belong to another number of rows, or biases, scales or norms come
+                with a bank.
         """
         index, layers = prompts.adapter_index, prompts.layers
         if index is not None:
+            if prompts.tuned is not None:
+                raise ValueError("adapter_index must be None with an adapter's bias, scale or norm")
             if tuple(index.shape) != (batch,):
                 raise ValueError(
                     f"adapter_index must have shape (B,) = ({batch},), got {tuple(index.shape)}"
@@ -228,7 +237,8 @@ class RowBank:
         single = all(prompt.k.ndim == 3 for prompt in layers.values())
         self._rows = [0] * batch if single else list(range(batch))
         rows = 1 if single else batch
-        self.prompts = Prompts({n: _rows_of(n, p, rows) for n, p in layers.items()})
+        banked = {n: _rows_of(n, p, rows) for n, p in layers.items()}
+        self.prompts = Prompts(banked, tuned=prompts.tuned)
 
     def acquire(self, name: Hashable) -> int:
         """The bank's row of a row of the batch."""

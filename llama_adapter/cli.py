@@ -22,8 +22,10 @@ import torch
 from llama_adapter import assets
 from llama_adapter.adapter import Prompts
 from llama_adapter.checkpoints import Base, default_device, load_base
-from llama_adapter.checkpoints.adapter_file import load_adapter, read_adapter
+from llama_adapter.checkpoints.adapter_file import load_adapter
+from llama_adapter.checkpoints.adapter_formats import adapter_path
 from llama_adapter.checkpoints.quantize import FORMATS
+from llama_adapter.convert import add_arguments, convert, describe_adapter
 from llama_adapter.data.records import read_items
 from llama_adapter.data.template import prompt_text
 from llama_adapter.generation import stream
@@ -246,26 +248,13 @@ def _info(options: argparse.Namespace) -> int:
     path: Path = options.path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
-    if path.is_dir() and (path / "adapter.safetensors").is_file():
-        # a run folder
-        path = path / "adapter.safetensors"
-    if path.is_dir():
+    if adapter_path(path) is None:
         base = load_base(path)
         count = sum(parameter.numel() for parameter in base.model.parameters())
         print(f"base model  {base.name}\nshape       {base.model.config.describe()}")
         print(f"parameters  {count:,}\ntokenizer   {base.tokenizer.vocab_size} pieces")
         return 0
-    header, tensors = read_adapter(path)
-    count = sum(tensor.numel() for tensor in tensors.values())
-    gates, config = tensors["gates"], header.config
-    print(f"adapter     {path} ({count:,} parameters, {path.stat().st_size:,} bytes)")
-    print(f"base        {header.base.describe()}")
-    print(f"layers      {len(header.layers)}: {', '.join(map(str, header.layers))}")
-    print(f"prompts     {config.prompt_length} per layer, {header.prompt_kind}")
-    print(
-        f"gates       one per {config.gate_scope}, {config.gate_activation}, "
-        f"from {gates.min():.3f} to {gates.max():.3f}"
-    )
+    print("\n".join(describe_adapter(path)))
     return 0
 
 
@@ -327,6 +316,9 @@ def _parser() -> Parser:
 
     info = _command(commands, "info", _info, "Say what an adapter file or a model folder is.")
     info.add_argument("path", type=Path, help="adapter file or folder of a base model")
+
+    change = _command(commands, "convert", convert, "Bring an adapter into another format.")
+    add_arguments(change)
 
     quick = _command(
         commands, "quickstart", _quickstart, "Fine-tune the bundled model, in minutes."

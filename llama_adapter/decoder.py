@@ -135,10 +135,10 @@ class Decoder:
         cos, sin = (table[span.positions] for table in self._angles)
         prompts = self.prompts
         if prompts is not None:
-            prompts = Prompts(prompts.layers, adapters, prompts.prompt_lengths)
+            prompts = prompts.of(adapters)
         step = Step(cos, sin, prompts, self.pool, span)
         hidden = self.model.run(numbers[:, :1].long(), step)
-        return self.model.logits(hidden[:, 0])
+        return self.model.logits(hidden[:, 0], prompts)
 
     def _replay(self, size: int, numbers: Tensor) -> Tensor:
         captured = self._captured.get(size)

@@ -208,6 +208,10 @@ class Engine:
             if self._bank is None:
                 raise ValueError(f"adapter must be None without a bank, got {adapter!r}")
             request.adapter = self._bank.acquire(adapter)
+        elif self._prompts is not None and self._prompts.tuned is not None:
+            raise ValueError(
+                "adapter must be named: the bank's biases, scales and norms are of all"
+            )
         self._waiting.append(request)
         return row.index
 
@@ -319,7 +323,7 @@ class Engine:
             else:
                 request.read += len(part)
         if done:
-            self._write(done, self.model.logits(hidden[0, rows]))
+            self._write(done, self.model.logits(hidden[0, rows], self._prompts))
 
     @torch.inference_mode()
     def _run_packed(
@@ -339,8 +343,7 @@ class Engine:
         tokens = torch.tensor([[token for part in parts for token in part]]).to(device)
         prompts = self._prompts
         if prompts is not None:
-            index = torch.tensor(adapters, dtype=torch.int32).to(device)
-            prompts = Prompts(prompts.layers, index, prompts.prompt_lengths)
+            prompts = prompts.of(torch.tensor(adapters, dtype=torch.int32).to(device))
         angles = rotary_angles(self.model.config, span.positions)
         return self.model.run(tokens, Step(*angles, prompts, self.pool, span))
 

@@ -25,6 +25,7 @@ from adapter_kernels import (
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
 from llama_adapter.cache import KVCache, PagePool, Span
 from llama_adapter.config import LlamaConfig
+from llama_adapter.tuned_modules import tune
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def rotary_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tenso
 class Linear(nn.Linear):
     """The model's one linear map, y = W x; every projection of tokens and prompts passes here.
 
-    LLaMA-Adapter V2's bias and scale belong in this call.
+    Where an adapter has biases and scales, a `TunedLinear` of the same weight takes its place.
     """
 
     def __init__(self, n_in: int, n_out: int) -> None:
@@ -253,19 +254,23 @@ class Llama(nn.Module):
         """Keys, values and gate multipliers of every adapted layer, differentiable in the adapter.
 
         Args:
-            adapter: prompts (L, P, C) and gates (L, H) for this model.
+            adapter: prompts (L, P, C) and gates (L, H) for this model; any biases, scales, norms.
 
         Returns:
             Prompts that live as long as the caller wants: one step in training (the projection is
             part of the graph), as long as the adapter is loaded at inference.
         """
         multipliers = adapter.multipliers()
-        layers = {}
+        layers, tuned = {}, None
+        if adapter.tuning.groups:
+            parameters, side = adapter.tuned_parameters(), adapter.tuning.scale_side
+            tuned = tune(self, self.output_weight, parameters, side)
+        blocks = self.layers if tuned is None else tuned.layers
         for row, layer in enumerate(adapter.layers):
-            block = cast(Block, self.layers[layer])
+            block = cast(Block, blocks[layer])
             k, v = block.attention.project_prompt(adapter.prompts[row])
             layers[layer] = LayerPrompt(k, v, multipliers[row])
-        return Prompts(layers)
+        return Prompts(layers, tuned=tuned)
 
     def hidden(
         self,
@@ -318,13 +323,17 @@ class Llama(nn.Module):
 
         What `hidden` calls, and what an engine calls that keeps its own books: nothing is checked.
         """
+        tuned = None if step.prompts is None else step.prompts.tuned
+        layers, norm = (self.layers, self.norm) if tuned is None else (tuned.layers, tuned.norm)
         x = self.tok_embeddings(tokens)
-        for layer in self.layers:
+        for layer in layers:
             x = layer(x, step)
-        return self.norm(x)
+        return norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Project hidden states (..., C) to logits (..., vocabulary)."""
+    def logits(self, hidden: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """Project hidden states (..., C), of these prompts, to logits (..., vocabulary)."""
+        if prompts is not None and prompts.tuned is not None and prompts.tuned.output is not None:
+            return prompts.tuned.output(hidden)
         return linear(hidden, self.output_weight)
 
     def forward(
@@ -337,4 +346,4 @@ class Llama(nn.Module):
     ) -> Tensor:
         """Logits (B, T, vocabulary) of the next token; arguments and errors as `hidden`."""
         hidden = self.hidden(tokens, prompts, cache=cache, new_lengths=new_lengths)
-        return self.logits(hidden)
+        return self.logits(hidden, prompts)

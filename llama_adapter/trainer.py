@@ -47,8 +47,8 @@ class Trainer:
             clip: largest norm of the gradient of all groups of a batch together, or None.
 
         Raises:
-            ValueError: the base is quantised or not frozen, or a parameter of the adapter is not
-                float32.
+            ValueError: the base is quantised or not frozen, a parameter of the adapter is not
+                float32, or it has biases, scales or norms, which run but are not trained yet.
         """
         if is_quantized(model):
             raise ValueError(
@@ -60,6 +60,12 @@ class Trainer:
         for name, value in adapter.named_parameters():
             if value.dtype != torch.float32:
                 raise ValueError(f"adapter must be float32, {name} is {value.dtype}")
+        if adapter.tuning.groups:
+            # the loss is computed from the base's own projection to logits
+            groups = ", ".join(adapter.tuning.groups)
+            raise ValueError(
+                f"adapter must have prompts and gates alone to be trained, got {groups}"
+            )
         self.model, self.adapter = model, adapter
         self.micro_batch_size, self.clip = micro_batch_size, clip
         self.groups = adapter.groups()

@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[1]
 # top-level modules of llama_adapter, lowest first; a module may import from lower rows only
 LAYERS = (
     {"config", "assets", "options"},
-    {"recipe"},
+    {"recipe", "tuned_modules"},
     {"adapter", "cache", "tokenizer", "sampling"},
     {"completion"},
     {"model"},
     {"adapter_bank", "decoder"},
     {"checkpoints", "multimodal", "hosts", "integrations"},
-    {"data", "run_folder"},
+    {"data", "run_folder", "convert"},
     {"trainer", "engine"},
     {"training", "generation"},
     {"evaluation"},

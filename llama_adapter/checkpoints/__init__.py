@@ -1,5 +1,7 @@
 """Base models and adapters on disk: `load_base` reads a base, adapter_file.py the adapter's file.
 
+adapter_formats.py reads and writes adapters of other programs.
+
 Every format has a file of its own with its key map as a table; callers see one `Base`.
 """
 

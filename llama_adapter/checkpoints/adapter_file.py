@@ -7,10 +7,9 @@ layers, conventions, and the base model's fingerprint. A reader refuses what it 
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -18,19 +17,17 @@ from safetensors import torch as safetensors
 from torch import Tensor
 
 from llama_adapter.adapter import Adapter
-from llama_adapter.checkpoints.atomic import write_atomically
-from llama_adapter.checkpoints.fingerprint import (
-    SHAPE_FIELDS,
-    Fingerprint,
-    fingerprint,
-    sample_count,
+from llama_adapter.checkpoints.adapter_header import (
+    AdapterHeader,
+    expected_tensors,
+    from_json,
+    to_json,
 )
+from llama_adapter.checkpoints.atomic import write_atomically
+from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint
 from llama_adapter.checkpoints.train_state import is_train_state
-from llama_adapter.config import AdapterConfig, LlamaConfig
+from llama_adapter.config import LlamaConfig
 from llama_adapter.model import Llama
-
-FORMAT_VERSION = 1
-PROMPT_KINDS = ("hidden",)
 
 # the content hash lies behind a constant beginning, and counts as zeros in its own computation
 _LENGTH_BYTES = 8
@@ -38,43 +35,6 @@ _OPENING = b'{"__metadata__":{"sha256":"'
 _HASH_START = _LENGTH_BYTES + len(_OPENING)
 _HASH_END = _HASH_START + 64
 _ALIGNMENT = 8
-
-
-@dataclass(frozen=True)
-class AdapterHeader:
-    """What an adapter file says about its tensors.
-
-    Attributes:
-        groups: names of the groups of tensors that the file holds.
-        layers: the adapted layers, ascending.
-        prompt_kind: "hidden": rows of width C that the layer projects to keys and values.
-        scale_side: side of a linear map that a scale group multiplies; None without such a group.
-        config: the adapter's configuration, among it the gate's activation and scope.
-        base: the base model it was trained on.
-    """
-
-    groups: tuple[str, ...]
-    layers: tuple[int, ...]
-    config: AdapterConfig
-    base: Fingerprint
-    prompt_kind: str = "hidden"
-    scale_side: str | None = None
-
-
-def _prompt_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
-    return {"prompts": (len(header.layers), header.config.prompt_length, header.base.shape["dim"])}
-
-
-def _gate_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
-    heads = header.base.shape["n_heads"] if header.config.gate_scope == "head" else 1
-    return {"gates": (len(header.layers), heads)}
-
-
-# group to the names and shapes of its tensors, all float32
-GROUPS: dict[str, Callable[[AdapterHeader], dict[str, tuple[int, ...]]]] = {
-    "prompts": _prompt_shapes,
-    "gates": _gate_shapes,
-}
 
 
 def save_adapter(path: str | Path, adapter: Adapter, base: Fingerprint) -> None:
@@ -89,9 +49,14 @@ def save_adapter(path: str | Path, adapter: Adapter, base: Fingerprint) -> None:
         ValueError: the adapter does not fit the base's shape.
         FileNotFoundError: the folder does not exist.
     """
-    tensors = {name: value.detach().cpu() for name, value in adapter.state_dict().items()}
+    tensors = {name: value.cpu() for name, value in adapter.tensors().items()}
     header = AdapterHeader(
-        groups=tuple(adapter.groups()), layers=adapter.layers, config=adapter.config, base=base
+        groups=tuple(adapter.groups()),
+        layers=adapter.layers,
+        config=adapter.config,
+        base=base,
+        scale_side=adapter.tuning.scale_side,
+        linears=adapter.tuning.linears,
     )
     write_atomically(path, encode(header, tensors))
 
@@ -123,33 +88,47 @@ def load_adapter(
             f"adapter {path} was trained on base {header.base.describe()}, but the loaded base is "
             f"{loaded.describe()}: {difference}"
         )
-    adapter = adapter_from_tensors(header.config, header.layers, tensors, model.config)
+    if not header.base.samples:
+        warnings.warn(
+            f"adapter {path} was converted from {header.origin}, which does not tell its base: "
+            f"its shape fits {loaded.name!r}, its weights are not known",
+            stacklevel=2,
+        )
+    adapter = adapter_from_tensors(header, tensors, model.config)
     return adapter.to(model.output_weight.device)
 
 
 def adapter_from_tensors(
-    config: AdapterConfig,
-    layers: tuple[int, ...],
-    tensors: Mapping[str, Tensor],
-    model: LlamaConfig,
+    header: AdapterHeader, tensors: Mapping[str, Tensor], model: LlamaConfig
 ) -> Adapter:
     """Make an adapter of tensors that come from a file or another format.
 
     Args:
-        config: its configuration.
-        layers: the layers that the rows belong to, ascending.
-        tensors: "prompts" (L, P, C) and "gates" (L, H) or (L, 1), float32.
+        header: configuration, layers and groups; its base is not looked at.
+        tensors: "prompts" (L, P, C), "gates" (L, H) or (L, 1), those of `Tuning.shapes`; float32.
         model: shape of the base.
 
     Raises:
         ValueError: a tensor is missing, surplus, or has another shape or dtype.
     """
     # a generator of its own: reading a file draws no random number from the caller's
-    adapter = Adapter(config, model, layers=layers, generator=torch.Generator())
-    expected = {name: tuple(value.shape) for name, value in adapter.state_dict().items()}
+    adapter = Adapter(
+        header.config,
+        model,
+        layers=header.layers,
+        generator=torch.Generator(),
+        tuning=header.tuning,
+    )
+    expected = {name: tuple(value.shape) for name, value in adapter.tensors().items()}
     _check_tensors(expected, tensors, "adapter")
-    adapter.load_state_dict(dict(tensors))
+    adapter.load_state_dict(dict(tensors), strict=False)
     return adapter
+
+
+def is_adapter_file(path: Path) -> bool:
+    """Whether a file begins as this package's adapter files do."""
+    with open(path, "rb") as file:
+        return file.read(_HASH_START)[_LENGTH_BYTES:] == _OPENING
 
 
 def read_header(path: str | Path) -> AdapterHeader:
@@ -184,12 +163,12 @@ def encode(header: AdapterHeader, tensors: Mapping[str, Tensor]) -> bytes:
     Raises:
         ValueError: the tensors are not those that the header speaks of.
     """
-    _check_tensors(_expected_tensors(header), tensors, "adapter")
+    _check_tensors(expected_tensors(header, "adapter"), tensors, "adapter")
     contiguous = {name: value.contiguous() for name, value in tensors.items()}
     plain = safetensors.save(contiguous)
     length = int.from_bytes(plain[:_LENGTH_BYTES], "little")
     entries = json.loads(plain[_LENGTH_BYTES : _LENGTH_BYTES + length])
-    metadata = {"sha256": "0" * 64, "llama_adapter": json.dumps(_to_json(header))}
+    metadata = {"sha256": "0" * 64, "llama_adapter": json.dumps(to_json(header))}
     text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     data = bytearray(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
@@ -215,7 +194,8 @@ def decode(data: bytes, where: str) -> tuple[AdapterHeader, dict[str, Tensor]]:
                 "is adapter.safetensors or best.safetensors in the folder above"
             )
         raise ValueError(
-            f"{where} is not an adapter file of this package, or its beginning is damaged"
+            f"{where} is not an adapter file of this package, or its beginning is damaged; "
+            "llama-adapter convert brings those of other programs into this format"
         )
     if data[_HASH_START:_HASH_END] != _content_hash(data):
         raise ValueError(
@@ -226,12 +206,12 @@ def decode(data: bytes, where: str) -> tuple[AdapterHeader, dict[str, Tensor]]:
     try:
         tensors = safetensors.load(data)
         metadata = json.loads(data[_LENGTH_BYTES : _LENGTH_BYTES + length])["__metadata__"]
-        header = _from_json(json.loads(metadata["llama_adapter"]), where)
+        header = from_json(json.loads(metadata["llama_adapter"]), where)
     except (
         SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, RecursionError
     ) as error:  # fmt: skip
         raise ValueError(f"{where} is not readable: {error!r}") from None
-    _check_tensors(_expected_tensors(header), tensors, where)
+    _check_tensors(expected_tensors(header, where), tensors, where)
     return header, tensors
 
 
@@ -240,102 +220,6 @@ def _content_hash(data: bytes | bytearray) -> bytes:
     digest.update(b"0" * (_HASH_END - _HASH_START))
     digest.update(memoryview(data)[_HASH_END:])
     return digest.hexdigest().encode()
-
-
-def _to_json(header: AdapterHeader) -> dict[str, Any]:
-    return {"format_version": FORMAT_VERSION, **asdict(header)}
-
-
-def _from_json(content: Any, where: str) -> AdapterHeader:
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{where} has format version {version}, this package reads version {FORMAT_VERSION}"
-        )
-    values = {name: value for name, value in content.items() if name != "format_version"}
-    _check_fields(AdapterHeader, values, f"{where}: header")
-    _check_fields(AdapterConfig, values["config"], f"{where}: config")
-    _check_fields(Fingerprint, values["base"], f"{where}: base")
-    base = Fingerprint(**values["base"] | {"samples": tuple(values["base"]["samples"])})
-    _check_base(base, where)
-    try:
-        config = AdapterConfig(**values["config"])
-    except ValueError as error:
-        raise ValueError(f"{where}: config: {error}") from None
-    header = AdapterHeader(
-        groups=tuple(values["groups"]),
-        layers=tuple(values["layers"]),
-        config=config,
-        base=base,
-        prompt_kind=values["prompt_kind"],
-        scale_side=values["scale_side"],
-    )
-    _check_known("prompt_kind", header.prompt_kind, PROMPT_KINDS, where)
-    _check_known("scale_side", header.scale_side, (None,), where)
-    for group in header.groups:
-        _check_known("group", group, tuple(GROUPS), where)
-    count = base.shape["n_layers"]
-    ascending = sorted(set(header.layers)) == list(header.layers)
-    if not ascending or not all(0 <= layer < count for layer in header.layers):
-        raise ValueError(
-            f"{where}: layers must be ascending indices below {count}, got {header.layers}"
-        )
-    return header
-
-
-def _check_base(base: Fingerprint, where: str) -> None:
-    if sorted(base.shape) != sorted(SHAPE_FIELDS):
-        raise ValueError(
-            f"{where}: base shape must have {', '.join(SHAPE_FIELDS)}, got {', '.join(base.shape)}"
-        )
-    for name, size in base.shape.items():
-        if size < 1:
-            raise ValueError(f"{where}: base: {name} must be at least 1, got {size}")
-    expected = sample_count(base.shape["n_layers"])
-    if len(base.samples) != expected:
-        raise ValueError(
-            f"{where}: base must have {expected} sampled weights, got {len(base.samples)}"
-        )
-
-
-def _check_fields(kind: type, values: dict[str, Any], where: str) -> None:
-    specs = {spec.name: spec.type for spec in fields(kind)}
-    for problem, names in (
-        ("unknown", values.keys() - specs.keys()),
-        ("missing", specs.keys() - values.keys()),
-    ):
-        if names:
-            raise ValueError(f"{where} has {problem} fields: {', '.join(sorted(names))}")
-    for name, annotation in specs.items():
-        if not _fits(values[name], annotation):
-            wanted = annotation.__name__ if isinstance(annotation, type) else annotation
-            raise ValueError(f"{where}: {name} must be {wanted}, got {values[name]!r}")
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a JSON value can stand for a dataclass field of this annotation."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values())
-    if is_dataclass(annotation):
-        return isinstance(value, dict)
-    # JSON writes 1.0 as a float, but an int is as good
-    kinds = (int | float) if annotation is float else annotation
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def _check_known(what: str, value: Any, known: tuple[Any, ...], where: str) -> None:
-    if value not in known:
-        raise ValueError(f"{where} has {what} {value!r}, this version knows {known}")
-
-
-def _expected_tensors(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
-    expected: dict[str, tuple[int, ...]] = {}
-    for group in header.groups:
-        expected |= GROUPS[group](header)
-    return expected
 
 
 def _check_tensors(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.checkpoints.quantize import is_quantized
-from llama_adapter.config import LlamaConfig
+from llama_adapter.config import SHAPE_FIELDS, shape_of
 from llama_adapter.model import Llama
 
 # relative difference between the same weight in two dtypes: bf16 keeps 8 bits, an error of 0.4 %
@@ -19,8 +19,6 @@ RELATIVE_TOLERANCE = 0.01
 # float16 has no finer steps than 6e-8 near zero
 ABSOLUTE_TOLERANCE = 1e-7
 MODEL_SAMPLES, LAYER_SAMPLES = 32, 4
-# what the shape of a base is; the rest of its configuration changes no tensor
-SHAPE_FIELDS = ("dim", "n_layers", "n_heads", "kv_heads", "head_dim", "hidden_dim", "vocab_size")
 MODEL_TENSORS = ("tok_embeddings.weight", "norm.weight", "output.weight")
 LAYER_TENSORS = (
     "attention_norm.weight",
@@ -43,9 +41,9 @@ class Fingerprint:
 
     Attributes:
         name: what to call it in messages; not compared.
-        shape: the fields of SHAPE_FIELDS.
+        shape: the fields of SHAPE_FIELDS; of an adapter from elsewhere those that are known.
         samples: weights at fixed positions of the tensors of `sampled_tensors`, in their order; of
-            wq and wk root mean squares of columns.
+            wq and wk root mean squares of columns. None at all where the weights are not known.
     """
 
     name: str
@@ -58,10 +56,16 @@ class Fingerprint:
         return f"{self.name!r} ({values})"
 
     def difference(self, other: "Fingerprint") -> str | None:
-        """Why `other` is another base model, in a few words; None where it is the same one."""
-        names = [name for name in SHAPE_FIELDS if self.shape[name] != other.shape[name]]
+        """Why `other` is another base model, in a few words; None where it is the same one.
+
+        What one of them does not know is not compared.
+        """
+        known = [name for name in SHAPE_FIELDS if name in self.shape and name in other.shape]
+        names = [name for name in known if self.shape[name] != other.shape[name]]
         if names:
             return ", ".join(f"{name} {self.shape[name]} and {other.shape[name]}" for name in names)
+        if not self.samples or not other.samples:
+            return None
         differing = sum(
             not math.isclose(a, b, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
             for a, b in zip(self.samples, other.samples, strict=True)
@@ -69,11 +73,6 @@ class Fingerprint:
         if differing:
             return f"one shape, but {differing} of {len(self.samples)} sampled weights differ"
         return None
-
-
-def shape_of(config: LlamaConfig) -> dict[str, int]:
-    """The fields of a configuration that decide the tensors' shapes."""
-    return {name: getattr(config, name) for name in SHAPE_FIELDS}
 
 
 def sampled_tensors(n_layers: int) -> dict[str, int]:

@@ -74,7 +74,7 @@ class ScriptedModel(Llama):
                 return continuation[len(expected)]
         return 0
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, prompts: Prompts | None = None) -> Tensor:
         """One-hot logits of the ids; a negative id gives NaN."""
         ids = hidden.long()
         logits = F.one_hot(ids.clamp(min=0), self.config.vocab_size).float() * 50
@@ -471,7 +471,7 @@ def test_rows_beyond_the_tokenizers_vocabulary_are_never_chosen(
     model.hidden = lambda tokens, *args, **kwargs: torch.zeros(*tokens.shape, 48)
     logits = torch.zeros(padded)
     logits[text[0]], logits[padded - 1] = 20.0, 90.0
-    model.logits = lambda hidden: logits.expand(*hidden.shape[:-1], -1)
+    model.logits = lambda hidden, prompts=None: logits.expand(*hidden.shape[:-1], -1)
     (got,) = generate(model, tiny_tokenizer, ["question"], SamplingConfig(max_new_tokens=3))
     assert got.tokens == (text[0],) * 3
 

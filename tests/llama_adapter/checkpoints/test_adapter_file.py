@@ -24,8 +24,9 @@ from llama_adapter.checkpoints.adapter_file import (
     read_header,
     save_adapter,
 )
-from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint, sample_count, shape_of
-from llama_adapter.config import PRESETS, AdapterConfig, LlamaConfig
+from llama_adapter.checkpoints.adapter_header import AdapterHeader
+from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint, sample_count
+from llama_adapter.config import PRESETS, AdapterConfig, LlamaConfig, shape_of
 from llama_adapter.model import Llama
 
 
@@ -58,6 +59,11 @@ def rewrite(
     unsigned = len(text).to_bytes(8, "little") + text + plain[split:]
     digest = hashlib.sha256(unsigned).hexdigest().encode()
     path.write_bytes(unsigned.replace(b"0" * 64, digest, 1))
+
+
+def header_of(settings: AdapterConfig, layers: tuple[int, ...]) -> AdapterHeader:
+    """A header of prompts and gates, of a base that does not matter."""
+    return AdapterHeader(("prompts", "gates"), layers, settings, Fingerprint("any", {}, ()))
 
 
 def error_of(path: Path) -> str:
@@ -261,20 +267,24 @@ def test_files_of_another_kind_are_refused_unread(tmp_path: Path) -> None:
     for data in others:
         path.write_bytes(data)
         assert error_of(path) == (
-            "adapter file FILE is not an adapter file of this package, or its beginning is damaged"
+            "adapter file FILE is not an adapter file of this package, or its beginning is "
+            "damaged; llama-adapter convert brings those of other programs into this format"
         )
     assert not trap.exists()
 
 
 HEADER_ERRORS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (
-        lambda header: header.update(format_version=2),
-        " has format version 2, this package reads version 1",
+        lambda header: header.update(format_version=3),
+        " has format version 3, this package reads versions 1 and 2",
     ),
-    (lambda header: header.clear(), " has format version None, this package reads version 1"),
     (
-        lambda header: header["groups"].append("bias"),
-        " has group 'bias', this version knows ('prompts', 'gates')",
+        lambda header: header.clear(),
+        " has format version None, this package reads versions 1 and 2",
+    ),
+    (
+        lambda header: header["groups"].append("lora"),
+        " has group 'lora', this version knows ('prompts', 'gates', 'bias', 'scale', 'norm')",
     ),
     (
         lambda header: header.update(prompt_kind="kv"),
@@ -282,7 +292,7 @@ HEADER_ERRORS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     ),
     (
         lambda header: header.update(scale_side="input"),
-        " has scale_side 'input', this version knows (None,)",
+        ": scale_side must be one of (None,) with groups (), got 'input'",
     ),
     (lambda header: header.update(early_fusion=8), ": header has unknown fields: early_fusion"),
     (lambda header: header.pop("layers"), ": header has missing fields: layers"),
@@ -389,7 +399,7 @@ def test_rewriting_without_a_change_is_readable(saved: Path) -> None:
 def test_an_adapter_is_made_of_tensors(tiny_config: LlamaConfig) -> None:
     tensors = {"prompts": torch.randn(2, 3, 48), "gates": torch.randn(2, 1)}
     settings = AdapterConfig(prompt_length=3, gate_scope="layer", gate_activation="identity")
-    adapter = adapter_from_tensors(settings, (0, 2), tensors, tiny_config)
+    adapter = adapter_from_tensors(header_of(settings, (0, 2)), tensors, tiny_config)
     assert torch.equal(adapter.prompts, tensors["prompts"])
     assert torch.equal(adapter.multipliers(), tensors["gates"].expand(2, 6))
     with torch.no_grad():
@@ -416,4 +426,4 @@ def test_tensors_of_another_format_are_checked(
 ) -> None:
     settings = replace(AdapterConfig(), prompt_length=3)
     with pytest.raises(ValueError, match=message):
-        adapter_from_tensors(settings, (0, 2), tensors, tiny_config)
+        adapter_from_tensors(header_of(settings, (0, 2)), tensors, tiny_config)

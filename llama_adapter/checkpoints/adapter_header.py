@@ -1,0 +1,216 @@
+"""What an adapter file says about its tensors, and what it must not say.
+
+The header is JSON. Files of prompts and gates have format version 1; version 2 adds which linear
+maps have a bias or a scale, and where an adapter of another format came from.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, get_args, get_origin
+
+from llama_adapter.checkpoints.fingerprint import Fingerprint, sample_count
+from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, Tuning
+
+FORMAT_VERSIONS = (1, 2)
+PROMPT_KINDS = ("hidden",)
+# fields of version 2 and what version 1 means
+ADDED = {"linears": (), "origin": None}
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """What an adapter file says about its tensors.
+
+    Attributes:
+        groups: names of the groups of tensors that the file holds.
+        layers: the adapted layers, ascending; none without prompts.
+        prompt_kind: "hidden": rows of width C that the layer projects to keys and values.
+        scale_side: side of a linear map that a scale group multiplies; None without such a group.
+        config: the adapter's configuration, among it the gate's activation and scope.
+        base: the base model it was trained on.
+        linears: the linear maps that bias and scale groups belong to.
+        origin: the format it was converted from, which does not tell the base: then `base` may
+            know some of the shape and no weights. None for an adapter trained by this package.
+    """
+
+    groups: tuple[str, ...]
+    layers: tuple[int, ...]
+    config: AdapterConfig
+    base: Fingerprint
+    prompt_kind: str = "hidden"
+    scale_side: str | None = None
+    linears: tuple[str, ...] = ()
+    origin: str | None = None
+
+    @property
+    def tuning(self) -> Tuning:
+        """The groups of biases, scales and norms."""
+        groups = tuple(group for group in self.groups if group not in PROMPT_GROUPS)
+        return Tuning(groups, self.linears, self.scale_side)
+
+
+def _prompt_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
+    return {"prompts": (len(header.layers), header.config.prompt_length, header.base.shape["dim"])}
+
+
+def _gate_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
+    heads = header.base.shape["n_heads"] if header.config.gate_scope == "head" else 1
+    return {"gates": (len(header.layers), heads)}
+
+
+def _tuned_shapes(group: str) -> Callable[[AdapterHeader], dict[str, tuple[int, ...]]]:
+    def shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
+        found = header.tuning.shapes(header.base.shape)
+        prefixes = ("bias_", "scale_")
+        if group == "norm":
+            return {name: shape for name, shape in found.items() if not name.startswith(prefixes)}
+        return {name: shape for name, shape in found.items() if name.startswith(f"{group}_")}
+
+    return shapes
+
+
+# group to the names and shapes of its tensors, all float32
+GROUPS: dict[str, Callable[[AdapterHeader], dict[str, tuple[int, ...]]]] = {
+    "prompts": _prompt_shapes,
+    "gates": _gate_shapes,
+    "bias": _tuned_shapes("bias"),
+    "scale": _tuned_shapes("scale"),
+    "norm": _tuned_shapes("norm"),
+}
+PROMPT_GROUPS = ("prompts", "gates")
+
+
+def expected_tensors(header: AdapterHeader, where: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a header speaks of.
+
+    Raises:
+        ValueError: they follow from a number of the base's shape that is not known.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for group in header.groups:
+        try:
+            expected |= GROUPS[group](header)
+        except KeyError as error:
+            raise ValueError(f"{where}: base shape must have {error.args[0]}") from None
+    return expected
+
+
+def to_json(header: AdapterHeader) -> dict[str, Any]:
+    """The header as JSON holds it, in the oldest version that can say it."""
+    values = asdict(header)
+    if all(values[name] == default for name, default in ADDED.items()):
+        values = {name: value for name, value in values.items() if name not in ADDED}
+        return {"format_version": 1, **values}
+    return {"format_version": 2, **values}
+
+
+def from_json(content: Any, where: str) -> AdapterHeader:
+    """The header that a file holds; the inverse of `to_json`.
+
+    Raises:
+        ValueError: it says what this version does not know.
+    """
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version not in FORMAT_VERSIONS or isinstance(version, bool):
+        known = " and ".join(map(str, FORMAT_VERSIONS))
+        raise ValueError(
+            f"{where} has format version {version}, this package reads versions {known}"
+        )
+    values = {name: value for name, value in content.items() if name != "format_version"}
+    if version == 1:
+        surplus = sorted(values.keys() & ADDED.keys())
+        if surplus:
+            raise ValueError(f"{where}: header has unknown fields: {', '.join(surplus)}")
+        values |= {"linears": [], "origin": None}
+    _check_fields(AdapterHeader, values, f"{where}: header")
+    _check_fields(AdapterConfig, values["config"], f"{where}: config")
+    _check_fields(Fingerprint, values["base"], f"{where}: base")
+    base = Fingerprint(**values["base"] | {"samples": tuple(values["base"]["samples"])})
+    _check_base(base, values["origin"], where)
+    try:
+        config = AdapterConfig(**values["config"])
+    except ValueError as error:
+        raise ValueError(f"{where}: config: {error}") from None
+    header = AdapterHeader(
+        groups=tuple(values["groups"]),
+        layers=tuple(values["layers"]),
+        config=config,
+        base=base,
+        prompt_kind=values["prompt_kind"],
+        scale_side=values["scale_side"],
+        linears=tuple(values["linears"]),
+        origin=values["origin"],
+    )
+    _check_known("prompt_kind", header.prompt_kind, PROMPT_KINDS, where)
+    for group in header.groups:
+        _check_known("group", group, tuple(GROUPS), where)
+    if header.groups != tuple(group for group in GROUPS if group in header.groups):
+        raise ValueError(
+            f"{where}: groups must be some of {tuple(GROUPS)} in this order, got {header.groups}"
+        )
+    if not header.groups or ("prompts" in header.groups) != bool(header.layers):
+        raise ValueError(
+            f"{where}: groups {header.groups} do not go with {len(header.layers)} adapted layers"
+        )
+    try:
+        _ = header.tuning
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    count = base.shape["n_layers"]
+    ascending = sorted(set(header.layers)) == list(header.layers)
+    if not ascending or not all(0 <= layer < count for layer in header.layers):
+        raise ValueError(
+            f"{where}: layers must be ascending indices below {count}, got {header.layers}"
+        )
+    return header
+
+
+def _check_base(base: Fingerprint, origin: str | None, where: str) -> None:
+    partial = origin is not None and not base.samples and base.shape.keys() <= set(SHAPE_FIELDS)
+    if partial and "n_layers" not in base.shape:
+        raise ValueError(f"{where}: base shape must have n_layers")
+    if not partial and sorted(base.shape) != sorted(SHAPE_FIELDS):
+        raise ValueError(
+            f"{where}: base shape must have {', '.join(SHAPE_FIELDS)}, got {', '.join(base.shape)}"
+        )
+    for name, size in base.shape.items():
+        if size < 1:
+            raise ValueError(f"{where}: base: {name} must be at least 1, got {size}")
+    expected = 0 if partial else sample_count(base.shape["n_layers"])
+    if len(base.samples) != expected:
+        raise ValueError(
+            f"{where}: base must have {expected} sampled weights, got {len(base.samples)}"
+        )
+
+
+def _check_fields(kind: type, values: dict[str, Any], where: str) -> None:
+    specs = {spec.name: spec.type for spec in fields(kind)}
+    for problem, names in (
+        ("unknown", values.keys() - specs.keys()),
+        ("missing", specs.keys() - values.keys()),
+    ):
+        if names:
+            raise ValueError(f"{where} has {problem} fields: {', '.join(sorted(names))}")
+    for name, annotation in specs.items():
+        if not _fits(values[name], annotation):
+            wanted = annotation.__name__ if isinstance(annotation, type) else annotation
+            raise ValueError(f"{where}: {name} must be {wanted}, got {values[name]!r}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value can stand for a dataclass field of this annotation."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values())
+    if is_dataclass(annotation):
+        return isinstance(value, dict)
+    # JSON writes 1.0 as a float, but an int is as good
+    kinds = (int | float) if annotation is float else annotation
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _check_known(what: str, value: Any, known: tuple[Any, ...], where: str) -> None:
+    if value not in known:
+        raise ValueError(f"{where} has {what} {value!r}, this version knows {known}")
