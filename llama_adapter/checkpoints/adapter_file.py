@@ -115,16 +115,27 @@ def load_adapter(
         ValueError: the file is damaged, holds what this version does not know, or was trained on
             another base.
     """
-    header, tensors = read_adapter(path)
     loaded = fingerprint(model, name) if base is None else base
+    adapter = read_adapter_for(path, loaded, model.config)
+    return adapter.to(model.output_weight.device)
+
+
+def read_adapter_for(path: str | Path, loaded: Fingerprint, model: LlamaConfig) -> Adapter:
+    """Read an adapter for a base of any library; arguments, result and errors as `load_adapter`.
+
+    Args:
+        path: an adapter file.
+        loaded: fingerprint of the loaded base.
+        model: its shape.
+    """
+    header, tensors = read_adapter(path)
     difference = header.base.difference(loaded)
     if difference:
         raise ValueError(
             f"adapter {path} was trained on base {header.base.describe()}, but the loaded base is "
             f"{loaded.describe()}: {difference}"
         )
-    adapter = adapter_from_tensors(header.config, header.layers, tensors, model.config)
-    return adapter.to(model.output_weight.device)
+    return adapter_from_tensors(header.config, header.layers, tensors, model)
 
 
 def adapter_from_tensors(
