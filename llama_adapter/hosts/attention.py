@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapter_kernels import gated_prompt_attention, zero_init_attention
+from adapter_kernels import (
+    gated_prompt_attention,
+    zero_init_attention,
+    zero_init_attention_decode,
+)
 from llama_adapter.adapter import LayerPrompt
 
 # without "flash" and "/": transformers reads a meaning into both
@@ -97,7 +101,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, plus the gated prompt that came with the call.
 
-    Causal attention, padded or not, goes to `zero_init_attention`. What that does not do (sliding
+    Causal attention, padded or not, goes to `zero_init_attention`, a generated token to its form
+    for decoding. What that does not do (sliding
     windows, dropout, any other mask, a static cache) goes to transformers' own sdpa, and the prompt
     is added by `gated_prompt_attention`.
 
@@ -126,10 +131,16 @@ def attend(
         if attention_mask is None and causal and 1 < tokens < keys:
             # an empty static cache: sdpa's diagonal starts at the first key
             key, value = key[:, :, :tokens], value[:, :, :tokens]
-        limits = {} if bounds is None else bounds._asdict()
-        # one token without a mask sees all keys either way
-        causal = bounds is not None or (causal and tokens > 1)
         k, v = key.transpose(1, 2), value.transpose(1, 2)
+        if attention_mask is None and tokens == 1 and not torch.is_grad_enabled():
+            # the newest token of a cache sees all of it
+            lengths = torch.full((len(q),), keys, dtype=torch.int32, device=q.device)
+            out = zero_init_attention_decode(
+                q, k, v, *segment, cache_lengths=lengths, scale=scaling
+            )
+            return out, None
+        limits = {} if bounds is None else bounds._asdict()
+        causal = bounds is not None or (causal and tokens > 1)
         out = zero_init_attention(q, k, v, *segment, causal=causal, scale=scaling, **limits)
         return out, None
     from transformers import AttentionInterface

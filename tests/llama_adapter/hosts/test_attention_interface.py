@@ -94,10 +94,12 @@ def test_every_mask_gives_the_literal_formula(name: str, prompted: bool) -> None
             assert hasattr(made, attention._BOUNDS) == (name != "a hole")
             given = made
     options: dict[str, Any] = {KEYWORD: prompt()} if prompted else {}
-    out, weights = attend(Caller(3), q, k, v, given, scaling=0.3, **options)
     expected = literal(q, k, v, seen, prompt() if prompted else None, 0.3)
-    assert weights is None
-    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            out, weights = attend(Caller(3), q, k, v, given, scaling=0.3, **options)
+        assert weights is None
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
 
 
 def test_bounds_go_with_our_diagonal_only() -> None:

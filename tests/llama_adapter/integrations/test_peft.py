@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from peft import AdaptionPromptConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaptionPromptConfig, IA3Config, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from llama_adapter.hosts.attention import KEYWORD, NAME, Prompted
@@ -471,8 +471,8 @@ def test_gpt2_is_refused_by_name() -> None:
 
 
 def test_models_without_adaption_prompts_are_refused() -> None:
-    lora = get_peft_model(host(), LoraConfig(r=2, target_modules=["q_proj"]))
-    for model in (host(), lora):
+    other = get_peft_model(host(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    for model in (host(), other):
         with pytest.raises(ValueError, match="must be a PEFT model with adaption prompts"):
             patch(model)
 
