@@ -8,7 +8,7 @@ PARALLEL ?= 2
 # one torch thread per test process: two processes with two threads each fight for two cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-all lint aot-all gpu gpu-tests gpu-sanitizer gpu-attention gpu-decode gpu-small_ops gpu-generate gpu-tune clean
+.PHONY: quickstart test test-all lint aot-all gpu gpu-tests gpu-sanitizer gpu-attention gpu-decode gpu-small_ops gpu-generate gpu-dropin gpu-tune clean
 
 quickstart: $(INSTALLED)
 	@env -u OMP_NUM_THREADS $(VENV)/bin/llama-adapter quickstart
@@ -34,7 +34,7 @@ lint: $(LINTERS)
 
 # for a GPU machine without network: uses the machine's own Python and packages. Kernels are compiled
 # in processes side by side, by pytest-xdist where it is installed; each part takes under 10 minutes
-PART ?= tests sanitizer attention decode small_ops generate
+PART ?= tests sanitizer attention decode small_ops generate dropin
 XDIST = $(shell $(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 # without torch's cache of memory every tensor is an allocation of its own, whose ends are guarded
 SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool
@@ -61,6 +61,9 @@ gpu-small_ops:
 gpu-generate:
 	$(HAS_GPU)
 	$(PYTHON) -m benchmarks.generate
+gpu-dropin:
+	$(HAS_GPU)
+	$(PYTHON) -m benchmarks.dropin
 gpu-tune:
 	$(PYTHON) -m benchmarks.tune --processes 16
 

@@ -36,6 +36,9 @@ CONFIGS: dict[str, LlamaConfig] = {
     "110m": LlamaConfig(
         dim=768, n_layers=12, n_heads=12, vocab_size=32000, multiple_of=32, max_seq_len=1024
     ),
+    "25m": LlamaConfig(
+        dim=512, n_layers=8, n_heads=8, vocab_size=8192, multiple_of=32, max_seq_len=1024
+    ),
     # the reduced form's
     "toy": LlamaConfig(
         dim=64, n_layers=3, n_heads=4, n_kv_heads=2, vocab_size=128, multiple_of=32, max_seq_len=256

@@ -125,6 +125,7 @@ class Theirs:
     Attributes:
         plain: the base.
         adapted: the base whose attention PEFT has wrapped.
+        wrapped: PEFT's own wrapper around it.
     """
 
     def __init__(self, model: Llama, adapter: Adapter) -> None:
@@ -146,6 +147,7 @@ class Theirs:
             task_type="CAUSAL_LM",
         )
         wrapped = get_peft_model(_causal_model(model.config, state, device), settings)
+        self.wrapped = wrapped
         # PEFT's own `generate` calls what is inside too
         self.adapted = TheirModel(wrapped.base_model.model)
         self.wear(adapter)

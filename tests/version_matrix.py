@@ -1,12 +1,15 @@
 """Run the tests that lean on a neighbour's version against its oldest and newest supported ones.
 
-Each row's packages are installed without their dependencies into a folder of their own, which
-comes first on the path of a fresh pytest process. `make test-all` runs this.
+Each row's packages are installed into a folder of their own, which comes first on the path of a
+fresh pytest process; packages that bring many of their own get an environment of their own.
+`make test-all` runs this.
 """
 
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +25,8 @@ class Row:
     packages: tuple[str, ...]
     tests: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    # packages that nothing else here needs come with all that they need
+    dependencies: bool = False
 
 
 KERNEL_TESTS = (
@@ -37,6 +42,13 @@ MODEL_TESTS = (
     "tests/llama_adapter/checkpoints/test_load_base_formats.py",
     "tests/test_imports.py",
 )
+LM_EVAL_TESTS = ("tests/llama_adapter/integrations/test_lm_eval.py",)
+HF_TESTS = (
+    *MODEL_TESTS,
+    "tests/llama_adapter/checkpoints/test_adapter_peft.py",
+    "tests/llama_adapter/hosts",
+    "tests/llama_adapter/integrations",
+)
 # transformers wants a newer safetensors than we do, so these do without it
 FILE_TESTS = (
     "tests/llama_adapter/checkpoints/test_adapter_file.py",
@@ -44,8 +56,9 @@ FILE_TESTS = (
     "tests/benchmarks/test_loading.py",
 )
 ROWS = (
-    Row(("transformers==5.10.1", "tokenizers==0.22.2"), MODEL_TESTS),
-    Row(("transformers==5.23.0",), MODEL_TESTS),
+    Row(("transformers==5.10.1", "tokenizers==0.22.2", "peft==0.18.0"), HF_TESTS),
+    Row(("transformers==5.23.0", "peft==0.21.2"), HF_TESTS),
+    Row(("lm-eval[hf]==0.4.13",), LM_EVAL_TESTS, dependencies=True),
     Row(("safetensors==0.5.3",), FILE_TESTS),
     Row(("torchao==0.17.0",), ("tests/llama_adapter/checkpoints/test_quantize.py",)),
     Row(("sentencepiece==0.2.1",), ("tests/llama_adapter/test_tokenizer.py",)),
@@ -59,15 +72,35 @@ ROWS = (
 def run(row: Row) -> int:
     """Install one row and run its tests; returns pytest's exit code."""
     target = FOLDER / "+".join(row.packages).replace("==", "-")
-    if not target.exists():
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*install, "--target", str(target), *row.packages], check=True)
-    inherited = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(target), *([inherited] if inherited else [])])
+    python, inherited = sys.executable, os.environ.get("PYTHONPATH")
+    path = [inherited] if inherited else []
+    if row.dependencies:
+        python = own_environment(target, row.packages)
+    else:
+        path = [str(target), *path]
+        if not target.exists():
+            install = [python, "-m", "pip", "install", "--quiet", "--no-deps"]
+            subprocess.run([*install, "--target", str(target), *row.packages], check=True)
     print(f"== {', '.join(row.packages)}", flush=True)
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", *row.tests]
-    environment = {**os.environ, **row.environment, "PYTHONPATH": path}
+    command = [python, "-m", "pytest", "-m", "not slow", *row.tests]
+    environment = {**os.environ, **row.environment, "PYTHONPATH": os.pathsep.join(path)}
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def own_environment(target: Path, packages: tuple[str, ...]) -> str:
+    """The Python of an environment that sees this one's packages and has others of its own."""
+    python = target / "bin" / "python"
+    ready = target / "ready"
+    if not ready.exists():
+        venv.create(target, with_pip=True, clear=True)
+        own = sysconfig.get_path("purelib", "venv", {"base": str(target)})
+        # pip leaves alone what lies outside of its environment
+        (Path(own) / "these.pth").write_text(sysconfig.get_path("purelib") + "\n")
+        install = [str(python), "-m", "pip", "install", "--quiet"]
+        constraints = ["--constraint", str(ROOT / "constraints.txt")]
+        subprocess.run([*install, *constraints, *packages], check=True)
+        ready.touch()
+    return str(python)
 
 
 def main() -> int:

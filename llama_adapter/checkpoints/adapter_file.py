@@ -80,8 +80,20 @@ def load_adapter(
         ValueError: the file is damaged, holds what this version does not know, or was trained on
             another base.
     """
-    header, tensors = read_adapter(path)
     loaded = fingerprint(model, name) if base is None else base
+    adapter = read_adapter_for(path, loaded, model.config)
+    return adapter.to(model.output_weight.device)
+
+
+def read_adapter_for(path: str | Path, loaded: Fingerprint, model: LlamaConfig) -> Adapter:
+    """Read an adapter for a base of any library; arguments, result and errors as `load_adapter`.
+
+    Args:
+        path: an adapter file.
+        loaded: fingerprint of the loaded base.
+        model: its shape.
+    """
+    header, tensors = read_adapter(path)
     difference = header.base.difference(loaded)
     if difference:
         raise ValueError(
@@ -92,10 +104,9 @@ def load_adapter(
         warnings.warn(
             f"adapter {path} was converted from {header.origin}, which does not tell its base: "
             f"its shape fits {loaded.name!r}, its weights are not known",
-            stacklevel=2,
+            stacklevel=3,
         )
-    adapter = adapter_from_tensors(header, tensors, model.config)
-    return adapter.to(model.output_weight.device)
+    return adapter_from_tensors(header, tensors, model)
 
 
 def adapter_from_tensors(

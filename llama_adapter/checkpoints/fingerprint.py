@@ -5,6 +5,7 @@ order of wq and wk, of which whole columns count. It tells bases of one shape ap
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -108,14 +109,31 @@ def fingerprint(model: Llama, name: str) -> Fingerprint:
         )
     # a tied output is the embedding, once more
     parameters = dict(model.named_parameters()) | {"output.weight": model.output_weight}
+    return fingerprint_of(parameters, shape_of(model.config), name)
+
+
+def fingerprint_of(
+    parameters: Mapping[str, Tensor], shape: dict[str, int], name: str
+) -> Fingerprint:
+    """Take the fingerprint of weights, wherever they lie.
+
+    Args:
+        parameters: by Meta's names, among them all of `sampled_tensors`; wq and wk in Meta's or
+            Hugging Face's order of rows.
+        shape: the fields of SHAPE_FIELDS.
+        name: what to call the base in messages.
+
+    Raises:
+        ValueError: a sampled weight is NaN or infinite.
+    """
     samples: list[float] = []
-    for tensor_name, count in sampled_tensors(model.config.n_layers).items():
+    for tensor_name, count in sampled_tensors(shape["n_layers"]).items():
         tensor = parameters[tensor_name].detach()
         values = (_columns if tensor_name.endswith(REORDERED) else _weights)(tensor, count)
         if not all(map(math.isfinite, values)):
             raise ValueError(f"base {name!r} has weights that are not finite in {tensor_name}")
         samples.extend(float(f"{value:.5g}") for value in values)
-    return Fingerprint(name, shape_of(model.config), tuple(samples))
+    return Fingerprint(name, shape, tuple(samples))
 
 
 def _positions(size: int, count: int) -> list[int]:

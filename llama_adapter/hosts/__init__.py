@@ -1,0 +1,145 @@
+"""Adapters on models of other libraries: `adapt` is the one entry, `unadapt` takes it back.
+
+The host stays what it is, of its own class, and is frozen; the adapter becomes a submodule of it,
+so optimisers, devices and `Trainer` find its parameters. The facts of each kind of host are rows of
+a table in facts.py.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_adapter.adapter import Adapter
+from llama_adapter.config import AdapterConfig
+from llama_adapter.hosts.attention import NAME, Prompted, freeze_during, register
+from llama_adapter.hosts.facts import attentions_of, host_of, shape_of_host
+
+__all__ = ["SUBMODULE", "adapt", "adapter_of", "unadapt"]
+
+# the adapter's name in the host, and so the beginning of its parameters' names
+SUBMODULE = "llama_adapter"
+_BEFORE = "_llama_adapter_before"
+
+
+def _row_of(adapter: Adapter, row: int) -> tuple[Tensor, Tensor]:
+    return adapter.prompts[row], adapter.multipliers()[row]
+
+
+def adapter_of(model: nn.Module) -> Adapter | None:
+    """The adapter that `adapt` put on a model, or None."""
+    found = model._modules.get(SUBMODULE)
+    return found if isinstance(found, Adapter) else None
+
+
+def adapt(
+    model: Any,
+    *,
+    prompt_length: int = 10,
+    layers: int | tuple[int, ...] | None = None,
+    prompt_std: float = 1.0,
+    gate_activation: str = "tanh",
+    gate_scope: str = "head",
+    generator: torch.Generator | None = None,
+    adapter: Adapter | None = None,
+) -> Adapter:
+    """Put an adapter on a host, on this instance only, and freeze the host.
+
+        out = softmax(q k_tokens) v_tokens + gate * softmax(q k_prompt) v_prompt
+
+    in the adapted layers, before the output projection; keys and values of a prompt are the layer's
+    own projections of its rows. Gates start at zero: the host's outputs do not change.
+
+    Args:
+        model: a transformers model of a type in `facts.HOSTS`.
+        prompt_length: rows per adapted layer (the papers' K).
+        layers: how many layers, counted from the top, or their indices; None is all but the two
+            lowest.
+        prompt_std: standard deviation of the prompts' initial values.
+        gate_activation: "tanh" or "identity".
+        gate_scope: "head" or "layer".
+        generator: source of the prompts' random values.
+        adapter: one that exists, in the place of a new one; all arguments above are its own then.
+
+    Returns:
+        The adapter, float32 and trainable: prompts (L, P, C) and gates (L, H), now a submodule of
+        the host by the name SUBMODULE.
+
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: the host is of an unknown type, has an adapter, or the adapter does not fit.
+
+    Source: LLaMA-Adapter, section 3.2, equations 1 to 8.
+    """
+    host, shape = host_of(model), shape_of_host(model)
+    if adapter_of(model) is not None or _BEFORE in model.__dict__:
+        raise ValueError("model has an adapter already: unadapt(model) takes it off")
+    if shape.head_dim % 8 or not 8 <= shape.head_dim <= 256:
+        raise ValueError(
+            f"model must have heads of 8 to 256 channels in steps of 8, got {shape.head_dim}"
+        )
+    if adapter is None:
+        count, rows = (None, layers) if isinstance(layers, tuple) else (layers, None)
+        config = AdapterConfig(prompt_length, count, prompt_std, gate_activation, gate_scope)
+        adapter = Adapter(config, shape, layers=rows, generator=generator)
+    if adapter.tuning.groups or not adapter.layers:
+        raise ValueError(
+            f"adapter must have prompts and gates alone on a host, got {', '.join(adapter.groups())}: "
+            "biases, scales and norms run in the lean model"
+        )
+    width, heads = adapter.prompts.shape[-1], adapter.n_heads
+    if (width, heads) != (shape.dim, shape.n_heads) or adapter.layers[-1] >= shape.n_layers:
+        raise ValueError(
+            f"adapter must be for width {shape.dim}, {shape.n_heads} heads and {shape.n_layers} "
+            f"layers, got width {width}, {heads} heads and layers {adapter.layers}"
+        )
+    register()
+    attentions = attentions_of(model, host)
+    before = {
+        "implementation": model.config._attn_implementation,
+        "trainable": [name for name, x in model.named_parameters() if x.requires_grad],
+        # accelerate's hooks, for one, are forwards of an instance
+        "forwards": {row: attentions[row].__dict__.get("forward") for row in adapter.layers},
+    }
+    model.set_attn_implementation(NAME)
+    model.requires_grad_(False)
+    for row, layer in enumerate(adapter.layers):
+        module = attentions[layer]
+        key, value = (module.get_submodule(name) for name in (host.key, host.value))
+        source = partial(_row_of, adapter, row)
+        module.__dict__["forward"] = Prompted(
+            module, module.forward, source, key, value, shape.head_dim
+        )
+    first = next(attentions[adapter.layers[0]].parameters())
+    model.add_module(SUBMODULE, adapter.to(first.device))
+    model.__dict__[_BEFORE] = before
+    freeze_during(model, "generate")
+    return adapter
+
+
+def unadapt(model: Any) -> Adapter:
+    """Take the adapter off: the host is bitwise what it was, trainable parameters included.
+
+    Returns:
+        The adapter that was on it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    adapter, before = adapter_of(model), model.__dict__.get(_BEFORE)
+    if adapter is None or before is None:
+        raise ValueError("model must have an adapter, put there by adapt(model)")
+    attentions = attentions_of(model, host_of(model))
+    for layer, forward in before["forwards"].items():
+        attentions[layer].__dict__.pop("forward")
+        if forward is not None:
+            attentions[layer].__dict__["forward"] = forward
+    model.set_attn_implementation(before["implementation"])
+    delattr(model, SUBMODULE)
+    for name in (_BEFORE, "generate", "save_pretrained"):
+        model.__dict__.pop(name, None)
+    trainable = set(before["trainable"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    return adapter

@@ -1,0 +1,236 @@
+"""Our kernels under transformers' attention interface, with the prompt of the layer that calls.
+
+`Prompted` stands in for the forward of one attention module: it projects the layer's prompt and
+hands it down as a keyword, which every attention of transformers passes on to the function that
+`register` put under the name NAME. So nothing but the call carries the prompt, and a module that is
+switched off, or shared by several adapters, has none to forget.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapter_kernels import (
+    gated_prompt_attention,
+    zero_init_attention,
+    zero_init_attention_decode,
+)
+from llama_adapter.adapter import LayerPrompt
+
+# without "flash" and "/": transformers reads a meaning into both
+NAME = "llama_adapter"
+KEYWORD = "llama_adapter_prompt"
+_BOUNDS = "llama_adapter_bounds"
+REMEDY = "the integrations with Hugging Face need transformers: pip install 'transformers>=5.10.1'"
+
+
+class Bounds(NamedTuple):
+    """(B,) int32 each: the keys of a sequence that are no padding."""
+
+    key_starts: Tensor
+    key_lengths: Tensor
+
+
+def register() -> None:
+    """Put our attention and its mask into transformers' tables, under NAME; again changes nothing.
+
+    Raises:
+        ImportError: transformers is not installed, or is too old to have the tables.
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise ImportError(f"{REMEDY} ({error})") from None
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+def mask(q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
+    """The mask of transformers' sdpa, which also knows its bounds where it is causal with padding.
+
+    Returns:
+        None where plain causal attention is meant, else (B, 1, T, S) bool, True where a key is
+        seen. The bounds ride on the mask as an attribute; whoever loses them gets the same numbers
+        from the mask itself.
+    """
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+    made = sdpa_mask(q_length=q_length, kv_length=kv_length, **kwargs)
+    padding, offset = kwargs.get("attention_mask"), kwargs.get("q_offset", 0)
+    if (
+        made is None
+        or padding is None
+        or kwargs.get("mask_function") is not causal_mask_function
+        or padding.shape[-1] != kv_length
+        # our diagonal ends at the last key; a static cache goes on, and counts in a tensor
+        or not isinstance(offset, int)
+        or kwargs.get("kv_offset", 0) != 0
+        or kv_length - q_length != offset
+    ):
+        return made
+    bounds = _bounds(padding.bool())
+    if bounds is not None:
+        setattr(made, _BOUNDS, bounds)
+    return made
+
+
+def _bounds(padding: Tensor) -> Bounds | None:
+    """First and one past the last True of each row (B, S); None where a row has a hole."""
+    count = padding.sum(-1)
+    starts = padding.int().argmax(-1)
+    lengths = padding.shape[-1] - padding.flip(-1).int().argmax(-1)
+    lengths = torch.where(count > 0, lengths, starts)
+    if bool((lengths - starts != count).any()):
+        return None
+    return Bounds(starts.int(), lengths.int())
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, plus the gated prompt that came with the call.
+
+    Causal attention, padded or not, goes to `zero_init_attention`, a generated token to its form
+    for decoding. What that does not do (sliding
+    windows, dropout, any other mask, a static cache) goes to transformers' own sdpa, and the prompt
+    is added by `gated_prompt_attention`.
+
+    Args:
+        module: the attention that calls.
+        query: (B, H, T, D).
+        key, value: (B, G, S, D), cached ones included.
+        attention_mask: what `mask` made, or any mask that sdpa takes.
+        dropout: of the probabilities.
+        scaling: of the scores; None is D ** -0.5.
+        is_causal: overrides the module's own.
+        **kwargs: the prompt under KEYWORD, and what sdpa takes besides.
+
+    Returns:
+        (B, T, H, D) and None for the probabilities, which no kernel writes down.
+    """
+    prompt: LayerPrompt | None = kwargs.pop(KEYWORD, None)
+    segment = () if prompt is None else (prompt.k, prompt.v, prompt.gate)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    bounds: Bounds | None = getattr(attention_mask, _BOUNDS, None)
+    tokens, keys = query.shape[2], key.shape[2]
+    q = query.transpose(1, 2)
+    ours = dropout == 0 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    ours = ours and kwargs.get("position_bias") is None
+    if ours and (attention_mask is None or bounds is not None):
+        if attention_mask is None and causal and 1 < tokens < keys:
+            # an empty static cache: sdpa's diagonal starts at the first key
+            key, value = key[:, :, :tokens], value[:, :, :tokens]
+        k, v = key.transpose(1, 2), value.transpose(1, 2)
+        if attention_mask is None and tokens == 1 and not torch.is_grad_enabled():
+            # the newest token of a cache sees all of it
+            lengths = torch.full((len(q),), keys, dtype=torch.int32, device=q.device)
+            out = zero_init_attention_decode(
+                q, k, v, *segment, cache_lengths=lengths, scale=scaling
+            )
+            return out, None
+        limits = {} if bounds is None else bounds._asdict()
+        causal = bounds is not None or (causal and tokens > 1)
+        out = zero_init_attention(q, k, v, *segment, causal=causal, scale=scaling, **limits)
+        return out, None
+    from transformers import AttentionInterface
+
+    theirs = AttentionInterface()["sdpa"]
+    out, _ = theirs(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+        is_causal=is_causal, **kwargs,
+    )  # fmt: skip
+    return (gated_prompt_attention(q, *segment, scale=scaling, out=out) if segment else out), None
+
+
+class Prompted:
+    """Takes the place of an attention module's forward, with the layer's prompt.
+
+    Attributes:
+        attention: the module, whose configuration says which attention runs.
+        forward: what it ran before.
+        source: gives the prompt rows (P, C) and the gate multipliers (H,) float32, of now.
+        key, value: the frozen projections of the layer.
+        head_dim: D.
+        keeps: whether projected prompts may be kept, as `frozen` does while nothing can change.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        forward: Callable[..., Any],
+        source: Callable[[], tuple[Tensor, Tensor]],
+        key: nn.Module,
+        value: nn.Module,
+        head_dim: int,
+    ) -> None:
+        self.attention, self.forward, self.source = attention, forward, source
+        self.key, self.value, self.head_dim = key, value, head_dim
+        self.keeps = False
+        self._kept: LayerPrompt | None = None
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Attend from (B, T, C) hidden states, as the module itself does.
+
+        Raises:
+            RuntimeError: the model's attention was switched to another, which knows no prompt.
+        """
+        used = getattr(self.attention.config, "_attn_implementation", None)
+        if used != NAME:
+            raise RuntimeError(
+                f"the adapted model must keep attn_implementation {NAME!r}, got {used!r}: undo the "
+                "adapter (unpatch, unadapt) before choosing another"
+            )
+        return self.forward(hidden_states, *args, **{KEYWORD: self.prompt(hidden_states)}, **kwargs)
+
+    def prompt(self, like: Tensor) -> LayerPrompt:
+        """Keys, values and gate, differentiable in the prompt, in the dtype of `like`."""
+        keep = self.keeps and not torch.is_grad_enabled()
+        if keep and self._kept is not None:
+            return self._kept
+        rows, gate = self.source()
+        rows, heads = rows.to(like.dtype), (-1, self.head_dim)
+        k, v = (x(rows).unflatten(-1, heads) for x in (self.key, self.value))
+        made = LayerPrompt(k, v, gate)
+        if keep:
+            self._kept = made
+        return made
+
+    def keep(self, keeps: bool) -> None:
+        """Allow keeping, or forbid it and forget."""
+        self.keeps, self._kept = keeps, None
+
+
+def prompted(model: nn.Module) -> list[Prompted]:
+    """Those that stand in for a forward of the model's modules now."""
+    found = [module.__dict__.get("forward") for module in model.modules()]
+    return [forward for forward in found if isinstance(forward, Prompted)]
+
+
+def _frozen(model: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A call in which no parameter changes: every prompt is projected once, and then forgotten."""
+    stand_ins = prompted(model)
+    for stand_in in stand_ins:
+        stand_in.keep(True)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        for stand_in in stand_ins:
+            stand_in.keep(False)
+
+
+def freeze_during(model: nn.Module, name: str) -> None:
+    """Let the model's method `name` project each prompt once per call, on this instance only."""
+    call = getattr(model, name, None)
+    if call is not None and name not in model.__dict__:
+        model.__dict__[name] = partial(_frozen, model, call)

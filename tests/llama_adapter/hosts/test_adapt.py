@@ -1,0 +1,234 @@
+"""Does a host with an adapter compute the papers' formula, and come back bitwise?"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llama_adapter.adapter import Adapter
+from llama_adapter.config import AdapterConfig, LlamaConfig
+from llama_adapter.hosts import SUBMODULE, adapt, adapter_of, unadapt
+from llama_adapter.hosts.attention import NAME
+from llama_adapter.model import Llama
+from tests.llama_adapter.hf_models import (
+    KINDS,
+    generated,
+    host,
+    on_transformers,
+    padding,
+    run,
+    tokens,
+)
+
+
+def adapted(kind: str = "llama", **options: Any) -> Any:
+    """A host with an adapter, gates random per head, some above 1."""
+    model = host(kind)
+    generator = torch.Generator().manual_seed(17)
+    adapter = adapt(model, prompt_length=5, generator=generator, **options)
+    with torch.no_grad():
+        adapter.gates.normal_(std=1.5, generator=generator)
+    assert adapter.gates.abs().max() > 1
+    return model
+
+
+@pytest.mark.parametrize("activation", ["tanh", "identity"])
+@pytest.mark.parametrize("scope", ["head", "layer"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapted_layer_is_the_literal_formula(kind: str, scope: str, activation: str) -> None:
+    model = adapted(kind, layers=2, gate_scope=scope, gate_activation=activation)
+    attention, adapter = model.model.layers[3].self_attn, adapter_of(model)
+    assert adapter is not None
+    assert adapter.layers == (2, 3)
+    hidden, angle = torch.randn(2, 4, 64), torch.randn(1, 4, 8)
+    given = {"position_embeddings": (angle.cos(), angle.sin()), "attention_mask": None}
+    with torch.no_grad():
+        got, _ = attention(hidden, **given)
+        base, _ = type(attention).forward(attention, hidden, **given)
+        q = attention.q_proj(hidden).view(2, 4, 8, 8).transpose(1, 2)
+        turned = torch.cat([-q[..., 4:], q[..., :4]], -1)
+        q = q * angle.cos()[:, None] + turned * angle.sin()[:, None]
+        k, v = (
+            x(adapter.prompts[1]).view(5, 2, 8).transpose(0, 1).repeat_interleave(4, 0)
+            for x in (attention.k_proj, attention.v_proj)
+        )
+        gate = adapter.gates[1].expand(8)[:, None, None]
+        gate = gate.tanh() if activation == "tanh" else gate
+        seen = gate * ((q @ k.mT / math.sqrt(8)).softmax(-1) @ v)
+        added = seen.transpose(1, 2).flatten(2) @ attention.o_proj.weight.T
+    assert added.abs().max() > 0.1
+    torch.testing.assert_close(got, base + added, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [None, padding()], ids=["whole", "left padding"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_gates_change_nothing(kind: str, given: Tensor | None) -> None:
+    model, ids = host(kind), tokens()
+    with torch.no_grad():
+        theirs = model(input_ids=ids, attention_mask=given).logits
+        adapt(model)
+        got = model(input_ids=ids, attention_mask=given).logits
+        forwards = [layer.self_attn.__dict__.pop("forward", None) for layer in model.model.layers]
+        ours = model(input_ids=ids, attention_mask=given).logits
+    assert sum(forward is not None for forward in forwards) == 2
+    assert torch.equal(got, ours)
+    seen = 1 if given is None else given[..., None]
+    torch.testing.assert_close(got * seen, theirs * seen, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_changes_no_row(kind: str) -> None:
+    model, ids = adapted(kind), tokens()
+    mask = padding()
+    together = generated(model, ids, mask)
+    for row, shown in enumerate(mask.bool()):
+        alone = generated(model, ids[row : row + 1, shown])
+        assert torch.equal(together[row, 11:], alone[0, int(shown.sum()) :])
+    # as generate() counts them: prompts have no position, so the queries' own matter
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        for row, shown in enumerate(mask.bool()):
+            alone = model(input_ids=ids[row : row + 1, shown]).logits[0]
+            torch.testing.assert_close(logits[row, shown], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}],
+                         ids=str)  # fmt: skip
+def test_caches_give_the_same_tokens(options: dict[str, Any]) -> None:
+    model, ids = adapted(), tokens()
+    if options.get("cache_implementation"):
+        options = options | {"disable_compile": True}
+    step, expected = ids, []
+    with torch.no_grad():
+        for _ in range(8):
+            expected.append(model(input_ids=step, use_cache=False).logits[:, -1].argmax(-1))
+            step = torch.cat([step, expected[-1][:, None]], 1)
+    assert torch.equal(generated(model, ids, **options), step)
+
+
+def test_the_lean_model_and_the_host_agree(
+    tiny_model: Llama, tiny_config: LlamaConfig, tiny_adapter: Adapter
+) -> None:
+    theirs = on_transformers(tiny_model)
+    adapt(theirs, adapter=tiny_adapter)
+    ids = tokens(2, 23)
+    expected = tiny_model(ids, tiny_model.project(tiny_adapter))
+    got = theirs(input_ids=ids).logits
+    assert expected.std() > 0.5
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    leaves = list(tiny_adapter.parameters())
+    wanted, found = (torch.autograd.grad(x.square().mean(), leaves) for x in (expected, got))
+    for theirs_grad, ours in zip(found, wanted, strict=True):
+        assert ours.abs().max() > 1e-4
+        torch.testing.assert_close(theirs_grad, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_adapter_is_trained_and_in_float32() -> None:
+    model = adapted()
+    trainable = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    assert sorted(trainable) == [f"{SUBMODULE}.gates", f"{SUBMODULE}.prompts"]
+    assert [tuple(x.shape) for x in trainable.values()] == [(2, 5, 64), (2, 8)]
+    half = host().to(torch.bfloat16)
+    adapter = adapt(half, prompt_length=5)
+    assert {x.dtype for x in adapter.parameters()} == {torch.float32}
+    torch.nn.init.constant_(adapter.gates, 1.3)
+    _, grads = run(half, tokens(), padding())
+    assert {grad.dtype for grad in grads.values()} == {torch.float32}
+    assert all(grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_gradients_come_after_generating() -> None:
+    model = adapted()
+    _, expected = run(model, tokens())
+    generated(model, tokens())
+    with torch.no_grad():
+        model(input_ids=tokens())
+    _, got = run(model, tokens())
+    for name, grad in expected.items():
+        assert grad.abs().max() > 1e-4
+        assert torch.equal(got[name], grad)
+
+
+def everything(model: nn.Module) -> list[tuple[object, ...]]:
+    """Attributes, parameters, buffers and modules of every module."""
+    return [
+        (*(dict(x) for x in (m.__dict__, m._parameters, m._buffers, m._modules)),)
+        for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_unadapt_gives_back_the_host(implementation: str) -> None:
+    model = host(attn_implementation=implementation)
+    model.model.embed_tokens.requires_grad_(False)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    before = everything(model)
+    trainable = [name for name, x in model.named_parameters() if x.requires_grad]
+    with torch.no_grad():
+        expected = model(input_ids=tokens()).logits
+    adapter = adapt(model)
+    assert model.config._attn_implementation == NAME
+    nn.init.constant_(adapter.gates, 1.5)
+    with torch.no_grad():
+        assert not torch.equal(model(input_ids=tokens()).logits, expected)
+    generated(model, tokens())
+    assert unadapt(model) is adapter
+    after = everything(model)
+    # generate() leaves a generation cache of its own behind
+    assert [set(x[0]) for x in after] == [set(x[0]) for x in before]
+    assert [x[1:] for x in after] == [x[1:] for x in before]
+    assert [name for name, x in model.named_parameters() if x.requires_grad] == trainable
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens()).logits, expected)
+    with pytest.raises(ValueError, match="model must have an adapter"):
+        unadapt(model)
+    # and may have it again
+    adapt(model, adapter=adapter)
+
+
+def test_a_forward_of_the_instance_is_kept() -> None:
+    model, calls = host(), []
+    attention = model.model.layers[3].self_attn
+    theirs = attention.forward
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return theirs(*args, **kwargs)
+
+    attention.forward = hooked
+    adapt(model)
+    with torch.no_grad():
+        model(input_ids=tokens())
+    assert len(calls) == 1
+    unadapt(model)
+    assert attention.forward is hooked
+
+
+def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
+    model = host()
+    before = everything(model)
+    other = Adapter(AdapterConfig(), LlamaConfig(dim=32, n_layers=4, n_heads=8, vocab_size=9))
+    deep = Adapter(
+        AdapterConfig(), LlamaConfig(dim=64, n_layers=5, n_heads=8, vocab_size=9), layers=(4,)
+    )
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"adapter": other}, "adapter must be for width 64, 8 heads and 4 layers, got width 32"),
+        ({"adapter": deep}, r"got width 64, 8 heads and layers \(4,\)"),
+        ({"layers": 5}, "n_layers must be at most the model's 4, got 5"),
+        ({"layers": (1, 4)}, "layers must be ascending indices below 4"),
+        ({"prompt_length": 0}, "prompt_length must be from 1"),
+        ({"gate_activation": "relu"}, "gate_activation must be one of"),
+    ]
+    for options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            adapt(model, **options)
+        assert everything(model) == before
+    adapt(model)
+    with pytest.raises(ValueError, match="model has an adapter already"):
+        adapt(model)
+    with pytest.raises(ValueError, match="8 to 256 channels in steps of 8, got 12"):
+        adapt(host(head_dim=12))
