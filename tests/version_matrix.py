@@ -42,7 +42,10 @@ MODEL_TESTS = (
     "tests/llama_adapter/checkpoints/test_load_base_formats.py",
     "tests/test_imports.py",
 )
-LM_EVAL_TESTS = ("tests/llama_adapter/integrations/test_lm_eval.py",)
+LM_EVAL_TESTS = (
+    "tests/llama_adapter/integrations/test_lm_eval.py",
+    "tests/test_readme_table.py",
+)
 HF_TESTS = (
     *MODEL_TESTS,
     "tests/llama_adapter/checkpoints/test_adapter_peft.py",

@@ -84,9 +84,10 @@ def adapt(
         config = AdapterConfig(prompt_length, count, prompt_std, gate_activation, gate_scope)
         adapter = Adapter(config, shape, layers=rows, generator=generator)
     if adapter.tuning.groups or not adapter.layers:
+        groups = ", ".join(adapter.groups())
         raise ValueError(
-            f"adapter must have prompts and gates alone on a host, got {', '.join(adapter.groups())}: "
-            "biases, scales and norms run in the lean model"
+            f"adapter must have prompts and gates alone on a host, got {groups}: biases, scales "
+            "and norms run in the lean model"
         )
     width, heads = adapter.prompts.shape[-1], adapter.n_heads
     if (width, heads) != (shape.dim, shape.n_heads) or adapter.layers[-1] >= shape.n_layers:
