@@ -6,31 +6,25 @@ a table in facts.py.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.config import AdapterConfig
 from llama_adapter.hosts.attention import NAME, Prompted, freeze_during, register
 from llama_adapter.hosts.facts import attentions_of, host_of, shape_of_host
+from llama_adapter.hosts.files import SUBMODULE, adapter_of, read_adapted, save_adapted
 
 __all__ = ["SUBMODULE", "adapt", "adapter_of", "unadapt"]
 
-# the adapter's name in the host, and so the beginning of its parameters' names
-SUBMODULE = "llama_adapter"
 _BEFORE = "_llama_adapter_before"
 
 
 def _row_of(adapter: Adapter, row: int) -> tuple[Tensor, Tensor]:
     return adapter.prompts[row], adapter.multipliers()[row]
-
-
-def adapter_of(model: nn.Module) -> Adapter | None:
-    """The adapter that `adapt` put on a model, or None."""
-    found = model._modules.get(SUBMODULE)
-    return found if isinstance(found, Adapter) else None
 
 
 def adapt(
@@ -42,7 +36,7 @@ def adapt(
     gate_activation: str = "tanh",
     gate_scope: str = "head",
     generator: torch.Generator | None = None,
-    adapter: Adapter | None = None,
+    adapter: Adapter | str | Path | None = None,
 ) -> Adapter:
     """Put an adapter on a host, on this instance only, and freeze the host.
 
@@ -60,15 +54,18 @@ def adapt(
         gate_activation: "tanh" or "identity".
         gate_scope: "head" or "layer".
         generator: source of the prompts' random values.
-        adapter: one that exists, in the place of a new one; all arguments above are its own then.
+        adapter: one that exists, in the place of a new one, or its file, or a folder that
+            `save_pretrained` wrote; all arguments above are its own then.
 
     Returns:
         The adapter, float32 and trainable: prompts (L, P, C) and gates (L, H), now a submodule of
-        the host by the name SUBMODULE.
+        the host by the name SUBMODULE, whose `save_pretrained` writes the adapter alone.
 
     Raises:
         ImportError: transformers is missing.
-        ValueError: the host is of an unknown type, has an adapter, or the adapter does not fit.
+        FileNotFoundError: there is no such file.
+        ValueError: the host is of an unknown type, has an adapter, or the adapter does not fit or
+            was trained on another base.
 
     Source: LLaMA-Adapter, section 3.2, equations 1 to 8.
     """
@@ -83,6 +80,8 @@ def adapt(
         count, rows = (None, layers) if isinstance(layers, tuple) else (layers, None)
         config = AdapterConfig(prompt_length, count, prompt_std, gate_activation, gate_scope)
         adapter = Adapter(config, shape, layers=rows, generator=generator)
+    elif not isinstance(adapter, Adapter):
+        adapter = read_adapted(model, adapter)
     if adapter.tuning.groups or not adapter.layers:
         groups = ", ".join(adapter.groups())
         raise ValueError(
@@ -116,6 +115,7 @@ def adapt(
     model.add_module(SUBMODULE, adapter.to(first.device))
     model.__dict__[_BEFORE] = before
     freeze_during(model, "generate")
+    model.__dict__["save_pretrained"] = partial(save_adapted, model)
     return adapter
 
 

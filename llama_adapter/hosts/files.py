@@ -8,11 +8,18 @@ from torch import Tensor, nn
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.adapter_file import read_adapter_for, save_adapter
-from llama_adapter.hosts import SUBMODULE, adapt, adapter_of
 from llama_adapter.hosts.facts import fingerprint_of_host, shape_of_host
 
+# the adapter's name in the host, and so the beginning of its parameters' names
+SUBMODULE = "llama_adapter"
 # as in a run folder
 FILE = "adapter.safetensors"
+
+
+def adapter_of(model: nn.Module) -> Adapter | None:
+    """The adapter that `adapt` put on a model, or None."""
+    found = model._modules.get(SUBMODULE)
+    return found if isinstance(found, Adapter) else None
 
 
 def save_adapted(
@@ -48,21 +55,17 @@ def save_adapted(
     save_adapter(Path(folder) / FILE, adapter, fingerprint_of_host(model))
 
 
-def load_adapted(model: Any, path: str | Path) -> Adapter:
-    """Put an adapter that was trained here, or on the lean model of the same base, on a host.
+def read_adapted(model: Any, path: str | Path) -> Adapter:
+    """Read an adapter that was trained on this host, or on the lean model of the same base.
 
     Args:
         model: the host, without an adapter.
         path: an adapter file, or a folder with FILE in it.
 
-    Returns:
-        The adapter, trainable.
-
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, was trained on another base, or the host has an adapter.
+        ValueError: the file is damaged or was trained on another base.
     """
     path = Path(path)
     file = path / FILE if path.is_dir() else path
-    adapter = read_adapter_for(file, fingerprint_of_host(model), shape_of_host(model))
-    return adapt(model, adapter=adapter)
+    return read_adapter_for(file, fingerprint_of_host(model), shape_of_host(model))

@@ -35,7 +35,7 @@ except ImportError as error:
 from llama_adapter.checkpoints import default_device, load_base
 from llama_adapter.checkpoints.adapter_file import load_adapter
 from llama_adapter.generation import generate
-from llama_adapter.hosts.files import load_adapted
+from llama_adapter.hosts import adapt
 from llama_adapter.integrations.peft import patch
 from llama_adapter.recipe import DTYPES
 from llama_adapter.sampling import SamplingConfig
@@ -223,7 +223,7 @@ class AdaptedHFLM(HFLM):
     def _create_model(self, pretrained: str, *args: Any, **options: Any) -> None:
         super()._create_model(pretrained, *args, **options)
         if self._adapter is not None:
-            load_adapted(self._model, self._adapter)
+            adapt(self._model, adapter=self._adapter)
         elif options.get("peft"):
             patch(self._model)
 

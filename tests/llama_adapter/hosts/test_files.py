@@ -9,7 +9,7 @@ from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.adapter_file import load_adapter, read_header, save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.hosts import adapt, adapter_of
-from llama_adapter.hosts.files import FILE, load_adapted, save_adapted
+from llama_adapter.hosts.files import FILE, save_adapted
 from llama_adapter.model import Llama
 from tests.llama_adapter.hf_models import host, on_transformers, tokens
 
@@ -19,7 +19,7 @@ def test_an_adapter_of_the_lean_model_works_on_the_host(
 ) -> None:
     save_adapter(tmp_path / "a.safetensors", tiny_adapter, fingerprint(tiny_model, "base"))
     theirs = on_transformers(tiny_model)
-    load_adapted(theirs, tmp_path / "a.safetensors")
+    adapt(theirs, adapter=tmp_path / "a.safetensors")
     with torch.no_grad():
         expected = tiny_model(tokens(), tiny_model.project(tiny_adapter))
         got = theirs(input_ids=tokens()).logits
@@ -51,7 +51,7 @@ def test_a_gathered_state_is_what_is_written(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     save_adapted(model, tmp_path, state_dict=state)
     other = host("qwen2")
-    load_adapted(other, tmp_path)
+    adapt(other, adapter=tmp_path)
     loaded = adapter_of(other)
     assert loaded is not None
     assert torch.equal(loaded.prompts, adapter.prompts + 1)
@@ -68,7 +68,7 @@ def test_another_base_and_a_bare_host_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(2)
     with pytest.raises(ValueError, match=r"one shape, but \d+ of \d+ sampled weights differ"):
-        load_adapted(other, tmp_path)
+        adapt(other, adapter=tmp_path)
     assert adapter_of(other) is None
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        load_adapted(other, tmp_path / "nothing.safetensors")
+        adapt(other, adapter=tmp_path / "nothing.safetensors")

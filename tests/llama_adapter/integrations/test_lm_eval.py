@@ -21,7 +21,7 @@ from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.config import AdapterConfig
 from llama_adapter.hosts import adapt, adapter_of
-from llama_adapter.hosts.files import load_adapted, save_adapted
+from llama_adapter.hosts.files import save_adapted
 from tests.llama_adapter.hf_models import host, on_transformers, peft_model
 
 ROOT = Path(__file__).parents[3]
@@ -146,7 +146,7 @@ def test_the_lean_model_scores_as_transformers(
         return base.tokenizer.encode(text, bos=True)
 
     alone = from_logits(theirs, encode)
-    load_adapted(theirs, adapter_file)
+    adapt(theirs, adapter=adapter_file)
     torch.testing.assert_close(flat(got), flat(from_logits(theirs, encode)), rtol=0, atol=1e-4)
     assert (flat(got) - flat(alone)).abs().max() > 0.1
 

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor
 
 from llama_adapter.config import AdapterConfig
-from llama_adapter.hosts import adapter_of
-from llama_adapter.integrations.transformers import adapt, from_pretrained, unadapt
+from llama_adapter.hosts import adapt, adapter_of, unadapt
+from llama_adapter.integrations.transformers import from_pretrained
 from tests.llama_adapter.hf_models import KINDS, generated, host, padding, run, tokens
 
 
@@ -110,9 +110,8 @@ def test_save_pretrained_is_the_hosts_again_without_the_adapter(
 
 def test_a_loaded_model_is_adapted_in_place() -> None:
     model = host("mistral window")
-    assert adapt(model, AdapterConfig(n_layers=4, gate_scope="layer")) is model
-    adapter = adapter_of(model)
-    assert adapter is not None
+    adapter = adapt(model, layers=4, gate_scope="layer")
+    assert adapter_of(model) is adapter
     assert tuple(adapter.gates.shape) == (4, 1)
     torch.nn.init.constant_(adapter.gates, 0.7)
     _, grads = run(model, tokens(), padding())
