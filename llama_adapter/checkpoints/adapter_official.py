@@ -69,7 +69,7 @@ def take_prompts(
     if rest or not 0 < adapted <= max(n_layers, 1):
         raise ValueError(
             f"{source.path}: {prompts_name} must hold {length} rows for each of up to {n_layers} "
-            f"layers, got {len(block)} rows: give the prompt length"
+            f"layers, got {len(block)} rows: convert it with --prompt-length"
         )
     pieces.layers = tuple(range(n_layers - adapted, n_layers))
     gates = [
@@ -80,8 +80,8 @@ def take_prompts(
     for gate in gates[: len(gates) - adapted]:
         if gate.any():
             raise ValueError(
-                f"{source.path}: a layer below the last {adapted} has a gate other than 0: give "
-                "the prompt length"
+                f"{source.path}: a layer below the last {adapted} has a gate other than 0: "
+                "convert it with --prompt-length"
             )
     try:
         pieces.gates = torch.stack(gates[len(gates) - adapted :])

@@ -5,6 +5,7 @@ so optimisers, devices and `Trainer` find its parameters. The facts of each kind
 a table in facts.py.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from torch import Tensor
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.config import AdapterConfig
-from llama_adapter.hosts.attention import NAME, Prompted, freeze_during, register
+from llama_adapter.hosts.attention import NAME, Prompted, freeze_during, register, replace_methods
 from llama_adapter.hosts.facts import attentions_of, host_of, shape_of_host
 from llama_adapter.hosts.files import SUBMODULE, adapter_of, read_adapted, save_adapted
 
 __all__ = ["SUBMODULE", "adapt", "adapter_of", "unadapt"]
 
 _BEFORE = "_llama_adapter_before"
+
+
+def _trained(adapter: Adapter) -> tuple[Tensor, Tensor]:
+    return adapter.prompts, adapter.gates
 
 
 def _row_of(adapter: Adapter, row: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +36,7 @@ def adapt(
     model: Any,
     *,
     prompt_length: int = 10,
-    layers: int | tuple[int, ...] | None = None,
+    layers: int | Sequence[int] | None = None,
     prompt_std: float = 1.0,
     gate_activation: str = "tanh",
     gate_scope: str = "head",
@@ -77,7 +82,8 @@ def adapt(
             f"model must have heads of 8 to 256 channels in steps of 8, got {shape.head_dim}"
         )
     if adapter is None:
-        count, rows = (None, layers) if isinstance(layers, tuple) else (layers, None)
+        count = layers if layers is None or isinstance(layers, int) else None
+        rows = None if layers is None or isinstance(layers, int) else tuple(layers)
         config = AdapterConfig(prompt_length, count, prompt_std, gate_activation, gate_scope)
         adapter = Adapter(config, shape, layers=rows, generator=generator)
     elif not isinstance(adapter, Adapter):
@@ -94,9 +100,18 @@ def adapt(
             f"adapter must be for width {shape.dim}, {shape.n_heads} heads and {shape.n_layers} "
             f"layers, got width {width}, {heads} heads and layers {adapter.layers}"
         )
-    register()
     attentions = attentions_of(model, host)
+    for layer in adapter.layers:
+        for name in (host.key, host.value):
+            if name not in dict(attentions[layer].named_modules()):
+                raise ValueError(
+                    f"model must have the {name} of its own layers, got a "
+                    f"{type(attentions[layer]).__name__}: take off other adapters first"
+                )
+    register()
+    methods = ("generate", "save_pretrained")
     before = {
+        "methods": {name: model.__dict__.get(name) for name in methods},
         "implementation": model.config._attn_implementation,
         "trainable": [name for name, x in model.named_parameters() if x.requires_grad],
         # accelerate's hooks, for one, are forwards of an instance
@@ -106,10 +121,9 @@ def adapt(
     model.requires_grad_(False)
     for row, layer in enumerate(adapter.layers):
         module = attentions[layer]
-        key, value = (module.get_submodule(name) for name in (host.key, host.value))
-        source = partial(_row_of, adapter, row)
+        source, trained = partial(_row_of, adapter, row), partial(_trained, adapter)
         module.__dict__["forward"] = Prompted(
-            module, module.forward, source, key, value, shape.head_dim
+            module, module.forward, source, trained, host.key, host.value, shape.head_dim
         )
     first = next(attentions[adapter.layers[0]].parameters())
     model.add_module(SUBMODULE, adapter.to(first.device))
@@ -138,8 +152,8 @@ def unadapt(model: Any) -> Adapter:
             attentions[layer].__dict__["forward"] = forward
     model.set_attn_implementation(before["implementation"])
     delattr(model, SUBMODULE)
-    for name in (_BEFORE, "generate", "save_pretrained"):
-        model.__dict__.pop(name, None)
+    del model.__dict__[_BEFORE]
+    replace_methods(model, before["methods"])
     trainable = set(before["trainable"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)

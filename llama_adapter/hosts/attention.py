@@ -6,6 +6,7 @@ hands it down as a keyword, which every attention of transformers passes on to t
 switched off, or shared by several adapters, has none to forget.
 """
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -160,9 +161,10 @@ class Prompted:
         attention: the module, whose configuration says which attention runs.
         forward: what it ran before.
         source: gives the prompt rows (P, C) and the gate multipliers (H,) float32, of now.
-        key, value: the frozen projections of the layer.
+        trained: gives the parameters that those come from.
+        key, value: names of the attention's frozen projections, looked up at each call.
         head_dim: D.
-        keeps: whether projected prompts may be kept, as `frozen` does while nothing can change.
+        keeper: the thread whose projected prompts may be kept, as `_frozen` sets it.
     """
 
     def __init__(
@@ -170,14 +172,21 @@ class Prompted:
         attention: nn.Module,
         forward: Callable[..., Any],
         source: Callable[[], tuple[Tensor, Tensor]],
-        key: nn.Module,
-        value: nn.Module,
+        trained: Callable[[], tuple[Tensor, Tensor]],
+        key: str,
+        value: str,
         head_dim: int,
     ) -> None:
-        self.attention, self.forward, self.source = attention, forward, source
+        self.attention, self.forward = attention, forward
+        self.source, self.trained = source, trained
         self.key, self.value, self.head_dim = key, value, head_dim
-        self.keeps = False
-        self._kept: LayerPrompt | None = None
+        self.keeper: int | None = None
+        self._kept: tuple[object, LayerPrompt] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy in another process finds our attention there, too."""
+        self.__dict__.update(state)
+        register()
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Attend from (B, T, C) hidden states, as the module itself does.
@@ -195,20 +204,27 @@ class Prompted:
 
     def prompt(self, like: Tensor) -> LayerPrompt:
         """Keys, values and gate, differentiable in the prompt, in the dtype of `like`."""
-        keep = self.keeps and not torch.is_grad_enabled()
-        if keep and self._kept is not None:
-            return self._kept
+        keep = self.keeper == threading.get_ident() and not torch.is_grad_enabled()
+        state = tuple((id(x), _version(x)) for x in self.trained()) if keep else None
+        if self._kept is not None and keep and self._kept[0] == state:
+            return self._kept[1]
         rows, gate = self.source()
         rows, heads = rows.to(like.dtype), (-1, self.head_dim)
-        k, v = (x(rows).unflatten(-1, heads) for x in (self.key, self.value))
+        projections = (self.attention.get_submodule(name) for name in (self.key, self.value))
+        k, v = (x(rows).unflatten(-1, heads) for x in projections)
         made = LayerPrompt(k, v, gate)
         if keep:
-            self._kept = made
+            self._kept = state, made
         return made
 
     def keep(self, keeps: bool) -> None:
-        """Allow keeping, or forbid it and forget."""
-        self.keeps, self._kept = keeps, None
+        """Allow this thread to keep, or forbid it and forget."""
+        self.keeper, self._kept = threading.get_ident() if keeps else None, None
+
+
+def _version(x: Tensor) -> int:
+    """How often x was written to in place; memory of inference does not count."""
+    return -1 if x.is_inference() else x._version
 
 
 def prompted(model: nn.Module) -> list[Prompted]:
@@ -232,5 +248,13 @@ def _frozen(model: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: An
 def freeze_during(model: nn.Module, name: str) -> None:
     """Let the model's method `name` project each prompt once per call, on this instance only."""
     call = getattr(model, name, None)
-    if call is not None and name not in model.__dict__:
+    if call is not None:
         model.__dict__[name] = partial(_frozen, model, call)
+
+
+def replace_methods(model: nn.Module, before: dict[str, Any]) -> None:
+    """Give the instance back methods that it had of its own, None where it had none."""
+    for name, method in before.items():
+        model.__dict__.pop(name, None)
+        if method is not None:
+            model.__dict__[name] = method

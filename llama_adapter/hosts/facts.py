@@ -77,6 +77,11 @@ def host_of(model: Any) -> Host:
             f"model must have {HOSTS[kind].layers}, as {kind} models for causal language modelling "
             f"do, got {type(model).__name__}"
         ) from None
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"model must be for causal language modelling, got {type(model).__name__}, whose head "
+            "the adapter's file does not hold"
+        )
     return HOSTS[kind]
 
 

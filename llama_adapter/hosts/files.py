@@ -28,6 +28,8 @@ def save_adapted(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     is_main_process: bool = True,
+    push_to_hub: bool = False,
+    **_: Any,
 ) -> None:
     """Write the adapter of a host, the host's weights not: `save_pretrained` of an adapted model.
 
@@ -36,13 +38,17 @@ def save_adapted(
         folder: where FILE goes; it is made where it is absent.
         state_dict: the model's, gathered by whoever holds it in pieces; None takes the parameters.
         is_main_process: whether this process writes.
+        push_to_hub: must be False.
+        **_: what else transformers' method takes: an adapter is one safetensors file anyway.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or is to be pushed.
     """
     adapter = adapter_of(model)
     if adapter is None:
         raise ValueError("model must have an adapter, put there by adapt(model)")
+    if push_to_hub:
+        raise ValueError("push_to_hub must be False: upload the folder that was written")
     if not is_main_process:
         return
     if state_dict is not None:

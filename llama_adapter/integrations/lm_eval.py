@@ -68,7 +68,7 @@ class LeanLM(TemplateLM):
             adapter: adapter file; None is the base alone.
             dtype: of the weights, as "bfloat16"; None keeps the files' own.
             quantize: "int8" or "int4", or None.
-            device: "cpu" or "cuda"; None is the GPU where there is one.
+            device: "cpu" or "cuda"; None, or a GPU that is not there, is the best that is.
             batch_size: requests that are computed together, a number.
             max_batch_size: at most so many.
 
@@ -83,7 +83,9 @@ class LeanLM(TemplateLM):
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
         wanted = None if dtype is None else getattr(torch, dtype)
-        where = device or default_device()
+        # lm-eval says cuda:0 where nobody says anything
+        absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
+        where = default_device() if absent or device is None else device
         loaded = load_base(Path(base), dtype=wanted, device=where, quantize=quantize)
         self._model, self._tokenizer, self._where = loaded.model, loaded.tokenizer, where
         self.max_length = loaded.model.config.max_seq_len
@@ -162,13 +164,14 @@ class LeanLM(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Continue contexts up to a stop text; one that leaves no room loses its beginning."""
         found = []
-        for request in tqdm(requests, disable=disable_tqdm):
+        for seed, request in enumerate(tqdm(requests, disable=disable_tqdm)):
             text, given = request.args
             options = normalize_gen_kwargs(given, _MAX_NEW_TOKENS)
             sampling = SamplingConfig(
                 max_new_tokens=options["max_gen_toks"],
                 temperature=float(options.get("temperature") or 0.0),
                 top_p=float(options.get("top_p", 1.0)),
+                seed=seed,
                 stop=tuple(one for one in options["until"] if one),
             )
             room = self.max_length - sampling.max_new_tokens

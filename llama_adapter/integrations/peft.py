@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.hosts.attention import NAME, Prompted, freeze_during, register
+from llama_adapter.hosts.attention import NAME, Prompted, freeze_during, register, replace_methods
 
 MODEL_TYPES = ("llama", "mistral")
 REMEDY = "patch needs peft and transformers: pip install 'llama-adapter-kernels[hf]'"
 _BEFORE = "_llama_adapter_before"
+_METHODS = "_llama_adapter_methods"
 # what a rehearsal of two roundings may differ by, and by far less than a wrong formula does
 _REHEARSAL_TOLERANCE = 1e-4
 
@@ -59,7 +60,9 @@ def patch(model: nn.Module) -> Patched:
 
     Args:
         model: a LLaMA or Mistral model with adaption prompts, from `get_peft_model` or
-            `PeftModel.from_pretrained`; with one adapter or several, in any dtype.
+            `PeftModel.from_pretrained`; with one adapter or several, in float16, bfloat16 or
+            float32. Hooks of accelerate, as `cpu_offload` sets them, come after `patch`. A model
+            whose configuration object another model shares switches that one's attention, too.
 
     Returns:
         What was patched.
@@ -80,6 +83,7 @@ def patch(model: nn.Module) -> Patched:
     host = tuner.model
     if _BEFORE not in tuner.__dict__:
         tuner.__dict__[_BEFORE] = host.config._attn_implementation
+        tuner.__dict__[_METHODS] = {"generate": host.__dict__.get("generate")}
         freeze_during(host, "generate")
     host.set_attn_implementation(NAME)
     for module in adapted.values():
@@ -102,7 +106,7 @@ def unpatch(model: nn.Module) -> None:
         raise ValueError("model must be patched, got one that patch(model) has not seen")
     for module in _all_adapted(tuner).values():
         module.__dict__.pop("forward", None)
-    tuner.model.__dict__.pop("generate", None)
+    replace_methods(tuner.model, tuner.__dict__.pop(_METHODS))
     tuner.model.set_attn_implementation(tuner.__dict__.pop(_BEFORE))
 
 
@@ -155,7 +159,20 @@ def _check(tuner: Any, adapted: dict[int, Any]) -> None:
         )
     if not adapted:
         raise ValueError("model must have attention modules with adaption prompts, got none")
+    if tuner.model.config._attn_implementation == NAME and _BEFORE not in tuner.__dict__:
+        raise ValueError(
+            f"model must not run {NAME} yet, got one that adapt(model) has adapted, or that shares "
+            "its configuration with a patched one: undo that first"
+        )
     for module in adapted.values():
+        forward = module.__dict__.get("forward")
+        if forward is not None and not isinstance(forward, Prompted):
+            raise ValueError(
+                "model must have no hooks on its attention, as cpu_offload sets them: patch first"
+            )
+        dtype = module.model.k_proj.weight.dtype
+        if dtype == torch.float64:
+            raise ValueError(f"model must be float16, bfloat16 or float32, got {dtype}")
         width = getattr(module.model, "head_dim", 0)
         if width % 8 or not 8 <= width <= 256:
             raise ValueError(
@@ -169,13 +186,18 @@ def _source(adapted: Any) -> tuple[Tensor, Tensor]:
     return adapted.adaption_prompt[0], adapted.adaption_gate.float().expand(heads)
 
 
+def _trained(adapted: Any) -> tuple[Tensor, Tensor]:
+    return adapted.adaption_prompt, adapted.adaption_gate
+
+
 def _stand_in(adapted: Any) -> None:
     inner = adapted.model
     if not isinstance(adapted.__dict__.get("forward"), Prompted):
         # the inner module is called, not its forward, so that its hooks run as under PEFT
         adapted.__dict__["forward"] = Prompted(
-            inner, inner, partial(_source, adapted), inner.k_proj, inner.v_proj, inner.head_dim
-        )
+            inner, inner, partial(_source, adapted), partial(_trained, adapted),
+            "k_proj", "v_proj", inner.head_dim,
+        )  # fmt: skip
 
 
 def _versions() -> str:
@@ -194,7 +216,8 @@ def _rehearse(wrapper: type, attention: type, model_type: str) -> None:
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     config = AutoConfig.for_model(model_type, **sizes)
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        plain = torch.autocast("cpu", enabled=False)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"), plain:
             torch.manual_seed(0)
             small = wrapper(model_type, 3, attention(config, 0)).eval().float()
             small.adaption_gate.fill_(1.5)

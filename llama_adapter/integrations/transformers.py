@@ -1,7 +1,9 @@
 """Models of transformers with our adapters: LLaMA, Mistral and Qwen2, with a gate per head.
 
 The models stay of their own classes: `generate()`, `Trainer` and pipelines take them as ever, and
-`save_pretrained` writes the adapter alone.
+`save_pretrained` writes the adapter alone. `Trainer` therefore does not find its own weights again:
+`resume_from_checkpoint` and `load_best_model_at_end` do not work, and a checkpoint is loaded with
+`from_pretrained(base, checkpoint)`.
 """
 
 from dataclasses import asdict

@@ -1,10 +1,15 @@
 """Does a host with an adapter compute the papers' formula, and come back bitwise?"""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from llama_adapter.adapter import Adapter
@@ -14,10 +19,12 @@ from llama_adapter.hosts.attention import NAME
 from llama_adapter.model import Llama
 from tests.llama_adapter.hf_models import (
     KINDS,
+    SIZES,
     generated,
     host,
     on_transformers,
     padding,
+    peft_model,
     run,
     tokens,
 )
@@ -232,3 +239,82 @@ def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
         adapt(model)
     with pytest.raises(ValueError, match="8 to 256 channels in steps of 8, got 12"):
         adapt(host(head_dim=12))
+
+
+def test_layers_may_be_a_list() -> None:
+    assert adapt(host(), layers=[1, 2]).layers == (1, 2)
+
+
+def test_a_host_that_carries_pefts_prompts_is_refused_untouched() -> None:
+    model = peft_model(host()).base_model.model
+    trainable = [x.requires_grad for x in model.parameters()]
+    with pytest.raises(ValueError, match="k_proj of its own layers, got a AdaptedAttention"):
+        adapt(model, layers=4)
+    assert model.config._attn_implementation != NAME
+    assert [x.requires_grad for x in model.parameters()] == trainable
+
+
+def test_a_head_that_the_file_does_not_hold_is_refused() -> None:
+    config = transformers.LlamaConfig(**SIZES)
+    with pytest.raises(ValueError, match="causal language modelling, got LlamaForSequenceClass"):
+        adapt(transformers.LlamaForSequenceClassification(config))
+
+
+def test_methods_of_an_instance_come_back() -> None:
+    model = host()
+    model.generate = own = lambda **_: "own"
+    adapt(model, layers=2)
+    assert model.generate is not own
+    unadapt(model)
+    assert model.generate is own
+    assert "save_pretrained" not in model.__dict__
+
+
+def test_a_projection_that_is_replaced_is_the_one_used() -> None:
+    model, replaced = adapted(), host()
+    for one in (model, replaced):
+        torch.manual_seed(2)
+        one.model.layers[3].self_attn.v_proj = nn.Linear(64, 16, bias=False)
+    adapter = unadapt(adapted())
+    adapt(replaced, adapter=adapter)
+    with torch.no_grad():
+        got, expected = (one(input_ids=tokens()).logits for one in (model, replaced))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_change_during_generation_is_seen() -> None:
+    """By a processor of logits that trains, as nothing but a test would."""
+    model, ids = adapted(), tokens(1)
+    adapter = adapter_of(model)
+    assert adapter is not None
+    seen: list[Tensor] = []
+
+    def change(_: Tensor, scores: Tensor) -> Tensor:
+        if not seen:
+            adapter.prompts.data = adapter.prompts.data.clone()
+            with torch.no_grad():
+                adapter.prompts.mul_(-0.5)
+            seen.append(model(input_ids=ids).logits)
+        return scores
+
+    generated(model, ids, logits_processor=transformers.LogitsProcessorList([change]))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_pickled_host_runs_in_another_process(tmp_path: Path) -> None:
+    model = adapted()
+    del model.generate
+    torch.save(model, tmp_path / "model.pt")
+    code = "import sys, torch; m = torch.load(sys.argv[1], weights_only=False)\n"
+    code += "print(m(input_ids=torch.tensor([[5, 7]])).logits.sum().item())"
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = float(model(input_ids=torch.tensor([[5, 7]])).logits.sum())
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-2)

@@ -13,6 +13,7 @@ import transformers
 from peft import AdaptionPromptConfig, IA3Config, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from llama_adapter.hosts import adapt
 from llama_adapter.hosts.attention import KEYWORD, NAME, Prompted
 from llama_adapter.integrations import peft as integration
 from llama_adapter.integrations.peft import patch, patched, unpatch
@@ -532,3 +533,28 @@ def test_without_peft_the_remedy_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(ImportError, match="pip install") as caught:
         patch(nn.Linear(2, 2))
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapted_host_below_and_hooks_and_float64_are_refused_untouched() -> None:
+    below = host()
+    adapt(below, layers=2)
+    hooked, wide = peft_model(host()), peft_model(host()).double()
+    wrapper = next(m for m in hooked.modules() if hasattr(m, "adaption_gate"))
+    wrapper.forward = wrapper.forward
+    cases = (
+        (peft_model(below), "must not run llama_adapter yet"),
+        (hooked, "must have no hooks on its attention"),
+        (wide, "must be float16, bfloat16 or float32, got torch.float64"),
+    )
+    for model, message in cases:
+        before = model.config._attn_implementation
+        with pytest.raises(ValueError, match=message):
+            patch(model)
+        assert model.config._attn_implementation == before
+    assert wrapper.__dict__["forward"].__self__ is wrapper
+
+
+def test_a_first_patch_under_autocast_is_no_other_version() -> None:
+    integration._rehearse.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        patch(peft_model(host()))
