@@ -365,6 +365,6 @@ def main(arguments: list[str] | None = None) -> int:
         foreign = not isinstance(error, RuntimeError) or "memory" in str(error)
         if options.debug or not foreign:
             raise
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()) or type(error).__name__
         print(f"llama-adapter {options.command}: error: {message}", file=sys.stderr)
         return 2

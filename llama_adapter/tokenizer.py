@@ -103,16 +103,30 @@ class Tokenizer:
 def find_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model's folder: tokenizer.model before tokenizer.json.
 
+    A fine-tuned model whose end mark was added behind tokenizer.model's tokens has it in
+    tokenizer.json alone, which is the one then.
+
     Raises:
         FileNotFoundError: there is neither.
-        ValueError: as `Tokenizer`.
+        ValueError: as `Tokenizer`, or the model's end mark is in no file.
     """
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (folder / name).is_file():
-            return Tokenizer(folder / name)
-    raise FileNotFoundError(
-        f"{folder} holds no tokenizer.model and no tokenizer.json: copy it from where the weights "
-        "came"
+    paths = [folder / name for name in ("tokenizer.model", "tokenizer.json")]
+    found = [path for path in paths if path.is_file()]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder} holds no tokenizer.model and no tokenizer.json: copy it from where the "
+            "weights came"
+        )
+    for path in found:
+        tokenizer = Tokenizer(path)
+        ends = _listed(folder, "generation_config.json", "eos") + _listed(
+            folder, "config.json", "eos"
+        )
+        if all(end < tokenizer.vocab_size for end in ends):
+            return tokenizer
+    raise ValueError(
+        f"{folder} says that texts end at token {max(ends)}, which {found[-1].name} does not have: "
+        "copy tokenizer.json into the folder"
     )
 
 
@@ -225,13 +239,17 @@ def _mark(path: Path, ids: dict[str, int], name: str) -> list[int]:
         named = named.get("content")
     found = [ids[named]] if isinstance(named, str) and named in ids else []
     for file in ("generation_config.json", "config.json"):
-        value = _beside(folder / file).get(f"{name}_token_id")
-        values = value if isinstance(value, list) else [value]
-        numbers = [i for i in values if isinstance(i, int) and i in ids.values()]
+        numbers = [i for i in _listed(folder, file, name) if i in ids.values()]
         found += [i for i in numbers if i not in found]
         if found and name == "bos":
             break
     return found or [-1]
+
+
+def _listed(folder: Path, file: str, name: str) -> list[int]:
+    """Ids of a mark in a configuration file of the folder."""
+    value = _beside(folder / file).get(f"{name}_token_id")
+    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
 
 
 def _beside(path: Path) -> dict[str, Any]:

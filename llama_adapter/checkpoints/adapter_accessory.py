@@ -52,12 +52,15 @@ def shards(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: one is missing.
+        ValueError: there are files of several numbers of ranks.
     """
-    found = {int(m[1]): p for p in folder.iterdir() if (m := FILE.fullmatch(p.name))}
-    if not found:
+    matches = [(p, m) for p in sorted(folder.iterdir()) if (m := FILE.fullmatch(p.name))]
+    if not matches:
         return []
-    match = FILE.fullmatch(next(iter(found.values())).name)
-    count = int(match[2]) if match else 0
+    counts = sorted({int(match[2]) for _, match in matches})
+    if len(counts) > 1:
+        raise ValueError(f"{folder} must hold files of one number of ranks, got those of {counts}")
+    found, count = {int(match[1]): path for path, match in matches}, counts[0]
     missing = sorted(set(range(min(count, 1000))) - found.keys())
     if missing or len(found) != count:
         raise FileNotFoundError(

@@ -123,7 +123,7 @@ def read_any_adapter(path: str | Path, options: ReadOptions | None = None) -> St
     options = ReadOptions() if options is None else options
     if found is None:
         raise FileNotFoundError(f"{path} is a folder without an adapter of a known format")
-    if not found.exists():
+    if not (found.is_file() or found.is_dir()):
         raise FileNotFoundError(f"{found} does not exist")
     if found.is_file() and is_adapter_file(found):
         return _read_own(found, options)

@@ -64,7 +64,7 @@ def take_prompts(
     numbers = source.layer_numbers(pattern)
     n_layers = max(numbers, default=-1) + 1
     block = source.take(prompts_name, "prompt_rows", "dim")
-    length = options.prompt_length or PROMPT_LENGTH
+    length = options.prompt_length or _prompt_length(source, gate_name, n_layers, len(block))
     adapted, rest = divmod(len(block), length)
     if rest or not 0 < adapted <= max(n_layers, 1):
         raise ValueError(
@@ -89,8 +89,15 @@ def take_prompts(
         raise ValueError(f"{source.path}: gates must have one shape in all layers") from None
     pieces.prompts = block.unflatten(0, (adapted, length))
     if options.prompt_length is None:
-        pieces.notes.append(f"prompt length: {length}, as in every published file")
+        pieces.notes.append(f"prompt length: {length}, as the layers with gates and the rows tell")
     return n_layers
+
+
+def _prompt_length(source: Source, gate_name: str, n_layers: int, rows: int) -> int:
+    """Rows per layer: the file does not say them, but trained layers have gates other than 0."""
+    gates = [source.peek(n) for i in range(n_layers) if source.has(n := gate_name.format(i))]
+    trained = sum(bool(gate.any()) for gate in gates)
+    return rows // trained if trained and rows % trained == 0 else PROMPT_LENGTH
 
 
 def tensors_of(stored: StoredAdapter) -> tuple[dict[str, Tensor], list[str]]:

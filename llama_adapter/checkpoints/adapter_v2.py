@@ -156,7 +156,8 @@ def encode_chat(stored: StoredAdapter) -> tuple[dict[str, dict[str, Tensor]], li
     """Content of a chat65b file, and what to say about it.
 
     Raises:
-        ValueError: the scale is on the output side, the logits are tuned, or as version 1.
+        ValueError: the scale is on the output side, the logits are tuned, a bias or a scale is
+            missing, or as version 1.
     """
     tuning, notes = stored.header.tuning, list[str]()
     if tuning.scale_side == "output":
@@ -171,10 +172,13 @@ def encode_chat(stored: StoredAdapter) -> tuple[dict[str, dict[str, Tensor]], li
         # layers without prompts have no gate either
         for layer in range(stored.header.layers[0]):
             del tensors[GATE.format(layer)]
+    lacking = [name for name in CHAT_TABLE if name not in NORMS and name not in stored.tensors]
+    if lacking:
+        raise ValueError(
+            f"chat65b holds biases and scales of all maps, got no {lacking[0]}: prompts alone go "
+            "to official"
+        )
     tensors |= unstacked(CHAT_TABLE, stored)
-    held = {name for name in stored.tensors if name.startswith(("bias_", "scale_"))}
-    if len(held) < len(CHAT_TABLE) - len(NORMS):
-        notes.append("biases of 0 and scales of 1 where the adapter has none: not written")
     return {"model": tensors}, notes
 
 

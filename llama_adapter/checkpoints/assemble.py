@@ -220,16 +220,26 @@ def assemble(
 
     Returns:
         The model, frozen and in evaluation mode.
+
+    Raises:
+        ValueError: a tensor cannot be allocated.
     """
     model = _bare(config).requires_grad_(False)
     state = {}
     for name, value in model.state_dict().items():
-        state[name] = torch.empty(value.shape, dtype=dtype, device=device)
+        try:
+            state[name] = torch.empty(value.shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{name} of shape {tuple(value.shape)}: {reason}") from None
         write(name, state[name])
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def _bare(config: LlamaConfig) -> Llama:
-    with torch.device("meta"):
-        return Llama(config)
+    try:
+        with torch.device("meta"):
+            return Llama(config)
+    except RuntimeError as error:
+        raise ValueError(f"no model has the shape of {config}: {error}") from None

@@ -212,8 +212,12 @@ def _rotary(given: dict[str, Any], path: Path) -> dict[str, Any]:
         if scaling:
             raise ValueError(f"{path}: {key} must say its rope_type, got only {sorted(scaling)}")
         return {"rope_theta": float(theta)}
-    if "factor" not in scaling:
-        raise ValueError(f"{path}: {key} must have a factor, got {sorted(scaling)}")
+    lacking = {"factor", "low_freq_factor", "high_freq_factor"} - scaling.keys()
+    if lacking:
+        raise ValueError(f"{path}: {key} must have a {min(lacking)}, got {sorted(scaling)}")
+    original = "original_max_position_embeddings"
+    # where it is not told, transformers takes the context's length
+    scaling.setdefault(original, given.get(original, given.get("max_position_embeddings")))
     found = rope_scaling(scaling, f"{path}: {key}")
     return {"rope_theta": float(theta), "rope_scaling": found}
 

@@ -105,9 +105,9 @@ def shard_paths(folder: Path) -> list[Path]:
             numbered[int(match[1])] = path
     if not numbered:
         raise FileNotFoundError(f"{folder} holds no consolidated.00.pth: the weights are missing")
-    missing = sorted(set(range(max(numbered) + 1)) - set(numbered))
+    missing = [number for number in range(len(numbered)) if number not in numbered]
     if missing:
-        names = ", ".join(f"consolidated.{number:02d}.pth" for number in missing)
+        names = ", ".join(f"consolidated.{number:02d}.pth" for number in missing[:8])
         raise FileNotFoundError(f"{folder} lacks {names}: copy the missing shards into it")
     return [numbered[number] for number in sorted(numbered)]
 

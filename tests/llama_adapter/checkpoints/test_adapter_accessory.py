@@ -90,3 +90,10 @@ def test_second_gates_and_lora_are_not_dropped_unsaid(tmp_path: Path) -> None:
             read_any_adapter(folder, ReadOptions(base=CONFIG, leave_out=left))
     asked = ReadOptions(base=CONFIG, leave_out=["lora", "new_gate"])
     assert len(read_any_adapter(folder, asked).notes) >= 3
+
+
+def test_files_of_several_numbers_of_ranks_are_refused(tmp_path: Path) -> None:
+    for name in ("00-of-02", "01-of-02", "00-of-01"):
+        torch.save({"model": accessory_tensors()}, tmp_path / f"consolidated.{name}.model.pth")
+    with pytest.raises(ValueError, match=r"files of one number of ranks, got those of \[1, 2\]"):
+        read_any_adapter(tmp_path)

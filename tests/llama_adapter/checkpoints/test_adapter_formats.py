@@ -5,6 +5,7 @@ The mutations are random from fixed seeds: of tensors and names, of bytes, of ar
 
 import io
 import json
+import os
 import random
 import resource
 import time
@@ -302,3 +303,9 @@ def test_mutations_are_refused_or_harmless(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_thousand_mutations_are_refused_or_harmless(name: str, tmp_path: Path) -> None:
     fuzz(name, tmp_path, 1000)
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileNotFoundError, match="pipe"):
+        read_any_adapter(tmp_path / "pipe")

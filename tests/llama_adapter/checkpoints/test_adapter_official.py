@@ -124,3 +124,14 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     save(prompt_tensors(), tmp_path / "heads.pth")
     with pytest.raises(ValueError, match=re.escape("differ from head to head: gate_scope must be")):
         read_any_adapter(tmp_path / "heads.pth", ReadOptions(gate_scope="layer"))
+
+
+@pytest.mark.parametrize("length", [1, 5, 20])
+def test_a_prompt_length_is_told_by_the_layers_with_gates(length: int, tmp_path: Path) -> None:
+    tensors = prompt_tensors()
+    rows = torch.randn(2 * length, 32)
+    path = save(tensors | {"adapter_query.weight": rows}, tmp_path / "adapter.pth")
+    stored = read_any_adapter(path, SHAPED)
+    assert stored.header.layers == (2, 3)
+    assert torch.equal(stored.tensors["prompts"], rows.view(2, length, 32))
+    assert any(note.startswith(f"prompt length: {length},") for note in stored.notes)

@@ -14,6 +14,7 @@ from tests.llama_adapter.checkpoints.adapter_samples import (
     chat_tensors,
     multimodal_tensors,
     norm_tensors,
+    prompt_tensors,
     random_model,
     random_tokens,
     save,
@@ -139,3 +140,10 @@ def test_the_released_65b_file_is_known_by_its_shape(tmp_path: Path) -> None:
     assert sum(value.numel() for value in stored.tensors.values()) == 13_811_712
     assert fitting_presets(stored.header.base.shape) == ["llama-65b"]
     assert any("n_heads 64" in note and "assumed" in note for note in stored.notes)
+
+
+def test_a_chat65b_file_that_its_reader_would_refuse_is_not_written(tmp_path: Path) -> None:
+    stored = read_any_adapter(save(prompt_tensors(), tmp_path / "v1.pth"), SHAPED)
+    with pytest.raises(ValueError, match=r"of all maps, got no .*: prompts alone"):
+        write_adapter_as(tmp_path / "chat.pth", stored, "chat65b")
+    assert not (tmp_path / "chat.pth").exists()

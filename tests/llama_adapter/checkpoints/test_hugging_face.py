@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llama_adapter.checkpoints.hugging_face import is_hugging_face, read_config, read_hugging_face
 from llama_adapter.config import RopeScaling
 from llama_adapter.model import Llama
+from llama_adapter.tokenizer import find_tokenizer
 
 SMALL: dict[str, Any] = {
     "hidden_size": 48,
@@ -386,3 +387,39 @@ def test_folders_are_recognised_by_their_files(save: Save, tmp_path: Path) -> No
     assert not is_hugging_face(tmp_path)
     assert is_hugging_face(save("1")[0])
     assert isinstance(read_hugging_face(save("1")[0])[0], Llama)
+
+
+@pytest.mark.parametrize("outside", [None, 16])
+@torch.no_grad()
+def test_an_original_context_that_is_not_told_is_transformers_guess(
+    outside: int | None, save: Save
+) -> None:
+    folder, _ = save("3.2")
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    rope.pop("original_max_position_embeddings")
+    change_config(folder, rope_parameters=rope)
+    if outside is not None:
+        change_config(folder, original_max_position_embeddings=outside)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokens = torch.randint(357, (2, 50), generator=torch.Generator().manual_seed(1))
+    model, _ = read_hugging_face(folder)
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+    rope.pop("low_freq_factor")
+    change_config(folder, rope_parameters=rope)
+    assert "must have a low_freq_factor" in error_of(folder)
+
+
+def test_sizes_that_no_memory_holds_are_one_line(save: Save) -> None:
+    folder, _ = save("1")
+    for huge in ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 2}, {"vocab_size": 2**31 - 1}):
+        change_config(folder, **huge)
+        with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
+            read_hugging_face(folder)
+
+
+def test_an_end_mark_behind_the_sentencepiece_model_is_the_jsons(save: Save) -> None:
+    folder, _ = save("1")
+    change_config(folder, eos_token_id=[2, 354])
+    message = "texts end at token 354, which tokenizer.model does not have: copy tokenizer.json"
+    with pytest.raises(ValueError, match=message):
+        find_tokenizer(folder)

@@ -420,3 +420,10 @@ def test_params_errors_reach_the_caller(write_meta: Write, tiny_model: Llama) ->
     assert error_of(folder) == (
         "FOLDER/params.json: moe is not supported: the model is a mixture of experts"
     )
+
+
+def test_a_shard_of_a_huge_number_is_refused_at_once(tmp_path: Path) -> None:
+    for number in ("00", "99999999"):
+        (tmp_path / f"consolidated.{number}.pth").touch()
+    with pytest.raises(FileNotFoundError, match=r"lacks consolidated\.01\.pth: copy"):
+        shard_paths(tmp_path)
