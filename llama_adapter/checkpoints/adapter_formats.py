@@ -130,7 +130,14 @@ def read_any_adapter(path: str | Path, options: ReadOptions | None = None) -> St
     source = _open(found)
     for reader in READERS:
         if reader.matches(source):
-            return reader.read(source, options)
+            stored = reader.read(source, options)
+            held = stored.header.config.prompt_length
+            if stored.header.layers and options.prompt_length not in (None, held):
+                raise ValueError(
+                    f"{found} holds prompts of {held} rows, got --prompt-length "
+                    f"{options.prompt_length}"
+                )
+            return stored
     some = ", ".join(name[:80] for name in source.names[:3]) or "none"
     raise ValueError(f"{found} is no adapter of a known format: it has tensors {some}")
 

@@ -161,6 +161,8 @@ def write(folder: Path, stored: StoredAdapter) -> list[str]:
         "task_type": "CAUSAL_LM",
     }
     folder.mkdir(exist_ok=True)
+    # of two files neither may be read with the other's older self
+    (folder / CONFIG).unlink(missing_ok=True)
     write_atomically(folder / WEIGHTS[0], safetensors.save(tensors, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG, json.dumps(config, indent=2).encode())
     return notes

@@ -103,9 +103,8 @@ def attend(
     """Attention as transformers calls it, plus the gated prompt that came with the call.
 
     Causal attention, padded or not, goes to `zero_init_attention`, a generated token to its form
-    for decoding. What that does not do (sliding
-    windows, dropout, any other mask, a static cache) goes to transformers' own sdpa, and the prompt
-    is added by `gated_prompt_attention`.
+    for decoding. What that does not do (sliding windows, dropout, any other mask, a static cache)
+    goes to transformers' own sdpa, and the prompt is added by `gated_prompt_attention`.
 
     Args:
         module: the attention that calls.

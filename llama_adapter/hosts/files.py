@@ -73,5 +73,10 @@ def read_adapted(model: Any, path: str | Path) -> Adapter:
         ValueError: the file is damaged or was trained on another base.
     """
     path = Path(path)
+    if (path / "adapter_config.json").is_file() and not (path / FILE).is_file():
+        raise FileNotFoundError(
+            f"{path} is a folder of PEFT: llama-adapter convert {path} {FILE} --to llama-adapter "
+            "--base BASE makes an adapter file of it"
+        )
     file = path / FILE if path.is_dir() else path
     return read_adapter_for(file, fingerprint_of_host(model), shape_of_host(model))

@@ -119,3 +119,10 @@ def test_gpt2_is_refused_by_name(tmp_path: Path) -> None:
 
 def save_peft(path: Path, tensors: dict[str, Tensor]) -> Path:
     return save(tensors, path)
+
+
+def test_another_prompt_length_than_the_files_is_refused(tmp_path: Path) -> None:
+    path = save_peft(tmp_path / "a.bin", peft_tensors())
+    assert read_any_adapter(path, ReadOptions(prompt_length=10)).header.config.prompt_length == 10
+    with pytest.raises(ValueError, match="holds prompts of 10 rows, got --prompt-length 3"):
+        read_any_adapter(path, ReadOptions(prompt_length=3))

@@ -11,7 +11,7 @@ from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.hosts import adapt, adapter_of
 from llama_adapter.hosts.files import FILE, save_adapted
 from llama_adapter.model import Llama
-from tests.llama_adapter.hf_models import host, on_transformers, tokens
+from tests.llama_adapter.hf_models import host, on_transformers, peft_model, tokens
 
 
 def test_an_adapter_of_the_lean_model_works_on_the_host(
@@ -72,3 +72,9 @@ def test_another_base_and_a_bare_host_are_refused(tmp_path: Path) -> None:
     assert adapter_of(other) is None
     with pytest.raises(FileNotFoundError, match="does not exist"):
         adapt(other, adapter=tmp_path / "nothing.safetensors")
+
+
+def test_a_folder_of_peft_is_named_with_the_remedy(tmp_path: Path) -> None:
+    peft_model(host()).save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"folder of PEFT: llama-adapter convert .* --base"):
+        adapt(host(), adapter=tmp_path)
