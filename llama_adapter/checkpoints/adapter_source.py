@@ -4,7 +4,6 @@ A `Source` hands them out in float32 and remembers the widths that their shapes 
 """
 
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_adapter.checkpoints.torch_file import read_torch_file
+from llama_adapter.checkpoints.torch_file import check_checksums, read_torch_file
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # input and output width of every linear map, in the names that a Source remembers them by
@@ -201,14 +200,7 @@ def open_source(path: Path) -> Source:
         ValueError: it is damaged or holds something else.
     """
     content = read_torch_file(path)
-    if zipfile.is_zipfile(path):
-        # the loader does not compare the checksums of what it maps
-        try:
-            damaged = zipfile.ZipFile(path).testzip()
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}): copy it again") from None
-        if damaged:
-            raise ValueError(f"{path} is damaged: {damaged} has another checksum; copy it again")
+    check_checksums(path)
     inner = content.get("model")
     if not isinstance(inner, dict):
         return Source(path, content)

@@ -76,6 +76,23 @@ def read_torch_file(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_checksums(path: Path) -> None:
+    """Read an archive whole and compare its checksums, which the loader of mapped files does not.
+
+    Raises:
+        ValueError: a record has another, or cannot be read.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again") from None
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged} has another checksum; copy it again")
+
+
 def check_tensors(
     content: dict[str, Any], path: Path, *, tied: tuple[str, str]
 ) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama_adapter.checkpoints.torch_file import check_tensors, read_torch_file
+from llama_adapter.checkpoints.torch_file import check_checksums, check_tensors, read_torch_file
 
 TIED = ("a", "z")
 
@@ -123,3 +123,26 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
             new.writestr(record.filename, old.read(record))
     with pytest.raises(ValueError, match="is damaged or not a torch file"):
         read(path)
+
+
+def test_checksums_are_compared_and_an_encrypted_record_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(tensors(), path)
+    check_checksums(path)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        record = next(one for one in archive.infolist() if one.filename.endswith("/data/0"))
+    number = tensors()["a"].numpy().tobytes()
+    path.write_bytes(whole.replace(number, number[:-1] + bytes([number[-1] ^ 1])))
+    with pytest.raises(ValueError, match=r"data/0 has another checksum; copy it again"):
+        check_checksums(path)
+    # the flag of encryption, in the record's own header and in the directory
+    flagged = bytearray(whole)
+    flagged[record.header_offset + 6] |= 1
+    entry = whole.index(b"PK\x01\x02")
+    while record.filename.encode() not in whole[entry : entry + 46 + len(record.filename)]:
+        entry = whole.index(b"PK\x01\x02", entry + 1)
+    flagged[entry + 8] |= 1
+    path.write_bytes(flagged)
+    with pytest.raises(ValueError, match=r"x\.pth is damaged \(.*encrypted.*\): copy it again"):
+        check_checksums(path)
