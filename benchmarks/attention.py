@@ -29,6 +29,8 @@ from benchmarks.roofline import DTYPES, MODES, Shape
 
 # the papers' prompt, and LLaMA-7B's model width at any head width
 PROMPT, WIDTH, TOKENS = 10, 4096, 16384
+# shapes that are compiled together, and then measured
+PORTION = 4
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 PROTOCOLS = {"cuda": Protocol(), "cpu": Protocol(rounds=15, warmup=2)}
 SOURCES = [Path(adapter_kernels.__file__).parent]
@@ -232,10 +234,11 @@ def run(options: argparse.Namespace) -> None:
     results = command.open_results("attention", options, SOURCES, protocol)
     providers = [one for one in PROVIDERS if not (options.quick and one.compiled)]
     wanted = shapes(device.type, command.extent_of(options))
-    if device.type == "cuda":
-        compile_ahead(wanted, providers, device, results)
-    for shape in wanted:
-        measure_shape(shape, providers, device, protocol, results)
+    for portion in command.in_time(wanted, results, PORTION):
+        if device.type == "cuda":
+            compile_ahead(portion, providers, device, results)
+        for shape in portion:
+            measure_shape(shape, providers, device, protocol, results)
     cells = cells_of(results.rows.values())
     text, verdicts = report(cells, results.environment, trial=options.quick)
     command.publish(results, text, {"verdicts": verdicts}, figures(cells))

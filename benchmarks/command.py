@@ -1,20 +1,22 @@
 """What the commands of the benchmarks of single operations share: options, exit codes, files.
 
-Each is `python -m benchmarks.NAME [--quick | --full] [--device D] [--fresh] [--output FOLDER]`: it
-compiles ahead, measures cell by cell what its result file lacks, and writes NAME.json, NAME.md and
-figures. The same command again continues.
+Each is `python -m benchmarks.NAME [--quick | --full] [--device D] [--minutes M] [--fresh]
+[--output FOLDER]`: it compiles ahead, measures cell by cell what its result file lacks, and writes
+NAME.json, NAME.md and figures. The same command again continues.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +33,8 @@ QUICK_RESULTS = Path("runs")
 QUICK_PROTOCOL = Protocol(rounds=5, warmup=1, round_ms=1.0)
 # a process that compiles holds some GB of the GPU
 COMPILERS = 8
+
+Cell = TypeVar("Cell")
 
 
 def folder_of(device: torch.device) -> Path:
@@ -54,9 +58,23 @@ def _parser(name: str, description: str | None) -> Parser:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="what computes; a GPU where there is one",
     )
+    parser.add_argument(
+        "--minutes", type=_minutes, help="begin nothing new after so long, and report what there is"
+    )
     parser.add_argument("--fresh", action="store_true", help="start over instead of continuing")
     parser.add_argument("--output", type=Path, help="folder (default: the device's results)")
     return parser
+
+
+def _minutes(text: str) -> float:
+    """A time above 0."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, got {text!r}")
+    return minutes
 
 
 def installed(package: str) -> bool:
@@ -96,9 +114,25 @@ def open_results(
     for package in packages:
         environment["packages"][package] = version(package) if installed(package) else None
     results = ResultFile(folder / f"{name}.json", name, environment, options.fresh)
+    if options.minutes is not None:
+        results.deadline = time.monotonic() + 60 * options.minutes
     if results.dropped:
         print(f"{results.dropped} rows of other code or another machine are measured again")
     return results
+
+
+def time_is_up(results: ResultFile) -> bool:
+    """Whether nothing new may begin."""
+    return time.monotonic() > results.deadline
+
+
+def in_time(wanted: Sequence[Cell], results: ResultFile, portion: int = 1) -> Iterator[list[Cell]]:
+    """What is wanted, some at a time, until the time for it is up."""
+    for start in range(0, len(wanted), portion):
+        if time_is_up(results):
+            print("the time is up; the same command continues", file=sys.stderr)
+            return
+        yield list(wanted[start : start + portion])
 
 
 def compile_ahead(compile_one: Callable[[Any], None], jobs: Sequence[Any]) -> None:
@@ -126,7 +160,8 @@ def measure_cell(
     Args:
         cell: its name in the results.
         title: its name in words.
-        candidates: what the results lack of it; where that is nothing, nothing happens.
+        candidates: what the results lack of it; where that is nothing, or the time is up, nothing
+            happens.
         device: of their tensors.
         protocol: how long.
         results: where the rows go, and are written.
@@ -135,7 +170,7 @@ def measure_cell(
     Raises:
         DeviceLost: a candidate broke the GPU's context; its row is kept, the rest is missing.
     """
-    if not candidates:
+    if not candidates or time_is_up(results):
         return
     try:
         rows = harness.measure(candidates, device, protocol)

@@ -40,6 +40,8 @@ from benchmarks.reporting import cells_of
 from benchmarks.roofline import Shape
 
 PROMPT = 10
+# shapes that are compiled together, and then measured
+PORTION = 4
 BATCHES = (1, 8, 32, 128)
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 # of keys and values: there are two caches, contiguous and paged, and room for copies
@@ -302,11 +304,12 @@ def run(options: argparse.Namespace) -> None:
     results = command.open_results("decode", options, SOURCES, protocol)
     providers = [one for one in PROVIDERS if not (options.quick and one.compiled)]
     wanted = shapes(device.type, command.extent_of(options))
-    if device.type == "cuda":
-        compile_ahead(wanted, providers, device, results)
     memory = memory_of(QUICK_READ_BYTES if options.quick else READ_BYTES[device.type], device)
-    for shape in wanted:
-        measure_shape(shape, providers, device, memory, protocol, results)
+    for portion in command.in_time(wanted, results, PORTION):
+        if device.type == "cuda":
+            compile_ahead(portion, providers, device, results)
+        for shape in portion:
+            measure_shape(shape, providers, device, memory, protocol, results)
     cells = cells_of(results.rows.values())
     text, verdicts = report(cells, results.environment, trial=options.quick)
     more = {"read_bandwidth": read_bandwidth(cells), "verdicts": verdicts}

@@ -116,7 +116,7 @@ def run(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     protocol = QUICK_PROTOCOL if options.quick else PROTOCOLS[device.type]
     results = command.open_results("dropin", options, SOURCES, protocol, THEIRS)
-    for setting in settings(device.type, command.extent_of(options)):
+    for (setting,) in command.in_time(settings(device.type, command.extent_of(options)), results):
         measure_setting(setting, device, protocol, results)
     cells = cells_of(results.rows.values(), Setting)
     text, more = report(cells, results.environment, trial=options.quick)

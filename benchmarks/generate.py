@@ -200,7 +200,7 @@ def measure_model(
         DeviceLost: a provider broke the GPU's context; its row is kept, the rest is missing.
     """
     models = None
-    for setting in wanted:
+    for (setting,) in command.in_time(wanted, results):
         modes = [
             mode
             for mode in MODES

@@ -334,6 +334,7 @@ class ResultFile:
     Attributes:
         rows: by cell and provider; a cell is plain data that names what was measured.
         dropped: how many rows the file held that another environment had measured.
+        deadline: when nothing new begins, on the clock of `time.monotonic`.
     """
 
     def __init__(self, path: Path, benchmark: str, environment: Row, fresh: bool) -> None:
@@ -353,6 +354,7 @@ class ResultFile:
         self._commit = self.environment.get("commit")
         self.rows: dict[tuple[str, str], Row] = {}
         self.dropped = 0
+        self.deadline = math.inf
         if path.exists() and not fresh:
             self._read()
 

@@ -163,13 +163,14 @@ def run(options: argparse.Namespace) -> None:
     protocol = command.QUICK_PROTOCOL if quick else decode.PROTOCOLS[device.type]
     results = command.open_results("small_ops", options, SOURCES, protocol)
     wanted = cells(device.type, command.extent_of(options))
-    if device.type == "cuda":
-        compile_ahead(wanted, device, results, quick)
     size = decode.QUICK_READ_BYTES if quick else decode.READ_BYTES[device.type]
     memory = memory_of(size, device)
-    for mode, shape in wanted:
-        missing = missing_of(mode, shape, device, results, quick)
-        measure_cell(mode, shape, missing, memory, protocol, results)
+    for portion in command.in_time(wanted, results, len(wanted)):
+        if device.type == "cuda":
+            compile_ahead(portion, device, results, quick)
+        for mode, shape in portion:
+            missing = missing_of(mode, shape, device, results, quick)
+            measure_cell(mode, shape, missing, memory, protocol, results)
     found = cells_of(results.rows.values(), SmallShape)
     text, verdicts = report(found, results.environment, trial=quick)
     more = {"read_bandwidth": read_bandwidth(found), "verdicts": verdicts}
