@@ -287,7 +287,8 @@ def bars(
         columns: of the grid.
     """
     panels = [(shape, mode) for shape in chosen for mode in modes]
-    lines = -(-len(panels) // columns)
+    # nothing may be measured yet
+    lines, columns = max(-(-len(panels) // max(columns, 1)), 1), max(columns, 1)
     figure = Figure(figsize=(13, 3.6 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in grid[len(panels) :]:

@@ -27,7 +27,9 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def wrapper(*args: object, **kwargs: object) -> Tensor:
         tensor = allocate(*args, **kwargs)
         if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
-            return tensor.fill_(float("nan"))
+            # one that wants a gradient may not be written where gradients are recorded
+            with torch.no_grad():
+                return tensor.fill_(float("nan"))
         return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
 
     return wrapper

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import command, harness, small_ops
+from benchmarks import attention, command, decode, dropin, generate, harness, small_ops
 from benchmarks.harness import ResultFile
 
 QUICK = ["--quick", "--device", "cpu", "--output"]
@@ -39,6 +39,16 @@ def test_nothing_new_begins_after_the_time_and_the_same_command_continues(
     assert small_ops.main([*QUICK, str(tmp_path)]) == 0
     assert held(tmp_path)[: len(first)] == first
     assert {json.dumps(row["cell"]) for row in held(tmp_path)} > cells
+
+
+@pytest.mark.parametrize("benchmark", [attention, decode, dropin, generate, small_ops])
+def test_a_report_of_nothing_is_one(
+    benchmark: Any, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "time_is_up", lambda _: True)
+    assert benchmark.main([*QUICK, str(tmp_path), "--minutes", "1"]) == 0
+    name = benchmark.__name__.removeprefix("benchmarks.")
+    assert (tmp_path / f"{name}.md").read_text().startswith("# ")
 
 
 def held(folder: Path) -> list[harness.Row]:

@@ -42,7 +42,8 @@ def cast_together(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors in autocast's dtype where autocast is on, as any matmul would take them."""
     check_tensor("q", q)
     device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # the meta device has no autocast, and asking torch whether it has cannot be compiled in 2.11
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return q, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(
