@@ -78,11 +78,16 @@ def _layout_first(flat: tuple[Any, ...]) -> tuple[Layout, tuple[Any, ...]]:
     return Layout(*flat[:count]), flat[count:]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _plain(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Results as compiled code was told that they lie, one row after the other."""
+    return tuple(x.contiguous() for x in results)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     prompts, rest = _prompts_first(rest)
     layout, (scale, backend) = _layout_first(rest)
     with _exact(q):
-        return launchers(backend).attention(q, k, v, prompts, layout, scale)
+        return _plain(launchers(backend).attention(q, k, v, prompts, layout, scale))
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,9 +103,10 @@ def _attention_backward(
     qkv, (prompts, rest) = rest[:3], _prompts_first(rest[3:])
     layout, (scale, backend, needs) = _layout_first(rest)
     with _exact(out):
-        return launchers(backend).attention_backward(
+        gradients = launchers(backend).attention_backward(
             dout, dlse, out, lse, *qkv, prompts, layout, scale, tuple(needs)
         )
+        return _plain(gradients)
 
 
 def _gradients_fake(q: Tensor, inputs: Sequence[Any], needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -120,21 +126,23 @@ def _attention_backward_fake(
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
     prompts, (*cache, scale, backend) = _prompts_first(rest)
     with _exact(q):
-        return launchers(backend).decode(q, k_cache, v_cache, prompts, *cache, scale)
+        out = launchers(backend).decode(q, k_cache, v_cache, prompts, *cache, scale)
+        return out.contiguous()
 
 
 def _prompt(q: Tensor, *rest: Any) -> Tensor:
     prompts, (cu_seqlens_q, out, scale, backend) = _prompts_first(rest)
     with _exact(q):
-        return launchers(backend).prompt(q, prompts, cu_seqlens_q, out, scale)
+        return launchers(backend).prompt(q, prompts, cu_seqlens_q, out, scale).contiguous()
 
 
 def _prompt_backward(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     prompts, (cu_seqlens_q, scale, backend, needs) = _prompts_first(rest)
     with _exact(q):
-        return launchers(backend).prompt_backward(
+        gradients = launchers(backend).prompt_backward(
             dout, q, prompts, cu_seqlens_q, scale, tuple(needs)
         )
+        return _plain(gradients)
 
 
 def _prompt_backward_fake(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:

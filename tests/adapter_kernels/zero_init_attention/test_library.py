@@ -19,7 +19,7 @@ from adapter_kernels import (
 from adapter_kernels.backend import INTERPRETED
 from adapter_kernels.zero_init_attention import library
 from tests.adapter_kernels.tolerances import check_bitwise, check_identity
-from tests.adapter_kernels.zero_init_attention.cases import NAMES, Case, int32, make_case
+from tests.adapter_kernels.zero_init_attention.cases import NAMES, Case, int32, make_case, sized
 
 # again on the kernels, where the interpreter makes them the default
 pytestmark = pytest.mark.kernel
@@ -73,6 +73,48 @@ def test_opcheck_of_attention_backward(backend: str, layout: str, needs: tuple[b
     arguments = (torch.randn_like(out), torch.randn_like(lse), out, lse, case.q, case.k, case.v)
     rest = (*index_arguments(case), backend, list(needs))
     opcheck(library.attention_backward_op, (*arguments, *case.prompts, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("form", "layout"),
+    [
+        ("shared", "square"),
+        ("shared", "causal"),
+        ("bank_lengths", "padded"),
+        ("sample", "packed"),
+        ("none", "blind"),
+    ],
+)
+@pytest.mark.parametrize("turned", ["", "qkv"])
+@pytest.mark.parametrize("backend", HERE)
+def test_results_lie_as_compiled_code_is_told(
+    backend: str, turned: str, form: str, layout: str, dtype: torch.dtype
+) -> None:
+    """opcheck compares strides on a GPU only; transformers hands on heads before rows."""
+    square = layout == "square"
+    case = sized(form, queries=9, keys=9, rows=3, head_dim=8) if square else make_case(form, layout)
+    case = detached(case.cast(dtype))
+    case = replace(case, **{name: turn(getattr(case, name)) for name in turned})
+    inputs = (case.q, case.k, case.v, *case.prompts)
+    found = library.attention_op(*inputs, *index_arguments(case), backend)
+    out, lse, own = found
+    kept, dout = own if len(own) else out, turn(torch.randn_like(out))
+    for dlse in (None, torch.randn_like(lse)):
+        rest = (*inputs, *index_arguments(case), backend, [True] * 6)
+        found += library.attention_backward_op(dout, dlse, kept, lse, *rest)
+    if form != "none":
+        alone = "reference" if backend == "hybrid" else backend
+        rest = (case.cu_seqlens_q, dout, case.scale, alone)
+        found += (library.prompt_op(case.q, *case.prompts, *rest),)
+        rest = (case.cu_seqlens_q, case.scale, alone, [True] * 4)
+        found += library.prompt_backward_op(dout, case.q, *case.prompts, *rest)
+    assert not any(x.numel() and not x.is_contiguous() for x in found)
+
+
+def turn(x: Tensor) -> Tensor:
+    """The same numbers, heads before rows in memory."""
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -158,8 +200,9 @@ def test_decode_compiles_into_one_graph() -> None:
 
 
 @pytest.mark.slow
-def test_inductor_compiles_forward_and_backward() -> None:
-    case = make_case("shared", "causal").cast(FLOAT32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_inductor_compiles_forward_and_backward(dtype: torch.dtype) -> None:
+    case = make_case("shared", "causal").cast(dtype)
     compiled = torch.compile(dense, fullgraph=True)
     for got, expected in zip(run(compiled, case), run(dense, case), strict=True):
         check_identity("compiled", got, expected)
