@@ -1,14 +1,15 @@
 """How is anything timed here? Only what is right, in turns, and with all that a reader must know.
 
 Every candidate is first held against the truth; one that is wrong, or raises, is a row with its
-reason and no time. The others take their turns in rounds, so that a clock that falls meets all of
-them. Rows are written as soon as a cell of them is measured, and the same command continues.
+reason and no time. The others take turns in rounds, each in another order: what ran before, and a
+clock that falls, meet all. Rows are written cell by cell, and the same command continues.
 """
 
 import gc
 import hashlib
 import json
 import math
+import random
 import statistics
 import subprocess
 import time
@@ -257,8 +258,8 @@ def measure(
             gc.collect()
             torch.cuda.empty_cache()
     times: dict[str, list[list[float]]] = {name: [] for name in works}
-    for _ in range(protocol.rounds):
-        for name, work in list(works.items()):
+    for turn in range(protocol.rounds):
+        for name, work in random.Random(turn).sample(list(works.items()), len(works)):
             wanted = round(protocol.round_ms / max(rows[name]["warm_ms"], 1e-6))
             try:
                 times[name].append(device.passes(work, min(max(wanted, 1), MAX_REPEATS)))
@@ -320,8 +321,7 @@ def describe(device: torch.device, sources: Sequence[Path]) -> Row:
             digest.update(file.read_bytes())
     found: Row = describe_environment(device)
     if device.type == "cuda":
-        driver = nvidia_smi(device, ["driver_version"])
-        found["driver"] = driver["driver_version"] if driver else None
+        found["driver"] = (nvidia_smi(device, ["driver_version"]) or {}).get("driver_version")
         found["cudnn"] = torch.backends.cudnn.version()
     else:
         found["instructions"] = torch.backends.cpu.get_cpu_capability()

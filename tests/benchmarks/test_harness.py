@@ -150,11 +150,14 @@ def test_a_broken_context_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lost.value.row["status"] == FAILED
 
 
-def test_candidates_take_turns() -> None:
+def test_candidates_take_turns_in_orders_of_their_own() -> None:
     calls: list[str] = []
-    given = [candidate(name, TRUTH, calls) for name in "abc"]
+    given = [candidate(name, TRUTH, calls) for name in "abcdef"]
     measure(given, CPU, SHORT)
-    assert "".join(calls) == "aabbcc" + 5 * "abc"
+    assert "".join(calls[:12]) == "aabbccddeeff"
+    rounds = ["".join(calls[at : at + 6]) for at in range(12, len(calls), 6)]
+    assert len(set(rounds)) == len(rounds) == SHORT.rounds
+    assert all(sorted(one) == list("abcdef") for one in rounds)
 
 
 def test_medians_and_quantiles_are_over_all_passes(monkeypatch: pytest.MonkeyPatch) -> None:
