@@ -22,8 +22,8 @@ test-all: $(INSTALLED)
 	$(RUN) -m pytest -n $(PARALLEL) -m slow
 	$(RUN) -m tests.version_matrix
 
-# every tile of every architecture, into benchmarks/results/ahead_of_time.json: 20 minutes on two cores;
-# then the small operations, into a file of their own: two minutes, alone with --only small_ops
+# every tile of every architecture, into benchmarks/results/ahead_of_time.json, and the small operations
+# into a file of their own: what has changed since, at most 25 minutes on two cores
 aot-all: $(INSTALLED)
 	$(RUN) -m benchmarks.ahead_of_time
 
@@ -32,10 +32,13 @@ lint: $(LINTERS)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-# for a GPU machine without network: uses the machine's own Python and packages. Kernels are compiled
-# in processes side by side, by pytest-xdist where it is installed; each part takes under 10 minutes
+# for a GPU machine without network: uses the machine's own Python and packages, and this folder as it
+# is. Kernels are compiled in processes side by side, by pytest-xdist where it is installed; each part
+# takes under 10 minutes, a benchmark no more than `make gpu MINUTES=2` gives it
 PART ?= tests sanitizer attention decode small_ops generate dropin
 XDIST = $(shell $(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
+MEASURE = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m benchmarks.
+LIMIT = $(if $(MINUTES),--minutes $(MINUTES))
 # without torch's cache of memory every tensor is an allocation of its own, whose ends are guarded
 SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool
 CHECKED = $(PYTHON) -m pytest tests/adapter_kernels/zero_init_attention/test_triton_launch.py
@@ -43,7 +46,7 @@ gpu: $(addprefix gpu-,$(PART))
 HAS_GPU = @$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available() and "make gpu: torch sees no GPU here")'
 gpu-tests:
 	$(HAS_GPU)
-	$(PYTHON) -m pytest $(XDIST) -m "gpu or kernel"
+	$(PYTHON) -m pytest -v $(XDIST) -m "gpu or kernel"
 gpu-sanitizer:
 	$(HAS_GPU)
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer, of the CUDA toolkit, is not on the PATH"; exit 2; }
@@ -51,21 +54,21 @@ gpu-sanitizer:
 	$(SANITIZED) racecheck $(CHECKED) -k "padding_and_packing or (prompt_lengths and bank)"
 gpu-attention:
 	$(HAS_GPU)
-	$(PYTHON) -m benchmarks.attention
+	$(MEASURE)attention $(LIMIT)
 gpu-decode:
 	$(HAS_GPU)
-	$(PYTHON) -m benchmarks.decode
+	$(MEASURE)decode $(LIMIT)
 gpu-small_ops:
 	$(HAS_GPU)
-	$(PYTHON) -m benchmarks.small_ops
+	$(MEASURE)small_ops $(LIMIT)
 gpu-generate:
 	$(HAS_GPU)
-	$(PYTHON) -m benchmarks.generate
+	$(MEASURE)generate $(LIMIT)
 gpu-dropin:
 	$(HAS_GPU)
-	$(PYTHON) -m benchmarks.dropin
+	$(MEASURE)dropin $(LIMIT)
 gpu-tune:
-	$(PYTHON) -m benchmarks.tune --processes 16
+	$(MEASURE)tune --processes 16
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -3,8 +3,8 @@
 Compiles the launches that a GPU would run, their tensors on the meta device, and reads shared
 memory, registers, spills and instructions from the machine code, for which triton brings the tools:
 its compiler checks none of them. The program compiles every tile of every architecture into one
-table, some 20 minutes on two cores, and the small operations into another, two minutes; a test
-holds both to the sources.
+table, some 20 minutes on two cores, and the small operations into another, two minutes. A row holds
+the digest of what was compiled: rows of today's kernels are kept, and a test finds the others.
 """
 
 import hashlib
@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,6 @@ from triton.compiler import ASTSource
 
 from adapter_kernels.arch import ARCHS
 from adapter_kernels.launch import Launch
-from adapter_kernels.zero_init_attention import forward
 from adapter_kernels.zero_init_attention.configs import HEAD_DIMS, UNMEASURED, tile
 from benchmarks.small_forms import SmallForm, small_launch, small_table
 from benchmarks.specialisations import Specialisation, launch_of, table
@@ -38,14 +38,6 @@ from llama_adapter.options import Parser
 # bytes; a loop over the heads of a group keeps pointers there between its inner loops
 MOST_STACK, MOST_STACK_GROUPED = 64, 240
 RESULTS = Path(__file__).parent / "results"
-# what decides the machine code, of attention and of the small operations
-ATTENTION = Path(forward.__file__).parent
-SOURCES = (
-    "tiles", "forward", "backward_dq", "backward_dkv", "decode", "kernel_arguments", "configs",
-)  # fmt: skip
-SMALL_SOURCES = ("rms_norm_kernel", "rotary_kernel", "swiglu_kernel")
-# of a kernel that only moves data there is no more to say
-SMALL_FACTS = ("registers", "spills", "stack", "shared", "wide_loads")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {
     torch.float16: "*fp16",
@@ -232,23 +224,24 @@ class Table(NamedTuple):
 
     Attributes:
         path: the file, as JSON.
-        sources: the files that decide the machine code.
         specs: what is compiled, a row each.
-        row_of: one row.
+        launch: that of one.
+        facts: what a row says of the resources.
+        judge: what is wrong with them.
     """
 
     path: Path
-    sources: tuple[Path, ...]
     specs: Callable[[], list[Any]]
-    row_of: Callable[[Any], dict[str, Any]]
+    launch: Callable[[Any], Launch]
+    facts: tuple[str, ...]
+    judge: Callable[[Resources, Any], list[str]]
 
 
-def sources_digest(chosen: Table) -> str:
-    """SHA-256 of the files that decide the machine code."""
-    digest = hashlib.sha256()
-    for source in chosen.sources:
-        digest.update(source.read_bytes())
-    return digest.hexdigest()
+def digest_of(launch: Launch, capability: int) -> str:
+    """Digest of what the compiler is given: kernel, all that it calls, specialisation, compiler."""
+    given = (specialise(launch), launch.num_warps, launch.num_stages, capability)
+    text = f"{triton.__version__} {launch.kernel.cache_key} {given}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def named(spec: Specialisation | SmallForm) -> dict[str, Any]:
@@ -257,31 +250,33 @@ def named(spec: Specialisation | SmallForm) -> dict[str, Any]:
     return {name: str(x).removeprefix("torch.") if name == "dtype" else x for name, x in values}
 
 
-def row_of(spec: Specialisation) -> dict[str, Any]:
-    """One row of the table: the specialisation, its resources, and what is wrong with them."""
-    found = compile_for(launch_of(spec), spec.capability)
-    return {**named(spec), **asdict(found), "complaints": complaints(found, spec, measured(spec))}
+def compiled(launch: Callable[[Any], Launch], spec: Any) -> Resources:
+    """What the kernel of a row takes."""
+    return compile_for(launch(spec), spec.capability)
 
 
-def small_row(form: SmallForm) -> dict[str, Any]:
-    """One row of the small operations' table."""
-    found = compile_for(small_launch(form), form.capability)
-    facts = {name: getattr(found, name) for name in SMALL_FACTS}
-    return {**named(form), **facts, "complaints": small_complaints(found, form)}
+def row_of(chosen: Table, spec: Any, found: Resources) -> dict[str, Any]:
+    """One row of a table: the specialisation, its resources, and what is wrong with them."""
+    facts = {name: getattr(found, name) for name in chosen.facts}
+    digest = digest_of(chosen.launch(spec), spec.capability)
+    return {**named(spec), **facts, "complaints": chosen.judge(found, spec), "digest": digest}
 
 
 TABLES = {
     "attention": Table(
         RESULTS / "ahead_of_time.json",
-        tuple(ATTENTION / f"{name}.py" for name in SOURCES),
         table,
-        row_of,
+        launch_of,
+        tuple(one.name for one in fields(Resources)),
+        lambda found, spec: complaints(found, spec, measured(spec)),
     ),
     "small_ops": Table(
         RESULTS / "ahead_of_time_small_ops.json",
-        tuple(ATTENTION.parent / f"{name}.py" for name in SMALL_SOURCES),
         small_table,
-        small_row,
+        small_launch,
+        # of a kernel that only moves data there is no more to say
+        ("registers", "spills", "stack", "shared", "wide_loads"),
+        small_complaints,
     ),
 }
 
@@ -314,17 +309,32 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(wrong) else 0
 
 
+def held(path: Path) -> dict[str, Resources]:
+    """What the rows of a table hold, by digest; nothing where there is no such table."""
+    if not path.exists():
+        return {}
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    names = [one.name for one in fields(Resources)]
+    return {row["digest"]: Resources(*(row.get(name, 0) for name in names)) for row in rows}
+
+
 def write_table(chosen: Table, folder: Path, processes: int) -> int:
-    """Compile every row and write the table; returns how many have complaints."""
-    # of what is compiled, whatever is edited meanwhile
-    content = {"triton": triton.__version__, "sources_sha256": sources_digest(chosen)}
-    rows, specs, output = [], chosen.specs(), folder / chosen.path.name
-    found = side_by_side(chosen.row_of, specs, processes)
-    for row in tqdm(found, total=len(specs), mininterval=10):
-        rows.append(row)
+    """Compile what the table lacks and write it; returns how many rows have complaints."""
+    output, specs = folder / chosen.path.name, chosen.specs()
+    digests = [digest_of(chosen.launch(spec), spec.capability) for spec in specs]
+    known = held(output)
+    pairs = zip(digests, specs, strict=True)
+    missing = {digest: spec for digest, spec in pairs if digest not in known}
+    found = side_by_side(partial(compiled, chosen.launch), list(missing.values()), processes)
+    found = tqdm(found, total=len(missing), mininterval=10)
+    known |= dict(zip(missing, found, strict=True))
+    rows = [
+        row_of(chosen, spec, known[digest]) for spec, digest in zip(specs, digests, strict=True)
+    ]
+    for spec, row in zip(specs, rows, strict=True):
         if row["complaints"]:
-            tqdm.write(f"{specs[len(rows) - 1]}: {'; '.join(row['complaints'])}")
-    text = json.dumps(content, indent=1)[:-2] + ',\n "rows": [\n  '
+            print(f"{spec}: {'; '.join(row['complaints'])}")
+    text = json.dumps({"triton": triton.__version__}, indent=1)[:-2] + ',\n "rows": [\n  '
     text += ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n"
     write_atomically(output, text.encode())
     wrong = sum(bool(row["complaints"]) for row in rows)

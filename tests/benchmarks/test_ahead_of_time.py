@@ -20,13 +20,14 @@ from benchmarks.ahead_of_time import (  # a GPU's compiler, with triton alone
     TABLES,
     Resources,
     compile_for,
+    compiled,
     complaints,
     count_spills,
+    digest_of,
     measured,
     named,
+    row_of,
     small_complaints,
-    small_row,
-    sources_digest,
 )
 from benchmarks.small_forms import SmallForm, small_launch, small_table
 from benchmarks.specialisations import (
@@ -50,6 +51,15 @@ SMALL = [
     if form.dtype == torch.bfloat16
     and (form.odd if form.capability == 80 else form.capability == 90 and form.widest)
 ]
+
+
+CHANGES = (
+    ("head_dim", 64),
+    ("dtype", torch.float16),
+    ("layout", "padded"),
+    ("form", "bank"),
+    ("group", 4),
+)
 
 
 def check(spec: Specialisation) -> None:
@@ -89,20 +99,24 @@ def test_an_oversized_tile_is_noticed(config: TileConfig, complaint: str) -> Non
 
 @pytest.mark.parametrize("form", SMALL, ids=str)
 def test_small_kernels_compile_within_the_chip(form: SmallForm) -> None:
-    row = small_row(form)
-    print(row)
-    assert not row["complaints"]
+    found = compiled(small_launch, form)
+    print(form, found)
+    assert not small_complaints(found, form)
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_committed_table_is_that_of_the_sources(name: str) -> None:
+def test_the_committed_table_is_that_of_the_kernels(name: str) -> None:
     """Every form on every architecture: `make aot-all` after a change of what it compiles."""
     chosen = TABLES[name]
-    held = json.loads(chosen.path.read_text(encoding="utf-8"))
-    assert held["sources_sha256"] == sources_digest(chosen), "the table is stale: make aot-all"
-    wanted = [named(spec) for spec in chosen.specs()]
-    assert [{name: row[name] for name in wanted[0]} for row in held["rows"]] == wanted
-    assert not [row for row in held["rows"] if row["complaints"]]
+    rows = json.loads(chosen.path.read_text(encoding="utf-8"))["rows"]
+    wanted = [
+        {**named(spec), "digest": digest_of(chosen.launch(spec), spec.capability)}
+        for spec in chosen.specs()
+    ]
+    assert len(rows) == len(wanted), "the table is stale: make aot-all"
+    for row, one in zip(rows, wanted, strict=True):
+        assert row | one == row, "the table is stale: make aot-all"
+        assert not row["complaints"]
 
 
 def test_complaints_say_what_is_wrong() -> None:
@@ -167,15 +181,34 @@ def test_small_forms_are_launched_as_they_say() -> None:
 def test_one_table_is_written_where_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = TABLES["small_ops"]._replace(specs=lambda: SMALL[:1])
+    few = TABLES["small_ops"]._replace(specs=lambda: SMALL[:2])
     monkeypatch.setitem(TABLES, "small_ops", few)
     arguments = ["--only", "small_ops", "--processes", "1", "--output", str(tmp_path)]
     assert ahead_of_time.main(arguments) == 0
-    assert "1 rows, 0 with complaints" in capsys.readouterr().out
+    assert "2 rows, 0 with complaints" in capsys.readouterr().out
     (path,) = tmp_path.iterdir()
     assert path.name == few.path.name
-    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert row == small_row(SMALL[0])
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert rows == [row_of(few, form, compiled(small_launch, form)) for form in SMALL[:2]]
+    # what is held is not compiled again, whatever the order
+    monkeypatch.setattr(ahead_of_time, "side_by_side", lambda _, jobs, __: iter([{}][: len(jobs)]))
+    monkeypatch.setitem(TABLES, "small_ops", few._replace(specs=lambda: SMALL[1::-1]))
+    assert ahead_of_time.main(arguments) == 0
+    assert json.loads(path.read_text(encoding="utf-8"))["rows"] == rows[::-1]
+
+
+def test_a_digest_is_that_of_everything_compiled() -> None:
+    spec = COMMON[0]
+    launch = launch_of(spec)
+    digests = {
+        digest_of(launch, 80),
+        digest_of(launch, 90),
+        digest_of(launch._replace(num_warps=2), 80),
+        digest_of(launch._replace(num_stages=1), 80),
+        *(digest_of(launch_of(replace(spec, **{name: value})), 80) for name, value in CHANGES),
+    }
+    assert len(digests) == 4 + len(CHANGES)
+    assert digest_of(launch_of(spec), 80) in digests
 
 
 def test_spills_are_told_apart_by_loops() -> None:
