@@ -142,6 +142,7 @@ def test_every_line_is_one_of_these() -> None:
     assert python == [
         "a PEFT adaption-prompt model in Python",
         "LLaMA, Mistral or Qwen2 of transformers",
+        "transformers' Trainer, to resume or to load the best model",
         "a loaded transformers model",
         "tasks of lm-evaluation-harness",
         "attention of your own",

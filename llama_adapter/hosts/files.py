@@ -80,3 +80,26 @@ def read_adapted(model: Any, path: str | Path) -> Adapter:
         )
     file = path / FILE if path.is_dir() else path
     return read_adapter_for(file, fingerprint_of_host(model), shape_of_host(model))
+
+
+def load_adapted(model: Any, path: str | Path) -> None:
+    """Read an adapter into the one that is on a host, whose parameters stay the same tensors.
+
+    Args:
+        model: the host, with an adapter of the file's shape.
+        path: as in `read_adapted`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as in `read_adapted`, or the adapter is of another shape, or there is none.
+    """
+    adapter = adapter_of(model)
+    if adapter is None:
+        raise ValueError("model must have an adapter, put there by adapt(model)")
+    found = read_adapted(model, path)
+    if (found.config, found.layers) != (adapter.config, adapter.layers):
+        raise ValueError(
+            f"{path} must hold an adapter like the model's, {adapter.config} in layers "
+            f"{adapter.layers}, got {found.config} in layers {found.layers}"
+        )
+    adapter.load_state_dict(found.state_dict())

@@ -1,9 +1,9 @@
 """Models of transformers with our adapters: LLaMA, Mistral and Qwen2, with a gate per head.
 
 The models stay of their own classes: `generate()`, `Trainer` and pipelines take them as ever, and
-`save_pretrained` writes the adapter alone. `Trainer` therefore does not find its own weights again:
-`resume_from_checkpoint` and `load_best_model_at_end` do not work, and a checkpoint is loaded with
-`from_pretrained(base, checkpoint)`.
+`save_pretrained` writes the adapter alone. A checkpoint of `Trainer` is loaded with
+`from_pretrained(base, checkpoint)`; `resume_from_checkpoint` and `load_best_model_at_end` need
+`AdapterTrainer` of transformers_trainer.py, as transformers' own looks for whole models.
 """
 
 from dataclasses import asdict
