@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.adapter_header import (
+    QUANTIZED,
     AdapterHeader,
     expected_tensors,
     from_json,
@@ -43,7 +44,7 @@ def save_adapter(path: str | Path, adapter: Adapter, base: Fingerprint) -> None:
     Args:
         path: the file to create or replace.
         adapter: prompts (L, P, C) and gates (L, H) or (L, 1), float32.
-        base: fingerprint of the model it was trained on.
+        base: fingerprint of the model it was trained on; without samples it was quantised.
 
     Raises:
         ValueError: the adapter does not fit the base's shape.
@@ -57,6 +58,7 @@ def save_adapter(path: str | Path, adapter: Adapter, base: Fingerprint) -> None:
         base=base,
         scale_side=adapter.tuning.scale_side,
         linears=adapter.tuning.linears,
+        origin=None if base.samples else QUANTIZED,
     )
     write_atomically(path, encode(header, tensors))
 
@@ -102,7 +104,7 @@ def read_adapter_for(path: str | Path, loaded: Fingerprint, model: LlamaConfig) 
         )
     if not header.base.samples:
         warnings.warn(
-            f"adapter {path} was converted from {header.origin}, which does not tell its base: "
+            f"adapter {path} comes from {header.origin}, which does not tell its base: "
             f"its shape fits {loaded.name!r}, its weights are not known",
             stacklevel=3,
         )

@@ -13,6 +13,8 @@ from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, Tuning
 
 FORMAT_VERSIONS = (1, 2)
 PROMPT_KINDS = ("hidden",)
+# a base whose weights were rounded when the adapter was saved
+QUANTIZED = "a quantised base"
 # fields of version 2 and what version 1 means
 ADDED = {"linears": (), "origin": None}
 
@@ -29,8 +31,8 @@ class AdapterHeader:
         config: the adapter's configuration, among it the gate's activation and scope.
         base: the base model it was trained on.
         linears: the linear maps that bias and scale groups belong to.
-        origin: the format it was converted from, which does not tell the base: then `base` may
-            know some of the shape and no weights. None for an adapter trained by this package.
+        origin: where it is from, if that does not tell the base: the format it was converted from,
+            or QUANTIZED; then `base` may know some of the shape and no weights. None otherwise.
     """
 
     groups: tuple[str, ...]

@@ -86,11 +86,14 @@ def check_format(name: str, device: torch.device | str) -> None:
     _import_torchao(name)
 
 
-def is_quantized(model: Llama) -> bool:
-    """Whether a weight of the model is one of torchao's."""
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether a weight of the model is one of torchao's, or kept in bytes, as by bitsandbytes."""
     # by the name of its class: without torchao there is nothing to import
-    modules = {type(parameter).__module__ for parameter in model.parameters()}
-    return any(module.partition(".")[0] == "torchao" for module in modules)
+    return any(
+        type(parameter).__module__.partition(".")[0] == "torchao"
+        or not parameter.is_floating_point()
+        for parameter in model.parameters()
+    )
 
 
 def _import_torchao(name: str) -> ModuleType:

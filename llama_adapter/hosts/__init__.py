@@ -15,7 +15,16 @@ from torch import Tensor
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.config import AdapterConfig
-from llama_adapter.hosts.attention import NAME, Prompted, freeze_during, register, replace_methods
+from llama_adapter.hosts.attention import (
+    NAME,
+    Prompted,
+    device_of,
+    freeze_during,
+    register,
+    replace_methods,
+    separate_config,
+    use_config,
+)
 from llama_adapter.hosts.facts import attentions_of, host_of, shape_of_host
 from llama_adapter.hosts.files import SUBMODULE, adapter_of, read_adapted, save_adapted
 
@@ -108,11 +117,16 @@ def adapt(
                     f"model must have the {name} of its own layers, got a "
                     f"{type(attentions[layer]).__name__}: take off other adapters first"
                 )
+        if device_of(attentions[layer]).type == "meta":
+            raise ValueError(
+                "model must have its weights on a device, got some that are offloaded or not "
+                "loaded yet"
+            )
     register()
     methods = ("generate", "save_pretrained")
     before = {
         "methods": {name: model.__dict__.get(name) for name in methods},
-        "implementation": model.config._attn_implementation,
+        "config": separate_config(model),
         "trainable": [name for name, x in model.named_parameters() if x.requires_grad],
         # accelerate's hooks, for one, are forwards of an instance
         "forwards": {row: attentions[row].__dict__.get("forward") for row in adapter.layers},
@@ -125,8 +139,7 @@ def adapt(
         module.__dict__["forward"] = Prompted(
             module, module.forward, source, trained, host.key, host.value, shape.head_dim
         )
-    first = next(attentions[adapter.layers[0]].parameters())
-    model.add_module(SUBMODULE, adapter.to(first.device))
+    model.add_module(SUBMODULE, adapter.to(device_of(attentions[adapter.layers[0]])))
     model.__dict__[_BEFORE] = before
     freeze_during(model, "generate")
     model.__dict__["save_pretrained"] = partial(save_adapted, model)
@@ -150,7 +163,7 @@ def unadapt(model: Any) -> Adapter:
         attentions[layer].__dict__.pop("forward")
         if forward is not None:
             attentions[layer].__dict__["forward"] = forward
-    model.set_attn_implementation(before["implementation"])
+    use_config(model, before["config"])
     delattr(model, SUBMODULE)
     del model.__dict__[_BEFORE]
     replace_methods(model, before["methods"])

@@ -6,7 +6,9 @@ hands it down as a keyword, which every attention of transformers passes on to t
 switched off, or shared by several adapters, has none to forget.
 """
 
+import copy
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +27,8 @@ from llama_adapter.adapter import LayerPrompt
 NAME = "llama_adapter"
 KEYWORD = "llama_adapter_prompt"
 _BOUNDS = "llama_adapter_bounds"
+# accelerate's, on a module that it moves tensors for
+_HOOK = "_hf_hook"
 REMEDY = "the integrations with Hugging Face need transformers: pip install 'transformers>=5.10.1'"
 
 
@@ -62,7 +66,9 @@ def mask(q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     made = sdpa_mask(q_length=q_length, kv_length=kv_length, **kwargs)
     padding, offset = kwargs.get("attention_mask"), kwargs.get("q_offset", 0)
     if (
-        made is None
+        # whether there are holes is for the data to say, which a graph cannot ask
+        torch.compiler.is_compiling()
+        or made is None
         or padding is None
         or kwargs.get("mask_function") is not causal_mask_function
         or padding.shape[-1] != kv_length
@@ -74,7 +80,7 @@ def mask(q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
         return made
     bounds = _bounds(padding.bool())
     if bounds is not None:
-        setattr(made, _BOUNDS, bounds)
+        setattr(made, _BOUNDS, (bounds, _version(made)))
     return made
 
 
@@ -87,6 +93,14 @@ def _bounds(padding: Tensor) -> Bounds | None:
     if bool((lengths - starts != count).any()):
         return None
     return Bounds(starts.int(), lengths.int())
+
+
+def _bounds_of(attention_mask: Tensor | None) -> Bounds | None:
+    """The bounds that ride on a mask, if it is still what they were taken from."""
+    found: tuple[Bounds, int] | None = getattr(attention_mask, _BOUNDS, None)
+    if attention_mask is None or found is None or found[1] != _version(attention_mask):
+        return None
+    return found[0]
 
 
 def attend(
@@ -122,7 +136,12 @@ def attend(
     prompt: LayerPrompt | None = kwargs.pop(KEYWORD, None)
     segment = () if prompt is None else (prompt.k, prompt.v, prompt.gate)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    bounds: Bounds | None = getattr(attention_mask, _BOUNDS, None)
+    bounds = _bounds_of(attention_mask)
+    if kwargs.get("output_attentions"):
+        warnings.warn(
+            "an adapted model does not give output_attentions: no kernel writes probabilities down",
+            stacklevel=2,
+        )
     tokens, keys = query.shape[2], key.shape[2]
     q = query.transpose(1, 2)
     ours = dropout == 0 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
@@ -191,7 +210,8 @@ class Prompted:
         """Attend from (B, T, C) hidden states, as the module itself does.
 
         Raises:
-            RuntimeError: the model's attention was switched to another, which knows no prompt.
+            RuntimeError: the model's attention was switched to another, which knows no prompt, or
+                this is a copy of the module on another device.
         """
         used = getattr(self.attention.config, "_attn_implementation", None)
         if used != NAME:
@@ -203,14 +223,24 @@ class Prompted:
 
     def prompt(self, like: Tensor) -> LayerPrompt:
         """Keys, values and gate, differentiable in the prompt, in the dtype of `like`."""
-        keep = self.keeper == threading.get_ident() and not torch.is_grad_enabled()
+        keep = self.keeper is not None and not torch.is_grad_enabled()
+        # asked second, as a graph cannot ask it
+        keep = keep and self.keeper == threading.get_ident()
         state = tuple((id(x), _version(x)) for x in self.trained()) if keep else None
         if self._kept is not None and keep and self._kept[0] == state:
             return self._kept[1]
         rows, gate = self.source()
-        rows, heads = rows.to(like.dtype), (-1, self.head_dim)
-        projections = (self.attention.get_submodule(name) for name in (self.key, self.value))
-        k, v = (x(rows).unflatten(-1, heads) for x in projections)
+        key, value = (self.attention.get_submodule(name) for name in (self.key, self.value))
+        device, heads = device_of(key), (-1, self.head_dim)
+        # accelerate moves what it hands to a layer; DataParallel copies the layer, and not this
+        if device.type == "meta" or (device != like.device and not hasattr(self.attention, _HOOK)):
+            raise RuntimeError(
+                f"the adapted layer must be on {like.device} as its input is, got {device}: "
+                "offloaded weights and DataParallel are not supported; torchrun runs a process "
+                "per GPU"
+            )
+        rows, gate = rows.to(device, like.dtype), gate.to(device)
+        k, v = (x(rows).unflatten(-1, heads) for x in (key, value))
         made = LayerPrompt(k, v, gate)
         if keep:
             self._kept = state, made
@@ -224,6 +254,26 @@ class Prompted:
 def _version(x: Tensor) -> int:
     """How often x was written to in place; memory of inference does not count."""
     return -1 if x.is_inference() else x._version
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights are; "meta" where accelerate keeps them elsewhere."""
+    return next(module.parameters()).device
+
+
+def separate_config(model: Any) -> Any:
+    """Give a model a configuration object of its own, and return the one that others may share."""
+    shared = model.config
+    use_config(model, copy.deepcopy(shared))
+    return shared
+
+
+def use_config(model: Any, config: Any) -> None:
+    """Put a configuration object into a model and all of its modules that have its own."""
+    before = model.config
+    for module in model.modules():
+        if module.__dict__.get("config") is before:
+            module.config = config
 
 
 def prompted(model: nn.Module) -> list[Prompted]:

@@ -13,6 +13,7 @@ from llama_adapter.checkpoints.fingerprint import (
     fingerprint_of,
     sampled_tensors,
 )
+from llama_adapter.checkpoints.quantize import is_quantized
 from llama_adapter.config import LlamaConfig
 
 
@@ -113,6 +114,8 @@ def shape_of_host(model: Any) -> LlamaConfig:
 def fingerprint_of_host(model: Any) -> Fingerprint:
     """The host's identity, equal to that of the lean model with the same weights.
 
+    Of a quantised host it is the shape alone: its weights are no longer the base's.
+
     Raises:
         ValueError: a sampled weight is NaN or infinite.
     """
@@ -120,6 +123,11 @@ def fingerprint_of_host(model: Any) -> Fingerprint:
     # every name of a tied weight
     parameters = dict(model.named_parameters(remove_duplicate=False))
     shape = _shape(model, host)
+    label = str(getattr(model.config, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1]
+    label = label or type(model).__name__
+    ordered = {name: shape[name] for name in SHAPE_FIELDS}
+    if is_quantized(model):
+        return Fingerprint(label, ordered, ())
     found: dict[str, Tensor] = {}
     for name in sampled_tensors(shape["n_layers"]):
         if name in MODEL_TENSORS:
@@ -128,6 +136,4 @@ def fingerprint_of_host(model: Any) -> Fingerprint:
             _, layer, rest = name.split(".", 2)
             theirs = f"{host.layers}.{layer}.{host.tensors[rest]}"
         found[name] = parameters[theirs]
-    label = str(getattr(model.config, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1]
-    ordered = {name: shape[name] for name in SHAPE_FIELDS}
-    return fingerprint_of(found, ordered, label or type(model).__name__)
+    return fingerprint_of(found, ordered, label)

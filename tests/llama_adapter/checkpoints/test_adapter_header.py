@@ -170,7 +170,7 @@ def test_what_a_header_must_not_say_is_refused(
 
 def test_an_adapter_from_elsewhere_is_checked_by_shape(tuned: Path, tiny_model: Llama) -> None:
     rewrite(tuned, lambda header: (header.update(origin="peft"), header["base"]["samples"].clear()))
-    with pytest.warns(UserWarning, match="was converted from peft, which does not tell its base"):
+    with pytest.warns(UserWarning, match="comes from peft, which does not tell its base"):
         load_adapter(tuned, tiny_model, "any")
     rewrite(tuned, lambda header: header["base"]["shape"].update(kv_heads=3))
     with pytest.raises(ValueError, match="kv_heads 3 and 2"):

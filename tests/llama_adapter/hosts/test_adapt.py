@@ -318,3 +318,64 @@ def test_a_pickled_host_runs_in_another_process(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = float(model(input_ids=torch.tensor([[5, 7]])).logits.sum())
     assert float(done.stdout.split()[-1]) == pytest.approx(expected, abs=1e-2)
+
+
+def test_models_that_share_a_configuration_are_adapted_one_by_one() -> None:
+    config = transformers.LlamaConfig(**SIZES)
+    first, second = (transformers.LlamaForCausalLM(config) for _ in range(2))
+    adapt(first)
+    assert second.config is config
+    assert (first.config._attn_implementation, config._attn_implementation) == (NAME, "sdpa")
+    adapt(second)
+    unadapt(first)
+    assert first.config is first.model.layers[0].self_attn.config is config
+    with torch.no_grad():
+        second(input_ids=tokens())
+    unadapt(second)
+    assert config._attn_implementation == "sdpa"
+
+
+def test_a_host_whose_weights_are_elsewhere_is_refused_untouched() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = host()
+    accelerate.cpu_offload(model, execution_device="cpu")
+    forwards = {name: m.__dict__.get("forward") for name, m in model.named_modules()}
+    with pytest.raises(ValueError, match="weights on a device, got some that are offloaded"):
+        adapt(model)
+    assert model.config._attn_implementation != NAME
+    assert forwards == {name: m.__dict__.get("forward") for name, m in model.named_modules()}
+
+
+def test_a_host_that_accelerate_has_placed_is_adapted() -> None:
+    """As `device_map` places it: hooks on every layer, which move what comes in."""
+    accelerate = pytest.importorskip("accelerate")
+    model, placed = adapted(), host()
+    devices = dict.fromkeys(("model", "lm_head"), "cpu")
+    accelerate.dispatch_model(placed, devices, main_device="cpu", force_hooks=True)
+    adapt(placed, adapter=unadapt(adapted()))
+    with torch.no_grad():
+        got, expected = (one(input_ids=tokens()).logits for one in (placed, model))
+    assert torch.equal(got, expected)
+
+
+def test_a_copy_on_another_device_says_what_runs_instead() -> None:
+    """DataParallel hands a copy of the layer its input on another device."""
+    attention = adapted().model.layers[3].self_attn
+    hidden = torch.empty(2, 4, 64, device="meta")
+    with pytest.raises(RuntimeError, match=r"must be on meta as its input is, got cpu.*torchrun"):
+        attention(hidden, position_embeddings=(hidden, hidden), attention_mask=None)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_one_graph_with_a_mask(left: bool) -> None:
+    """Bounds of the padding are for the data to say, and a graph does not ask."""
+    model, ids, mask = adapted(), tokens(), padding(left=left)
+
+    def call(ids: Tensor, mask: Tensor) -> Tensor:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    with torch.no_grad():
+        expected = call(ids, mask) * mask[..., None]
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        got = compiled(ids, mask) * mask[..., None]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from llama_adapter.adapter import LayerPrompt
-from llama_adapter.hosts import attention
+from llama_adapter.hosts import adapt, attention
 from llama_adapter.hosts.attention import KEYWORD, NAME, attend, mask, register
 from tests.llama_adapter.hf_models import generated, host, padding, tokens
 
@@ -108,6 +108,24 @@ def test_bounds_go_with_our_diagonal_only() -> None:
     for function, offset, expected in ((causal, 5, True), (causal, 2, False), (window, 5, False)):
         made = mask(**given, q_offset=offset, mask_function=function)
         assert hasattr(made, attention._BOUNDS) == expected
+
+
+def test_a_mask_that_was_written_to_is_read_anew() -> None:
+    q, k, v = random(3, 6, 9, 16), random(3, 2, 9, 16, seed=5), random(3, 2, 9, 16, seed=6)
+    given = {"batch_size": 3, "q_length": 9, "kv_length": 9, "mask_function": causal_mask_function}
+    made = mask(**given, attention_mask=padding(3, 9).bool())
+    assert made is not None
+    made[:, :, 2:, 1] = False
+    out, _ = attend(Caller(3), q, k, v, made, **{KEYWORD: prompt()})
+    expected = literal(q, k, v, made[:, 0], prompt(), 16**-0.5)
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+
+
+def test_probabilities_are_not_to_be_had_and_a_warning_says_so() -> None:
+    model = host()
+    adapt(model)
+    with pytest.warns(UserWarning, match="does not give output_attentions"):
+        assert not model(input_ids=tokens(), output_attentions=True).attentions
 
 
 def test_a_row_of_padding_alone_gives_the_prompt_alone() -> None:

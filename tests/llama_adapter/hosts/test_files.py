@@ -8,7 +8,7 @@ import torch
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.adapter_file import load_adapter, read_header, save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
-from llama_adapter.hosts import adapt, adapter_of
+from llama_adapter.hosts import adapt, adapter_of, unadapt
 from llama_adapter.hosts.files import FILE, save_adapted
 from llama_adapter.model import Llama
 from tests.llama_adapter.hf_models import host, on_transformers, peft_model, tokens
@@ -72,6 +72,29 @@ def test_another_base_and_a_bare_host_are_refused(tmp_path: Path) -> None:
     assert adapter_of(other) is None
     with pytest.raises(FileNotFoundError, match="does not exist"):
         adapt(other, adapter=tmp_path / "nothing.safetensors")
+
+
+def test_a_quantised_hosts_adapter_is_saved_with_the_shape_of_its_base(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    model = host()
+    torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+    adapter = adapt(model, generator=torch.Generator().manual_seed(3))
+    torch.nn.init.normal_(adapter.gates, std=1.5)
+    model.save_pretrained(tmp_path)
+    assert read_header(tmp_path / FILE).base.samples == ()
+    plain = host()
+    for one in (model, plain):
+        if one is model:
+            unadapt(one)
+        with pytest.warns(UserWarning, match="comes from a quantised base, which does not tell"):
+            loaded = adapt(one, adapter=tmp_path)
+        assert torch.equal(loaded.gates, adapter.gates)
+    with torch.no_grad():
+        got, expected = (one(input_ids=tokens()).logits for one in (model, plain))
+    # rounded to 8 bits
+    assert (got - expected).norm() < 0.03 * expected.norm()
+    with pytest.raises(ValueError, match="n_layers"):
+        adapt(host("mistral", num_hidden_layers=3), adapter=tmp_path)
 
 
 def test_a_folder_of_peft_is_named_with_the_remedy(tmp_path: Path) -> None:
