@@ -40,7 +40,7 @@ from llama_adapter.integrations.peft import patch
 from llama_adapter.recipe import DTYPES
 from llama_adapter.sampling import SamplingConfig
 
-# lm-eval's own default
+# lm-eval's own default, where the context has room for it
 _MAX_NEW_TOKENS = 256
 
 
@@ -60,6 +60,7 @@ class LeanLM(TemplateLM):
         device: str | None = None,
         batch_size: int | str = 8,
         max_batch_size: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         """Load the model.
 
@@ -71,6 +72,7 @@ class LeanLM(TemplateLM):
             device: "cpu" or "cuda"; None, or a GPU that is not there, is the best that is.
             batch_size: requests that are computed together, a number.
             max_batch_size: at most so many.
+            max_length: tokens of context and answer; None is what the base was made for.
 
         Raises:
             FileNotFoundError: a folder or file does not exist.
@@ -88,7 +90,10 @@ class LeanLM(TemplateLM):
         where = default_device() if absent or device is None else device
         loaded = load_base(Path(base), dtype=wanted, device=where, quantize=quantize)
         self._model, self._tokenizer, self._where = loaded.model, loaded.tokenizer, where
-        self.max_length = loaded.model.config.max_seq_len
+        longest = loaded.model.config.max_seq_len
+        self.max_length = longest if max_length is None else int(max_length)
+        if not 2 <= self.max_length <= longest:
+            raise ValueError(f"max_length must be from 2 to the base's {longest}, got {max_length}")
         self._prompts = None
         if adapter is not None:
             read = load_adapter(adapter, loaded.model, loaded.name, base=loaded.fingerprint)
@@ -166,7 +171,7 @@ class LeanLM(TemplateLM):
         found = []
         for seed, request in enumerate(tqdm(requests, disable=disable_tqdm)):
             text, given = request.args
-            options = normalize_gen_kwargs(given, _MAX_NEW_TOKENS)
+            options = normalize_gen_kwargs(given, min(_MAX_NEW_TOKENS, self.max_length // 2))
             sampling = SamplingConfig(
                 max_new_tokens=options["max_gen_toks"],
                 temperature=float(options.get("temperature") or 0.0),

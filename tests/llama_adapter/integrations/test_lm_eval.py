@@ -278,3 +278,14 @@ def test_arguments_that_do_not_fit_are_refused(adapter_file: Path) -> None:
     model = LeanLM(str(assets.BASE), device="cpu")
     with pytest.raises(ValueError, match="max_gen_toks must leave room"):
         model.generate_until([Request("a", {"until": [], "max_gen_toks": 10**6})])
+    # a task that says nothing gets an answer, whatever the context
+    short = LeanLM(str(assets.BASE), max_length=12)
+    half = {"until": [], "max_gen_toks": 6}
+    answers = [
+        short.generate_until([Request("Say hello.", given)]) for given in ({"until": []}, half)
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0][0]
+    for length in (1, 10**6):
+        with pytest.raises(ValueError, match=r"max_length must be from 2 to the base's \d+, got"):
+            LeanLM(str(assets.BASE), max_length=length)
