@@ -46,6 +46,10 @@ LM_EVAL_TESTS = (
     "tests/llama_adapter/integrations/test_lm_eval.py",
     "tests/test_readme_table.py",
 )
+LITGPT_TESTS = (
+    "tests/llama_adapter/checkpoints/test_litgpt.py",
+    "tests/llama_adapter/checkpoints/test_adapter_litgpt.py",
+)
 HF_TESTS = (
     *MODEL_TESTS,
     "tests/llama_adapter/checkpoints/test_adapter_peft.py",
@@ -62,6 +66,18 @@ ROWS = (
     Row(("transformers==5.10.1", "tokenizers==0.22.2", "peft==0.18.0"), HF_TESTS),
     Row(("transformers==5.23.0", "peft==0.21.2"), HF_TESTS),
     Row(("lm-eval[hf]==0.4.13",), LM_EVAL_TESTS, dependencies=True),
+    # with what it imports: all that it asks for would bring an older hub, which our transformers refuses
+    Row(
+        (
+            "litgpt==0.5.13",
+            "lightning==2.6.6",
+            "pytorch-lightning==2.6.6",
+            "lightning-utilities==0.15.3",
+            "torchmetrics==1.9.0",
+            "jsonargparse==4.41.0",
+        ),
+        LITGPT_TESTS,
+    ),
     Row(("safetensors==0.5.3",), FILE_TESTS),
     Row(("torchao==0.17.0",), ("tests/llama_adapter/checkpoints/test_quantize.py",)),
     Row(("sentencepiece==0.2.1",), ("tests/llama_adapter/test_tokenizer.py",)),

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,26 @@ def write_meta(tiny_tokenizer_path: Path, tmp_path: Path) -> WriteMeta:
         return folder
 
     return write
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        "committed",
+        pytest.param(
+            "written",
+            marks=pytest.mark.skipif(
+                find_spec("litgpt") is None, reason="litgpt is not installed: make test-all runs it"
+            ),
+        ),
+    ],
+)
+def litgpt_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the committed fixtures, or one that litgpt writes now with other numbers."""
+    committed = Path(__file__).parent / "fixtures"
+    if request.param == "committed":
+        return committed
+    written = tmp_path_factory.mktemp("litgpt")
+    for script in ("make_litgpt.py", "make_litgpt_base.py"):
+        subprocess.run([sys.executable, committed / script, written, "11"], check=True)
+    return written

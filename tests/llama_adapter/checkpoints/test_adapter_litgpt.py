@@ -1,4 +1,7 @@
-"""Do files that litgpt wrote give litgpt's logits? The committed ones are make_litgpt.py's."""
+"""Do files that litgpt wrote give litgpt's logits?
+
+The committed ones are make_litgpt.py's; where litgpt is installed, others are written and read.
+"""
 
 from pathlib import Path
 
@@ -21,7 +24,6 @@ from tests.llama_adapter.checkpoints.adapter_samples import (
     transcribe,
 )
 
-FIXTURES = Path(__file__).parent / "fixtures"
 MQA = LlamaConfig(
     dim=32, n_layers=4, n_heads=4, n_kv_heads=1, vocab_size=40, multiple_of=1,
     ffn_dim_multiplier=24.5 / 85,
@@ -41,9 +43,9 @@ def pairs(rows: Tensor, heads: int) -> Tensor:
     return rows[order]
 
 
-def litgpt_base() -> tuple[Llama, dict[str, Tensor]]:
-    """Our model with the fixture's base weights, and what else the fixture holds."""
-    held = load_file(FIXTURES / "litgpt_base_and_logits.safetensors")
+def litgpt_base(files: Path) -> tuple[Llama, dict[str, Tensor]]:
+    """Our model with litgpt's base weights, and what else its file holds."""
+    held = load_file(files / "litgpt_base_and_logits.safetensors")
     state = {
         "tok_embeddings.weight": held["transformer.wte.weight"],
         "output.weight": held["lm_head.weight"],
@@ -70,9 +72,9 @@ def litgpt_base() -> tuple[Llama, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("kind", ["adapter", "adapter_v2"])
-def test_logits_equal_litgpts(kind: str) -> None:
-    model, held = litgpt_base()
-    stored = read_any_adapter(FIXTURES / f"lit_model.pth.{kind}")
+def test_logits_equal_litgpts(kind: str, litgpt_files: Path) -> None:
+    model, held = litgpt_base(litgpt_files)
+    stored = read_any_adapter(litgpt_files / f"lit_model.pth.{kind}")
     assert stored.format == {"adapter": "litgpt", "adapter_v2": "litgpt-v2"}[kind]
     assert stored.notes[0] == f"gates: identity ({stored.format}'s convention), one per head"
     assert stored.header.layers == (2, 3)
@@ -82,14 +84,14 @@ def test_logits_equal_litgpts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["litgpt", "litgpt-v2"])
-def test_a_round_trip_is_bitwise(kind: str, tmp_path: Path) -> None:
+def test_a_round_trip_is_bitwise(kind: str, litgpt_files: Path, tmp_path: Path) -> None:
     name = "lit_model.pth.adapter" + ("_v2" if kind == "litgpt-v2" else "")
-    stored = read_any_adapter(FIXTURES / name)
+    stored = read_any_adapter(litgpt_files / name)
     write_adapter_as(tmp_path / "own.safetensors", stored, "llama-adapter")
     again = read_any_adapter(tmp_path / "own.safetensors")
     write_adapter_as(tmp_path / name, again, kind)
     written, original = (
-        torch.load(folder / name, weights_only=True)["model"] for folder in (tmp_path, FIXTURES)
+        torch.load(folder / name, weights_only=True)["model"] for folder in (tmp_path, litgpt_files)
     )
     assert written.keys() == original.keys()
     assert all(torch.equal(written[key], value) for key, value in original.items())

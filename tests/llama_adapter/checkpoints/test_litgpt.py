@@ -1,6 +1,7 @@
 """Does a folder that litgpt wrote compute what litgpt computes, and is every fault named?
 
-fixtures/litgpt_base was written by litgpt 0.5.13, by fixtures/make_litgpt_base.py.
+fixtures/litgpt_base was written by litgpt 0.5.13, by fixtures/make_litgpt_base.py; where litgpt is
+installed, another folder is written and read.
 """
 
 import json
@@ -18,23 +19,22 @@ from torch import Tensor
 from llama_adapter.checkpoints import load_base
 from llama_adapter.checkpoints.litgpt import is_litgpt, read_config, read_litgpt
 
-FIXTURE = Path(__file__).parent / "fixtures" / "litgpt_base"
 QKV = "transformer.h.0.attn.qkv.weight"
 EMBEDDING, OUTPUT = "transformer.wte.weight", "lm_head.weight"
 
 
 @pytest.fixture
-def folder(tiny_tokenizer_path: Path, tmp_path: Path) -> Path:
-    """A copy of the fixture, with a tokenizer."""
-    for name in ("lit_model.pth", "model_config.yaml"):
-        shutil.copy(FIXTURE / name, tmp_path / name)
+def folder(litgpt_files: Path, tiny_tokenizer_path: Path, tmp_path: Path) -> Path:
+    """A copy of what litgpt wrote, with a tokenizer."""
+    for name in ("lit_model.pth", "model_config.yaml", "logits.pth"):
+        shutil.copy(litgpt_files / "litgpt_base" / name, tmp_path / name)
     shutil.copy(tiny_tokenizer_path, tmp_path / "tokenizer.model")
     return tmp_path
 
 
-def expected() -> tuple[Tensor, Tensor]:
+def expected(folder: Path) -> tuple[Tensor, Tensor]:
     """Tokens, and the logits that litgpt computed for them in float32."""
-    content = torch.load(FIXTURE / "logits.pth", weights_only=True)
+    content = torch.load(folder / "logits.pth", weights_only=True)
     return content["tokens"], content["logits"]
 
 
@@ -65,7 +65,7 @@ def error_of(folder: Path, kind: type[Exception] = ValueError) -> str:
 
 @torch.no_grad()
 def test_logits_are_litgpts(folder: Path) -> None:
-    tokens, logits = expected()
+    tokens, logits = expected(folder)
     assert logits.std() > 0.5
     model, tokenizer = read_litgpt(folder, dtype=torch.float32)
     torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
@@ -78,7 +78,7 @@ def test_logits_are_litgpts(folder: Path) -> None:
 
 @torch.no_grad()
 def test_weights_saved_by_litgpts_training_lie_under_model(folder: Path) -> None:
-    tokens, logits = expected()
+    tokens, logits = expected(folder)
     resave(folder, lambda state: {"model": state})
     model, _ = read_litgpt(folder, dtype=torch.float32)
     torch.testing.assert_close(model(tokens), logits, rtol=0, atol=1e-5)
