@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.adapter import Prompts
-from llama_adapter.cache import PagePool, decode_span, pages_for
+from llama_adapter.cache import PAGE_SIZE, PagePool, decode_span, pages_for
 from llama_adapter.model import Llama, Step, rotary_angles
 
 # eager steps of a bucket after which its graph is captured: sooner it would cost more than it saves
@@ -82,9 +82,9 @@ class Decoder:
         self.model, self.pool, self.prompts = model, pool, prompts
         self.buckets, self.graphs = bucket_sizes(largest), graphs
         self.longest = longest
-        self._angles = rotary_angles(
-            model.config, torch.arange(model.config.max_seq_len, device=self.device)
-        )
+        # a base may be made for more than any sequence here can hold
+        reach = min(model.config.max_seq_len, longest * PAGE_SIZE)
+        self._angles = rotary_angles(model.config, torch.arange(reach, device=self.device))
         self._steps = dict.fromkeys(self.buckets, 0)
         self._captured: dict[int, _Captured] = {}
         self._memory = torch.cuda.graph_pool_handle() if graphs else None

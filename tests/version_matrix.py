@@ -66,7 +66,7 @@ ROWS = (
     Row(("transformers==5.10.1", "tokenizers==0.22.2", "peft==0.18.0"), HF_TESTS),
     Row(("transformers==5.23.0", "peft==0.21.2"), HF_TESTS),
     Row(("lm-eval[hf]==0.4.13",), LM_EVAL_TESTS, dependencies=True),
-    # with what it imports: all that it asks for would bring an older hub, which our transformers refuses
+    # with what it imports: all that it asks for would bring a hub too old for our transformers
     Row(
         (
             "litgpt==0.5.13",

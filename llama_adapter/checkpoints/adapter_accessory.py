@@ -88,6 +88,10 @@ def open_folder(folder: Path) -> Source:
     joined: dict[str, Tensor] = {}
     for name in first.names:
         parts = [source.peek(name) for source in sources]
+        if re.fullmatch(BASE_LINEARS, name.removeprefix(PREFIX)):
+            # the base's, split over the ranks, which `read` leaves out
+            joined[name] = parts[0]
+            continue
         dim = next((dim for end, dim in SPLIT.items() if name.endswith(end)), None)
         if dim is None:
             if not all(torch.equal(part, parts[0]) for part in parts):

@@ -32,6 +32,10 @@ from llama_adapter.checkpoints.atomic import write_atomically
 
 OWN = "llama-adapter"
 OWN_FILE = "adapter.safetensors"
+# written into a folder
+IN_FOLDERS = (adapter_peft.NAME, adapter_accessory.NAME)
+# files that describe what lies beside them
+DESCRIPTIONS = (".json", ".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,12 @@ def read_any_adapter(path: str | Path, options: ReadOptions | None = None) -> St
     options = ReadOptions() if options is None else options
     if found is None:
         raise FileNotFoundError(f"{path} is a folder without an adapter of a known format")
-    if not (found.is_file() or found.is_dir()):
+    if not found.exists():
         raise FileNotFoundError(f"{found} does not exist")
+    if not (found.is_file() or found.is_dir()):
+        raise ValueError(f"{found} must be a file or a folder, got a device or a pipe")
+    if found.suffix in DESCRIPTIONS:
+        raise ValueError(f"{found} describes what lies beside it: give its folder, {found.parent}")
     if found.is_file() and is_adapter_file(found):
         return _read_own(found, options)
     source = _open(found)
@@ -189,4 +197,10 @@ def write_adapter_as(path: str | Path, stored: StoredAdapter, format: str) -> tu
     """
     if format not in WRITERS:
         raise ValueError(f"format must be one of {', '.join(WRITERS)}, got {format!r}")
-    return tuple(WRITERS[format](Path(path), stored))
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {path.parent} does not exist: cannot write {path.name}")
+    if path.exists() and path.is_dir() != (format in IN_FOLDERS):
+        kind = "folder, got a file" if format in IN_FOLDERS else "file, got a folder"
+        raise ValueError(f"{path} must be a {kind}, for {format}")
+    return tuple(WRITERS[format](path, stored))

@@ -9,6 +9,8 @@ import secrets
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
+# of a name, so that the temporary one is no longer than file systems allow
+_SHOWN = 100
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -26,7 +28,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist: cannot write {path.name} into it")
-    temporary = folder / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    temporary = folder / f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
     try:
         with open(temporary, "xb") as file:
             file.write(data)

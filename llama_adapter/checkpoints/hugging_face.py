@@ -204,6 +204,10 @@ def _rotary(given: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: rope_theta must be a positive number, got {theta!r:.60}")
     kinds = [scaling.pop(name) for name in ("rope_type", "type") if name in scaling]
     kind = kinds[0] if kinds else "default"
+    if any(other != kind for other in kinds):
+        raise ValueError(
+            f"{path}: {key} must have one rope_type, got {kinds[0]!r} and {kinds[1]!r}"
+        )
     if kind not in ("default", "llama3"):
         raise ValueError(f"{path}: {key}'s rope_type must be default or llama3, got {kind!r:.60}")
     if scaling.pop("partial_rotary_factor", 1.0) != 1.0:

@@ -109,46 +109,60 @@ def generated(model: Any, ids: Tensor, mask: Tensor | None = None, **options: An
     return model.generate(input_ids=ids, attention_mask=mask, **settings, **options)
 
 
-def on_transformers(model: Llama, tied: bool = False) -> transformers.LlamaForCausalLM:
-    """The same weights in transformers' LLaMA, with rows of wq and wk in its order."""
-    config = model.config
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=tied,
-            max_position_embeddings=config.max_seq_len,
-        )
-    )
+def halves(weight: Tensor, heads: int) -> Tensor:
+    """Rows of wq or wk as Hugging Face and litgpt order them: in a head all firsts of the pairs."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+
+
+def state_of(model: Llama) -> dict[str, Tensor]:
+    """The weights of a lean model by the names, and in the order of rows, of transformers."""
     state = {
         "model.embed_tokens.weight": model.tok_embeddings.weight,
         "model.norm.weight": model.norm.weight,
         "lm_head.weight": model.output_weight,
     }
-    names = {
-        "self_attn.q_proj": "attention.wq",
-        "self_attn.k_proj": "attention.wk",
-        "self_attn.v_proj": "attention.wv",
-        "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1",
-        "mlp.down_proj": "feed_forward.w2",
-        "mlp.up_proj": "feed_forward.w3",
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }
     for index, layer in enumerate(model.layers):
-        for theirs_name, ours in names.items():
-            weight = layer.get_submodule(ours).weight
-            if ours.endswith(("wq", "wk")):
-                pairs = weight.unflatten(0, (-1, config.head_dim // 2, 2))
-                weight = pairs.transpose(1, 2).reshape(weight.shape)
-            state[f"model.layers.{index}.{theirs_name}.weight"] = weight
-    theirs.load_state_dict(state)
+        attention, feed_forward = layer.attention, layer.feed_forward
+        own = {
+            "self_attn.q_proj": halves(attention.wq.weight, attention.n_heads),
+            "self_attn.k_proj": halves(attention.wk.weight, attention.kv_heads),
+            "self_attn.v_proj": attention.wv.weight,
+            "self_attn.o_proj": attention.wo.weight,
+            "mlp.gate_proj": feed_forward.w1.weight,
+            "mlp.down_proj": feed_forward.w2.weight,
+            "mlp.up_proj": feed_forward.w3.weight,
+            "input_layernorm": layer.attention_norm.weight,
+            "post_attention_layernorm": layer.ffn_norm.weight,
+        }
+        state |= {f"model.layers.{index}.{name}.weight": w for name, w in own.items()}
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def on_transformers(model: Llama, **options: Any) -> transformers.LlamaForCausalLM:
+    """The same weights in transformers' LLaMA; options are of its configuration."""
+    config = model.config
+    rope: dict[str, float | str] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": config.rope_scaling.factor,
+            "low_freq_factor": config.rope_scaling.low_freq_factor,
+            "high_freq_factor": config.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": config.rope_scaling.original_context,
+        }
+    given = {
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_embeddings,
+        "max_position_embeddings": config.max_seq_len,
+        "rope_parameters": rope,
+    }
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**given | options))
+    theirs.load_state_dict(state_of(model))
     return theirs.eval()

@@ -141,3 +141,10 @@ def test_replay_is_eager(
         results.append(steps)
     for eager, replayed in zip(*results, strict=True):
         assert torch.equal(eager, replayed)
+
+
+def test_a_base_made_for_much_costs_what_its_sequences_can_hold(tiny_config: LlamaConfig) -> None:
+    model = Llama(replace(tiny_config, max_seq_len=10**9))
+    pool = PagePool(tiny_config, 4, dtype=torch.float32, device="cpu")
+    decoder = Decoder(model, pool, None, largest=2, longest=3, graphs=False)
+    assert [len(table) for table in decoder._angles] == [3 * PAGE_SIZE] * 2

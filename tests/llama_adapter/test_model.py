@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
 from peft import AdaptionPromptConfig, get_peft_model
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from llama_adapter.adapter import Adapter
 from llama_adapter.cache import KVCache
 from llama_adapter.config import PRESETS, AdapterConfig, LlamaConfig, RopeScaling
 from llama_adapter.model import Llama, rotary_angles
+from tests.llama_adapter.hf_models import on_transformers
 
 VOCABULARY = 211
 
@@ -72,63 +72,6 @@ def random_adapter(config: LlamaConfig, settings: AdapterConfig) -> Adapter:
     return adapter
 
 
-def halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of wq or wk in transformers' order: first of every pair, then second, head by head."""
-    rows = weight.unflatten(0, (heads, -1, 2))
-    return rows.transpose(1, 2).reshape(weight.shape)
-
-
-def transformers_model(model: Llama) -> transformers.LlamaForCausalLM:
-    """The same weights in transformers' model."""
-    config = model.config
-    rope: dict[str, float | str] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": config.rope_scaling.factor,
-            "low_freq_factor": config.rope_scaling.low_freq_factor,
-            "high_freq_factor": config.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": config.rope_scaling.original_context,
-        }
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=config.tied_embeddings,
-            max_position_embeddings=config.max_seq_len,
-            rope_parameters=rope,
-            attn_implementation="eager",
-        )
-    )
-    state = {
-        "model.embed_tokens.weight": model.tok_embeddings.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.output_weight,
-    }
-    for index, layer in enumerate(model.layers):
-        attention, feed_forward = layer.attention, layer.feed_forward
-        layer_state = {
-            "self_attn.q_proj": halves(attention.wq.weight, config.n_heads),
-            "self_attn.k_proj": halves(attention.wk.weight, config.kv_heads),
-            "self_attn.v_proj": attention.wv.weight,
-            "self_attn.o_proj": attention.wo.weight,
-            "mlp.gate_proj": feed_forward.w1.weight,
-            "mlp.down_proj": feed_forward.w2.weight,
-            "mlp.up_proj": feed_forward.w3.weight,
-            "input_layernorm": layer.attention_norm.weight,
-            "post_attention_layernorm": layer.ffn_norm.weight,
-        }
-        state |= {f"model.layers.{index}.{name}.weight": w for name, w in layer_state.items()}
-    theirs.load_state_dict(state)
-    return theirs.eval()
-
-
 def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
     """Equal to 1e-5 where the logits span several units."""
     assert theirs.std() > 0.5
@@ -140,7 +83,8 @@ def assert_same_logits(ours: Tensor, theirs: Tensor) -> None:
 def test_logits_equal_transformers(generation: str) -> None:
     model = random_model(GENERATIONS[generation])
     tokens = random_tokens(2, 67)
-    assert_same_logits(model(tokens), transformers_model(model)(tokens).logits)
+    theirs = on_transformers(model, attn_implementation="eager")
+    assert_same_logits(model(tokens), theirs(tokens).logits)
 
 
 # PEFT cannot run a head width other than dim / heads
@@ -153,7 +97,7 @@ def test_prompted_logits_equal_peft(generation: str) -> None:
     )
     adapter = random_adapter(model.config, settings)
     peft = get_peft_model(
-        transformers_model(model),
+        on_transformers(model, attn_implementation="eager"),
         AdaptionPromptConfig(
             adapter_layers=2, adapter_len=7, target_modules="self_attn", task_type="CAUSAL_LM"
         ),
@@ -233,7 +177,7 @@ def test_per_head_gates_equal_the_formula(generation: str) -> None:
 @pytest.mark.parametrize("preset", ["llama-7b", "llama-3-8b", "llama-3.1-8b", "llama-3.2-1b"])
 def test_rotary_angles_equal_transformers_up_to_the_last_position(preset: str) -> None:
     config = small(preset, dim=128, n_layers=1, n_heads=1, n_kv_heads=1)
-    theirs = transformers_model(Llama(config)).model.rotary_emb
+    theirs = on_transformers(Llama(config)).model.rotary_emb
     positions = torch.tensor([0, 1, 2047, 8191, 8192, 65537, 131071])
     cos, sin = rotary_angles(config, positions)
     expected_cos, expected_sin = theirs(torch.zeros(1), positions[None])

@@ -55,6 +55,21 @@ def test_logits_equal_the_formula(count: int, tmp_path: Path) -> None:
     assert_logits(stored, model, tokens, transcribe(model, tokens, linear, norms, prompts))
 
 
+def test_a_whole_checkpoint_of_two_ranks_leaves_the_base_out(tmp_path: Path) -> None:
+    tensors = accessory_tensors()
+    expected = read_any_adapter(write_ranks(tmp_path / "alone", tensors, 1), SHAPED)
+    folder = write_ranks(tmp_path / "ac", tensors, 2)
+    for rank, path in enumerate(sorted(folder.iterdir())):
+        held = torch.load(path, weights_only=True)
+        for name in ("layers.0.attention.wq", "layers.3.feed_forward.w2", "tok_embeddings"):
+            held["model"][f"llma.{name}.weight"] = torch.randn(8, 8 + rank)
+        torch.save(held, path)
+    stored = read_any_adapter(folder, SHAPED)
+    assert "left out: the base's own weights" in stored.notes
+    assert stored.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(stored.tensors[name], x) for name, x in expected.tensors.items())
+
+
 def test_a_round_trip_is_bitwise(tmp_path: Path) -> None:
     tensors = accessory_tensors()
     stored = read_any_adapter(write_ranks(tmp_path / "ac", tensors, 1), SHAPED)

@@ -20,6 +20,7 @@ import torch
 
 from llama_adapter.checkpoints.adapter_assembly import ReadOptions, StoredAdapter
 from llama_adapter.checkpoints.adapter_formats import (
+    IN_FOLDERS,
     WRITERS,
     adapter_path,
     read_any_adapter,
@@ -307,5 +308,28 @@ def test_a_thousand_mutations_are_refused_or_harmless(name: str, tmp_path: Path)
 
 def test_what_is_neither_a_file_nor_a_folder_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FileNotFoundError, match="pipe"):
-        read_any_adapter(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(ValueError, match="must be a file or a folder, got a device or a pipe"):
+            read_any_adapter(path)
+
+
+def test_a_description_is_answered_with_its_folder(tmp_path: Path) -> None:
+    for name in ("config.json", "adapter_config.json", "model_config.yaml"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ValueError, match=rf"{name} describes what lies beside it: give its"):
+            read_any_adapter(tmp_path / name)
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_a_target_of_the_wrong_kind_is_refused_and_stays(format: str, tmp_path: Path) -> None:
+    stored = read_any_adapter(written("official", tmp_path), SHAPED)
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("kept")
+    folder.mkdir()
+    wrong = file if format in IN_FOLDERS else folder
+    with pytest.raises(ValueError, match=rf"{wrong.name} must be a \w+, got a \w+, for {format}"):
+        write_adapter_as(wrong, stored, format)
+    with pytest.raises(FileNotFoundError, match=r"folder .*absent does not exist: cannot write x"):
+        write_adapter_as(tmp_path / "absent" / "x", stored, format)
+    assert file.read_text() == "kept"
+    assert not list(folder.iterdir())

@@ -63,6 +63,15 @@ def test_data_and_then_the_name_are_synced(tmp_path: Path, monkeypatch: pytest.M
     assert events == ["data", "rename", "folder"]
 
 
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 255)
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match=f"cannot write .*{'x' * 256}: File name too long"):
+        write_atomically(tmp_path / ("x" * 256), b"new")
+
+
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"folder .*absent does not exist: cannot write a"):
         write_atomically(tmp_path / "absent" / "a.bin", b"new")

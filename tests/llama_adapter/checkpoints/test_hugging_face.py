@@ -224,6 +224,10 @@ def test_a_tied_output_may_be_saved_a_second_time(save: Save) -> None:
             "rope_scaling's rope_type must be default or llama3, got 'linear'",
         ),
         (
+            {"rope_parameters": ..., "rope_scaling": {"rope_type": "default", "type": "linear"}},
+            "rope_scaling must have one rope_type, got 'default' and 'linear'",
+        ),
+        (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
             "rope_parameters's rope_type must be default or llama3, got 'yarn'",
         ),

@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import transformers
 import yaml
 from torch import Tensor
 
@@ -31,63 +30,22 @@ from llama_adapter.checkpoints.adapter_file import load_adapter, save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.config import LlamaConfig
 from llama_adapter.model import Llama
+from tests.llama_adapter.hf_models import on_transformers, state_of
 
 Write = Callable[..., Path]
 FORMATS = ("meta", "hugging face", "litgpt")
 LITGPT = Path(__file__).parent / "fixtures" / "litgpt_base"
 
 
-def halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of wq or wk as Hugging Face and litgpt order them."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
-
-
-def hugging_face_state(model: Llama) -> dict[str, Tensor]:
-    """The tensors of a model by the names that transformers gives them."""
-    state = {
-        "model.embed_tokens.weight": model.tok_embeddings.weight,
-        "model.norm.weight": model.norm.weight,
-        "lm_head.weight": model.output_weight,
-    }
-    for index, layer in enumerate(model.layers):
-        attention, feed_forward = layer.attention, layer.feed_forward
-        of_layer = {
-            "self_attn.q_proj": halves(attention.wq.weight, attention.n_heads),
-            "self_attn.k_proj": halves(attention.wk.weight, attention.kv_heads),
-            "self_attn.v_proj": attention.wv.weight,
-            "self_attn.o_proj": attention.wo.weight,
-            "mlp.gate_proj": feed_forward.w1.weight,
-            "mlp.down_proj": feed_forward.w2.weight,
-            "mlp.up_proj": feed_forward.w3.weight,
-            "input_layernorm": layer.attention_norm.weight,
-            "post_attention_layernorm": layer.ffn_norm.weight,
-        }
-        state |= {f"model.layers.{index}.{name}.weight": w for name, w in of_layer.items()}
-    return {name: value.detach().clone() for name, value in state.items()}
-
-
 def write_hugging_face(model: Llama, folder: Path, shard: str = "5GB") -> None:
     """The model as transformers writes it."""
-    config = model.config
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.kv_heads,
-            vocab_size=config.vocab_size,
-            rms_norm_eps=config.norm_eps,
-            max_position_embeddings=config.max_seq_len,
-        )
-    )
-    theirs.load_state_dict(hugging_face_state(model))
+    theirs = on_transformers(model)
     theirs.to(model.output_weight.dtype).save_pretrained(folder, max_shard_size=shard)
 
 
 def write_litgpt(model: Llama, folder: Path) -> None:
     """The model by litgpt's documented names, with the keys of the configuration it wrote."""
-    config, theirs = model.config, hugging_face_state(model)
+    config, theirs = model.config, state_of(model)
     names = {"model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f"}
     parts = {
         "self_attn.o_proj": "attn.proj",

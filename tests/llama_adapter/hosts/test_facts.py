@@ -26,7 +26,7 @@ def test_one_base_has_one_fingerprint_in_both_libraries(tiny_model: Llama, tied:
     if tied:
         with torch.no_grad():
             tiny_model.output.weight.copy_(tiny_model.tok_embeddings.weight)
-    theirs = on_transformers(tiny_model, tied=tied)
+    theirs = on_transformers(tiny_model, tie_word_embeddings=tied)
     assert fingerprint(tiny_model, "a").difference(fingerprint_of_host(theirs)) is None
     with torch.no_grad():
         theirs.model.layers[2].mlp.up_proj.weight.mul_(1.5)
