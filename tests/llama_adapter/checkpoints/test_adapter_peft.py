@@ -19,7 +19,7 @@ from tests.llama_adapter.checkpoints.adapter_samples import (
     random_tokens,
     save,
 )
-from tests.llama_adapter.test_model import transformers_model
+from tests.llama_adapter.hf_models import on_transformers
 
 GROUPED = LlamaConfig(dim=48, n_layers=4, n_heads=6, n_kv_heads=2, vocab_size=40, multiple_of=8)
 
@@ -29,7 +29,7 @@ def write_with_peft(model: Llama, folder: Path, *, safe: bool) -> tuple[PeftMode
     config = AdaptionPromptConfig(
         adapter_layers=2, adapter_len=7, target_modules="self_attn", task_type="CAUSAL_LM"
     )
-    theirs = get_peft_model(transformers_model(model), config).eval()
+    theirs = get_peft_model(on_transformers(model, attn_implementation="eager"), config).eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -74,7 +74,9 @@ def test_peft_reads_what_is_written(tmp_path: Path) -> None:
     again = read_any_adapter(second)
     assert all(torch.equal(again.tensors[n], value) for n, value in stored.tensors.items())
     assert first.stat().st_size > 0
-    loaded = PeftModel.from_pretrained(transformers_model(model), str(tmp_path / "again")).eval()
+    loaded = PeftModel.from_pretrained(
+        on_transformers(model, attn_implementation="eager"), str(tmp_path / "again")
+    ).eval()
     with torch.no_grad():
         assert torch.equal(loaded(tokens).logits, theirs(tokens).logits)
 
