@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import llama_adapter.model
-from adapter_kernels import linear_cross_entropy, zero_init_attention
+from adapter_kernels import zero_init_attention, zero_init_attention_varlen
 from llama_adapter import assets
 from llama_adapter.adapter import Adapter, Prompts
 from llama_adapter.checkpoints import Base, load_base
 from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.config import AdapterConfig
-from llama_adapter.data.examples import IGNORE_INDEX, Dataset, Example, collate, load_dataset
+from llama_adapter.data.examples import Dataset, Example, load_dataset
+from llama_adapter.data.packed import PackedBatch, pack
 from llama_adapter.model import Llama
 from llama_adapter.quickstart import bundled_config
 from llama_adapter.recipe import FinetuneConfig, learning_rate
@@ -121,7 +122,11 @@ def joint_attention(
     v: Tensor,
     prompt_k: Tensor | None = None,
     prompt_v: Tensor | None = None,
-    **_: Any,
+    *,
+    gate: Tensor | None = None,
+    adapter_index: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    **bounds: Any,
 ) -> Tensor:
     """One softmax over prompt and tokens together, without a gate: the papers' "rand-init".
 
@@ -130,28 +135,29 @@ def joint_attention(
         w = sigmoid(lse_prompt - lse_tokens)        out = w out_prompt + (1 - w) out_tokens
 
     Args:
-        q: (B, T, H, D) queries.
-        k, v: (B, S, G, D) keys and values, causal.
+        q: (total_q, H, D) queries of packed sequences.
+        k, v: (total_k, G, D) keys and values, causal.
         prompt_k, prompt_v: (P, G, D), seen by every query; None is attention to the tokens alone.
+        gate, adapter_index, prompt_lengths: without a meaning here.
+        **bounds: of the sequences, as zero_init_attention_varlen takes them.
 
     Returns:
-        (B, T, H, D), differentiable in all five.
+        (total_q, H, D), differentiable in all five.
     """
-    out, lse = zero_init_attention(q, k, v, return_lse=True)
+    out, lse = zero_init_attention_varlen(q, k, v, return_lse=True, **bounds)
     if prompt_k is None or prompt_v is None:
         return out
-    batch = (q.shape[0], *prompt_k.shape)
     prompt_out, prompt_lse = zero_init_attention(
-        q, prompt_k.expand(batch), prompt_v.expand(batch), causal=False, return_lse=True
+        q[None], prompt_k[None], prompt_v[None], causal=False, return_lse=True
     )
-    weight = torch.sigmoid(prompt_lse - lse).transpose(1, 2).unsqueeze(-1).to(out.dtype)
-    return torch.lerp(out, prompt_out, weight)
+    weight = torch.sigmoid(prompt_lse[0] - lse).T[..., None].to(out.dtype)
+    return torch.lerp(out, prompt_out[0], weight)
 
 
 @contextmanager
 def joint_softmax() -> Iterator[None]:
     """While entered, the lean LLaMA attends by `joint_attention`."""
-    with mock.patch.object(llama_adapter.model, "zero_init_attention", joint_attention):
+    with mock.patch.object(llama_adapter.model, "zero_init_attention_varlen", joint_attention):
         yield
 
 
@@ -161,22 +167,15 @@ class WeightTrainer(Trainer):
     def __init__(self, model: Llama, weights: list[nn.Parameter], config: FinetuneConfig) -> None:
         """Prepare to train `weights`, parameters of `model`, which is frozen but for its steps."""
         unused = Adapter(AdapterConfig(prompt_length=1, n_layers=1), model.config)
-        size = config.micro_batch_size
-        super().__init__(model, unused, micro_batch_size=size, clip=config.clip)
+        size = config.micro_batch_tokens
+        super().__init__(model, unused, micro_batch_tokens=size, clip=config.clip)
         options = {"betas": config.betas, "weight_decay": config.weight_decay}
         self.groups = {"weights": weights}
         self.optimisers = {"weights": torch.optim.AdamW(weights, lr=0.0, **options)}
 
-    def loss_sum(self, examples: Sequence[Example]) -> Tensor:
-        """Cross entropy in nats summed over the examples' labels, without prompts."""
-        tokens, labels = collate(examples)
-        return linear_cross_entropy(
-            self.model.hidden(tokens)[:, :-1],
-            self.model.output_weight,
-            labels[:, 1:],
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-        )
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Final hidden states without prompts."""
+        return self.model.hidden_packed(batch.tokens, batch.packing)
 
 
 def make_trainer(lab: Laboratory, run: Run) -> Trainer:
@@ -198,7 +197,7 @@ def make_trainer(lab: Laboratory, run: Run) -> Trainer:
     trainer = Trainer(
         lab.base.model,
         adapter,
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
         weight_decay=config.weight_decay,
         betas=config.betas,
         clip=config.clip,
@@ -232,19 +231,15 @@ def score(
         Loss in nats per label, and for each example whether it is answered exactly.
     """
     total, count, right = 0.0, 0, [False] * len(examples)
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
-    for start in range(0, len(order), SCORE_BATCH):
-        part = order[start : start + SCORE_BATCH]
-        tokens, labels = collate([examples[index] for index in part])
-        labels = labels[:, 1:]
-        counted = labels != IGNORE_INDEX
-        logits = model.logits(model.hidden(tokens, prompts)[:, :-1][counted])
-        total += float(F.cross_entropy(logits, labels[counted], reduction="sum"))
-        count += int(counted.sum())
-        wrong = torch.zeros_like(counted)
-        wrong[counted] = logits.argmax(-1) != labels[counted]
-        for index, missed in zip(part, wrong.any(1).tolist(), strict=True):
-            right[index] = not missed
+    for start in range(0, len(examples), SCORE_BATCH):
+        batch = pack(examples[start : start + SCORE_BATCH])
+        hidden = model.hidden_packed(batch.tokens, batch.packing, prompts)
+        logits = model.logits(hidden[batch.rows])
+        total += float(F.cross_entropy(logits, batch.targets, reduction="sum"))
+        count += len(batch.targets)
+        hits = (logits.argmax(-1) == batch.targets).split(batch.counts)
+        for index, hit in enumerate(hits, start):
+            right[index] = bool(hit.all())
     return total / count, right
 
 
@@ -254,17 +249,15 @@ def attention_input_rms(lab: Laboratory) -> list[float]:
 
     It is what a prompt row stands beside, so the unit in which a prompt's scale is told.
     """
-    tokens, labels = collate(lab.data.train[:SCORE_BATCH])
-    lengths = [len(example.tokens) for example in lab.data.train[:SCORE_BATCH]]
-    real = torch.arange(labels.shape[1]) < torch.tensor(lengths)[:, None]
+    batch = pack(lab.data.train[:SCORE_BATCH])
     found: list[float] = []
     hooks = [
         layer.get_submodule("attention_norm").register_forward_hook(
-            lambda _module, _inputs, out: found.append(float(out[real].square().mean().sqrt()))
+            lambda _module, _inputs, out: found.append(float(out.square().mean().sqrt()))
         )
         for layer in lab.base.model.layers
     ]
-    lab.base.model.hidden(tokens)
+    lab.base.model.hidden_packed(batch.tokens, batch.packing)
     for hook in hooks:
         hook.remove()
     return found

@@ -25,6 +25,7 @@ from adapter_kernels import (
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
 from llama_adapter.cache import KVCache, PagePool, Span
 from llama_adapter.config import LlamaConfig
+from llama_adapter.packing import Packing
 from llama_adapter.tuned_modules import tune
 
 
@@ -36,6 +37,8 @@ class Step:
         cos, sin: (B, T, D/2) float32, or (T, D/2) without a cache, of the tokens' positions.
         prompts: projected prompts, or None for the base model.
         pool, span: where keys and values go and which are seen; None attends to the call's own.
+        packing: where the sequences lie that follow one another in the call's one row; None takes
+            a row for a sequence.
     """
 
     cos: Tensor
@@ -43,6 +46,7 @@ class Step:
     prompts: Prompts | None
     pool: PagePool | None = None
     span: Span | None = None
+    packing: Packing | None = None
 
 
 def rotary_angles(config: LlamaConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,10 +138,18 @@ class Attention(nn.Module):
         segment = self._prompt_arguments(step.prompts)
         if step.pool is None or step.span is None:
             q, k = apply_rotary(q, k, step.cos, step.sin, interleaved=True)
-            out = zero_init_attention(q, k, v, **segment)
+            out = self._attend(q, k, v, segment, step.packing)
         else:
             out = self._attend_cached(q, k, v, segment, step, step.pool, step.span)
         return self.wo(out.flatten(-2))
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, segment: dict[str, Any], packing: Packing | None
+    ) -> Tensor:
+        if packing is None:
+            return zero_init_attention(q, k, v, **segment)
+        k, v = packing.keys(k[0]), packing.keys(v[0])
+        return zero_init_attention_varlen(q[0], k, v, **segment, **packing.bounds())[None]
 
     def _prompt_arguments(self, prompts: Prompts | None) -> dict[str, Any]:
         prompt = None if prompts is None else prompts.layers.get(self.layer)
@@ -317,6 +329,22 @@ class Llama(nn.Module):
         hidden = self.run(tokens, Step(*angles, prompts, cache.pool, span))
         cache.advance(wanted)
         return hidden
+
+    def hidden_packed(
+        self, tokens: Tensor, packing: Packing, prompts: Prompts | None = None
+    ) -> Tensor:
+        """Final normed hidden states of sequences without padding, one after the other.
+
+        Args:
+            tokens: (total,) int64.
+            packing: where each of the sequences lies.
+            prompts: of one adapter, or None for the base model.
+
+        Returns:
+            (total, C) in the model's dtype: for every sequence what `hidden` gives it alone.
+        """
+        angles = rotary_angles(self.config, packing.positions)
+        return self.run(tokens[None], Step(*angles, prompts, packing=packing))[0]
 
     def run(self, tokens: Tensor, step: Step) -> Tensor:
         """Final normed hidden states (B, T, C) of tokens (B, T), wherever `step` puts their keys.

@@ -61,7 +61,9 @@ class FinetuneConfig:
     )
     max_steps: int | None = _option(None, "stop after so many steps of the unchanged schedule")
     batch_size: int = _recipe(64, "records per optimiser step")
-    micro_batch_size: int = _option(4, "records per forward pass; changes memory, not results")
+    micro_batch_tokens: int = _option(
+        2048, "tokens per forward pass; changes memory and time, not results"
+    )
     base_lr: float = _recipe(9e-3, "learning rate per 256 records of a batch")
     lr: float | None = _recipe(None, "learning rate; default: base lr * batch size / 256")
     min_lr: float = _recipe(0.0, "learning rate that the cosine ends at")
@@ -75,7 +77,13 @@ class FinetuneConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_size", "save_every", "keep_checkpoints"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "micro_batch_tokens",
+            "save_every",
+            "keep_checkpoints",
+        ):
             if not 1 <= getattr(self, name) <= _LARGEST:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:

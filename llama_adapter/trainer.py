@@ -13,7 +13,8 @@ from torch import Tensor
 from adapter_kernels import linear_cross_entropy
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.quantize import is_quantized
-from llama_adapter.data.examples import IGNORE_INDEX, Batch, Example, collate
+from llama_adapter.data.examples import Batch, Example
+from llama_adapter.data.packed import PackedBatch, Prefix, micro_batches, pack
 from llama_adapter.model import Llama
 
 _NAMED_RECORDS = 8
@@ -30,7 +31,8 @@ class Trainer:
         model: Llama,
         adapter: Adapter,
         *,
-        micro_batch_size: int,
+        micro_batch_tokens: int,
+        prefixes: Sequence[Prefix] = (),
         weight_decay: float = 0.02,
         betas: tuple[float, float] = (0.9, 0.95),
         clip: float | None = None,
@@ -40,7 +42,8 @@ class Trainer:
         Args:
             model: the base, frozen.
             adapter: float32, on the model's device.
-            micro_batch_size: examples per forward pass.
+            micro_batch_tokens: tokens per forward pass; changes memory and time, not results.
+            prefixes: beginnings that examples may share, computed once per pass: the template's.
             weight_decay: of every group; prompts and gates are decayed alike, as in the official
                 recipe.
             betas: AdamW's.
@@ -67,7 +70,7 @@ class Trainer:
                 f"adapter must have prompts and gates alone to be trained, got {groups}"
             )
         self.model, self.adapter = model, adapter
-        self.micro_batch_size, self.clip = micro_batch_size, clip
+        self.micro_batch_tokens, self.prefixes, self.clip = micro_batch_tokens, prefixes, clip
         self.groups = adapter.groups()
         self.optimisers = {
             name: torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=weight_decay)
@@ -76,14 +79,17 @@ class Trainer:
 
     def loss_sum(self, examples: Sequence[Example]) -> Tensor:
         """Cross entropy in nats summed over the examples' labels, differentiable in the adapter."""
-        tokens, labels = collate(examples, self.model.output_weight.device)
-        hidden = self.model.hidden(tokens, self.model.project(self.adapter))
+        batch = pack(examples, self.model.output_weight.device, self.prefixes)
+        hidden = self.hidden(batch)
+        # the rows that carry loss alone: logits of the others would be thrown away
         return linear_cross_entropy(
-            hidden[:, :-1],
-            self.model.output_weight,
-            labels[:, 1:],
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
+            hidden[batch.rows], self.model.output_weight, batch.targets, reduction="sum"
+        )
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Final hidden states (total, C) of packed examples, differentiable in the adapter."""
+        return self.model.hidden_packed(
+            batch.tokens, batch.packing, self.model.project(self.adapter)
         )
 
     def step(self, batch: Batch, lr: float) -> tuple[float, float]:
@@ -114,8 +120,8 @@ class Trainer:
                 parameter.requires_grad_(name in batch.train_groups)
                 parameter.grad = None
         losses = []
-        micro_batches = self._micro_batches(batch.examples)
-        for examples in micro_batches:
+        parts = micro_batches(batch.examples, self.micro_batch_tokens, self.prefixes)
+        for examples in parts:
             # gradients of the sum, divided afterwards: a mean's could vanish in float16
             loss = self.loss_sum(examples)
             loss.backward()
@@ -127,7 +133,7 @@ class Trainer:
         loss = float(torch.stack(losses).double().sum()) / count
         if not math.isfinite(loss):
             wrong = next(i for i, part in enumerate(losses) if not math.isfinite(float(part)))
-            raise FloatingPointError(f"the loss is {loss} in {_name(micro_batches[wrong])}")
+            raise FloatingPointError(f"the loss is {loss} in {_name(parts[wrong])}")
         if not math.isfinite(float(norm)):
             raise FloatingPointError(f"the gradient is not finite in {_name(batch.examples)}")
         if self.clip is not None:
@@ -138,16 +144,11 @@ class Trainer:
             self.optimisers[name].step()
         return loss, float(norm)
 
-    def _micro_batches(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
-        # neighbours in length share a micro-batch, which saves padding and changes no sum
-        ordered = sorted(examples, key=lambda example: len(example.tokens))
-        size = self.micro_batch_size
-        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
     @torch.no_grad()
     def validate(self, examples: Sequence[Example]) -> float:
         """Loss in nats per label over all `examples`, at least one of which has labels."""
-        total = sum(float(self.loss_sum(part)) for part in self._micro_batches(examples))
+        parts = micro_batches(examples, self.micro_batch_tokens, self.prefixes)
+        total = sum(float(self.loss_sum(part)) for part in parts)
         return total / sum(example.n_labels for example in examples)
 
     def tensors(self) -> dict[str, Tensor]:

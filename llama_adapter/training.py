@@ -22,6 +22,7 @@ from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint
 from llama_adapter.checkpoints.train_state import TrainState, load_latest, save_train_state
 from llama_adapter.data.examples import Batch, Dataset, Example, load_dataset
+from llama_adapter.data.packed import template_prefixes
 from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.run_folder import Row, RunFolder, describe_environment
 from llama_adapter.trainer import Trainer
@@ -144,7 +145,8 @@ def finetune(
         trainer = Trainer(
             base.model,
             adapter,
-            micro_batch_size=config.micro_batch_size,
+            micro_batch_tokens=config.micro_batch_tokens,
+            prefixes=template_prefixes(base.tokenizer),
             weight_decay=config.weight_decay,
             betas=config.betas,
             clip=config.clip,

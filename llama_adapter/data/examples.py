@@ -1,16 +1,13 @@
-"""From records to tensors: token ids, labels on the response only, and padded micro-batches.
+"""From records to examples: token ids, and labels on the response only.
 
-A position without a label holds IGNORE_INDEX, which is no token id, so that neither padding nor
-any word of the vocabulary can be mistaken for one.
+A position without a label holds IGNORE_INDEX, which is no token id, so that no word of the
+vocabulary can be mistaken for one.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from llama_adapter.data.records import (
     Problem,
@@ -24,8 +21,6 @@ from llama_adapter.data.template import prompt_text
 from llama_adapter.tokenizer import Tokenizer
 
 IGNORE_INDEX = -100
-# padded positions are never attended to by earlier ones and have no label: any valid id serves
-PADDING_ID = 0
 
 
 @dataclass(frozen=True)
@@ -200,30 +195,3 @@ def load_dataset(
     digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
     problems = {file: bad for file, (_, bad) in files.items()}
     return Dataset(train, validation, problems, lines, digests)
-
-
-def collate(
-    examples: Sequence[Example], device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Pad examples on the right to the longest of them.
-
-    Args:
-        examples: at least one.
-        device: where the tensors go.
-
-    Returns:
-        tokens (B, T) int64, padded with a valid id, and labels (B, T) int64, padded with
-        IGNORE_INDEX. Causal attention never shows a right-padded position to a real token.
-
-    Raises:
-        ValueError: examples is empty.
-    """
-    if not examples:
-        raise ValueError("examples must hold at least one example, got none")
-    shape = (len(examples), max(len(example.tokens) for example in examples))
-    tokens = torch.full(shape, PADDING_ID, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        tokens[row, : len(example.tokens)] = torch.tensor(example.tokens)
-        labels[row, : len(example.labels)] = torch.tensor(example.labels)
-    return tokens.to(device), labels.to(device)

@@ -43,6 +43,8 @@ from benchmarks.ablation_runs import (
     train,
 )
 from llama_adapter import assets
+from llama_adapter.adapter import Prompts
+from llama_adapter.data.packed import pack
 from llama_adapter.data.records import load_records
 from llama_adapter.evaluation.exact_match import evaluate_instructions, exact_match
 
@@ -106,7 +108,10 @@ def test_joint_attention_is_one_softmax_over_prompt_and_tokens() -> None:
     generator = torch.Generator().manual_seed(5)
     shapes = ((2, 13, 6, 16), (2, 13, 3, 16), (2, 13, 3, 16), (7, 3, 16), (7, 3, 16))
     inputs = [(1.7 * torch.randn(s, generator=generator)).requires_grad_() for s in shapes]
-    ours, theirs = joint_attention(*inputs), literal_joint(*inputs)
+    cu = torch.tensor([0, 13, 26], dtype=torch.int32)
+    bounds = {f"cu_seqlens_{x}": cu for x in "qk"} | {f"max_seqlen_{x}": 13 for x in "qk"}
+    ours = joint_attention(*(x.flatten(0, 1) for x in inputs[:3]), *inputs[3:], **bounds)
+    ours, theirs = ours.unflatten(0, (2, 13)), literal_joint(*inputs)
     assert float((ours - theirs).detach().abs().max()) <= 1e-5
     dout = torch.randn(ours.shape, generator=generator)
     pairs = zip(
@@ -120,15 +125,19 @@ def test_joint_attention_is_one_softmax_over_prompt_and_tokens() -> None:
 
 def test_joint_softmax_replaces_attention_while_entered_only(lab: Laboratory) -> None:
     model = lab.base.model
-    tokens = torch.tensor([lab.data.train[0].tokens])
+    batch = pack(lab.data.train[:2])
     trainer = make_trainer(lab, run_of(lab, "joint"))
+
+    def logits(prompts: Prompts | None = None) -> torch.Tensor:
+        return model.logits(model.hidden_packed(batch.tokens, batch.packing, prompts))
+
     with torch.no_grad():
         prompts = prompts_of(trainer)
-        separate, plain = model(tokens, prompts), model(tokens)
+        separate, plain = logits(prompts), logits()
         with joint_softmax():
-            joint = model(tokens, prompts)
-            assert torch.equal(model(tokens), plain)
-        assert torch.equal(model(tokens, prompts), separate)
+            joint = logits(prompts)
+            assert torch.equal(logits(), plain)
+        assert torch.equal(logits(prompts), separate)
     assert float((joint - separate).abs().max()) > 0.1
 
 
@@ -156,7 +165,7 @@ def test_score_is_the_loss_that_the_trainer_validates_with(lab: Laboratory) -> N
     assert math.isclose(loss, trainer.validate(lab.data.held_out), rel_tol=1e-5)
 
 
-def test_attention_input_rms_ignores_padding(lab: Laboratory) -> None:
+def test_attention_input_rms_is_over_all_tokens(lab: Laboratory) -> None:
     model, examples = lab.base.model, lab.data.train[: ablation_runs.SCORE_BATCH]
     inputs: list[torch.Tensor] = []
     norm = model.layers[0].get_submodule("attention_norm")

@@ -28,7 +28,7 @@ def test_the_warm_up_keeps_its_share_of_other_numbers_of_epochs() -> None:
 def test_the_learning_rate_scales_with_the_effective_batch() -> None:
     assert PAPERS.peak_lr == 9e-3 * 64 / 256 == 2.25e-3
     assert replace(PAPERS, batch_size=32).peak_lr == 1.125e-3
-    assert replace(PAPERS, micro_batch_size=64).peak_lr == 2.25e-3
+    assert replace(PAPERS, micro_batch_tokens=64).peak_lr == 2.25e-3
     assert replace(PAPERS, lr=0.1).peak_lr == 0.1
 
 
@@ -65,7 +65,7 @@ def test_schedule_with_a_lower_limit_and_without_warmup_or_cosine() -> None:
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
-        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
         ({"save_every": 0}, "save_every must be at least 1, got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
         ({"max_length": 1}, "max_length must be at least 2, got 1"),

@@ -74,7 +74,7 @@ def make_config(folder: Path, name: str) -> FinetuneConfig:
         epochs=3,
         warmup_epochs=1.0,
         batch_size=4,
-        micro_batch_size=3,
+        micro_batch_tokens=100,
         lr=0.05,
         val_size=2,
         save_every=2,

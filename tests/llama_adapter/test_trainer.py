@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.quantize import quantize
 from llama_adapter.config import AdapterConfig, LlamaConfig
-from llama_adapter.data.examples import IGNORE_INDEX, Batch, Example, collate
+from llama_adapter.data.examples import IGNORE_INDEX, Batch, Example
 from llama_adapter.model import Llama
 from llama_adapter.trainer import Trainer
 
@@ -51,20 +51,20 @@ def test_the_loss_is_the_mean_over_the_labels_of_the_whole_batch(
             labels = torch.tensor(example.labels[1:])
             total += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
             count += int((labels != -100).sum())
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=3)
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=60)
     assert math.isclose(trainer.validate(batch), total / count, rel_tol=1e-6)
     loss, _ = trainer.step(Batch(batch, BOTH), 0.0)
     assert math.isclose(loss, total / count, rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 5])
+@pytest.mark.parametrize("most_tokens", [1, 30, 97])
 def test_accumulated_micro_batches_equal_one_large_batch(
-    tiny_model: Llama, tiny_adapter: Adapter, micro_batch_size: int
+    tiny_model: Llama, tiny_adapter: Adapter, most_tokens: int
 ) -> None:
     results = []
-    for size in (13, micro_batch_size):
+    for size in (10**6, most_tokens):
         adapter = deepcopy(tiny_adapter)
-        trainer = Trainer(tiny_model, adapter, micro_batch_size=size)
+        trainer = Trainer(tiny_model, adapter, micro_batch_tokens=size)
         loss, norm = trainer.step(Batch(examples(13), BOTH), 1e-3)
         results.append((loss, norm, adapter.prompts.grad, adapter.gates.grad))
     (loss, norm, *whole), (other_loss, other_norm, *parts) = results
@@ -78,10 +78,12 @@ def test_accumulated_micro_batches_equal_one_large_batch(
 
 def test_the_gradient_is_that_of_the_mean_loss(tiny_model: Llama, tiny_adapter: Adapter) -> None:
     batch, other = examples(5), deepcopy(tiny_adapter)
-    tokens, labels = collate(batch)
-    logits = tiny_model(tokens, tiny_model.project(other))
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=2)
+    prompts, logits, labels = tiny_model.project(other), [], []
+    for example in batch:
+        logits.append(tiny_model(torch.tensor([example.tokens]), prompts)[0, :-1])
+        labels += example.labels[1:]
+    F.cross_entropy(torch.cat(logits), torch.tensor(labels)).backward()
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=40)
     _, norm = trainer.step(Batch(batch, BOTH), 0.0)
     squares = 0.0
     for group in BOTH:
@@ -99,7 +101,7 @@ def test_weight_decay_pulls_prompts_and_gates_alike(
     lr, decay, after = 0.05, 0.3, {}
     for weight_decay in (0.0, decay):
         adapter = deepcopy(tiny_adapter)
-        trainer = Trainer(tiny_model, adapter, micro_batch_size=4, weight_decay=weight_decay)
+        trainer = Trainer(tiny_model, adapter, micro_batch_tokens=80, weight_decay=weight_decay)
         trainer.step(Batch(examples(4), BOTH), lr)
         after[weight_decay] = adapter
     for group in BOTH:
@@ -111,7 +113,7 @@ def test_weight_decay_pulls_prompts_and_gates_alike(
 def test_prompts_and_gates_stay_float32_on_a_bfloat16_base(
     tiny_model: Llama, tiny_adapter: Adapter
 ) -> None:
-    trainer = Trainer(tiny_model.bfloat16(), tiny_adapter, micro_batch_size=2)
+    trainer = Trainer(tiny_model.bfloat16(), tiny_adapter, micro_batch_tokens=40)
     before = deepcopy(tiny_adapter)
     for _ in range(2):
         loss, norm = trainer.step(Batch(examples(4), BOTH), 1e-5)
@@ -129,14 +131,14 @@ def test_prompts_and_gates_stay_float32_on_a_bfloat16_base(
 
 def test_a_half_precision_adapter_is_refused(tiny_model: Llama, tiny_adapter: Adapter) -> None:
     with pytest.raises(ValueError, match=r"adapter must be float32, prompts is torch\.bfloat16"):
-        Trainer(tiny_model, tiny_adapter.bfloat16(), micro_batch_size=2)
+        Trainer(tiny_model, tiny_adapter.bfloat16(), micro_batch_tokens=40)
 
 
 def test_the_base_gets_no_gradient_and_keeps_every_bit(
     tiny_model: Llama, tiny_adapter: Adapter
 ) -> None:
     before = {name: value.clone() for name, value in tiny_model.named_parameters()}
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=2)
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=40)
     for seed in range(3):
         trainer.step(Batch(examples(5, seed), BOTH), 0.1)
     for name, value in tiny_model.named_parameters():
@@ -148,20 +150,20 @@ def test_a_quantised_base_is_refused(tiny_model: Llama, tiny_adapter: Adapter) -
     pytest.importorskip("torchao.quantization")
     quantize(tiny_model, "int8")
     with pytest.raises(ValueError, match="model must not be quantised to train on it"):
-        Trainer(tiny_model, tiny_adapter, micro_batch_size=1)
+        Trainer(tiny_model, tiny_adapter, micro_batch_tokens=20)
 
 
 def test_a_base_that_is_not_frozen_is_refused(tiny_model: Llama, tiny_adapter: Adapter) -> None:
     tiny_model.layers[2].requires_grad_(True)
     with pytest.raises(ValueError, match=r"model must be frozen, layers\.2\.attention\.wq\.weight"):
-        Trainer(tiny_model, tiny_adapter, micro_batch_size=2)
+        Trainer(tiny_model, tiny_adapter, micro_batch_tokens=40)
 
 
 def test_at_step_zero_gates_have_a_gradient_and_prompts_have_exactly_none(
     tiny_model: Llama, tiny_config: LlamaConfig
 ) -> None:
     adapter = Adapter(AdapterConfig(prompt_length=3), tiny_config)
-    Trainer(tiny_model, adapter, micro_batch_size=3).step(Batch(examples(3), BOTH), 0.0)
+    Trainer(tiny_model, adapter, micro_batch_tokens=60).step(Batch(examples(3), BOTH), 0.0)
     assert adapter.gates.grad is not None
     assert adapter.prompts.grad is not None
     assert float(adapter.gates.grad.abs().min()) > 0
@@ -173,7 +175,7 @@ def test_a_group_that_the_batch_does_not_name_is_left_alone(
     tiny_model: Llama, tiny_adapter: Adapter, trained: str
 ) -> None:
     other = BOTH[1 - BOTH.index(trained)]
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=2, weight_decay=0.5)
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=40, weight_decay=0.5)
     trainer.step(Batch(examples(4), BOTH), 0.1)
     untouched, touched = snapshot(trainer, other), snapshot(trainer, trained)
     # parameter, step count and two moments
@@ -195,7 +197,7 @@ def test_a_group_that_the_batch_does_not_name_is_left_alone(
 def test_a_batch_must_name_groups_that_exist(
     tiny_model: Llama, tiny_adapter: Adapter, groups: tuple[str, ...]
 ) -> None:
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=2)
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=40)
     with pytest.raises(ValueError, match=r"must name some of \('prompts', 'gates'\), got \("):
         trainer.step(Batch(examples(2), groups), 0.1)
 
@@ -204,7 +206,7 @@ def test_a_batch_without_any_label_has_a_finite_loss(
     tiny_model: Llama, tiny_adapter: Adapter
 ) -> None:
     bare = tuple(Example(e.index, e.tokens, (IGNORE_INDEX,) * len(e.tokens)) for e in examples(3))
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=2)
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=40)
     assert trainer.step(Batch(bare, BOTH), 0.1) == (0.0, 0.0)
     assert bool(tiny_adapter.prompts.isfinite().all())
     assert bool(tiny_adapter.gates.isfinite().all())
@@ -218,7 +220,7 @@ def test_a_loss_that_is_not_finite_names_the_records_and_changes_nothing(
     with torch.no_grad():
         tiny_model.tok_embeddings.weight[350] = math.nan
     clean = tuple(e for e in good if 350 not in e.tokens)
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=1)
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=20)
     trainer.step(Batch(clean, BOTH), 0.1)
     before = {name: value.clone() for name, value in trainer.tensors().items()}
     with pytest.raises(
@@ -232,7 +234,7 @@ def test_a_loss_that_is_not_finite_names_the_records_and_changes_nothing(
 def test_a_gradient_that_is_not_finite_is_an_error(
     tiny_model: Llama, tiny_adapter: Adapter
 ) -> None:
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=4)
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=80)
     tiny_adapter.gates.register_hook(lambda gradient: gradient * math.inf)
     message = "the gradient is not finite in records 0, 1, 2, 3, 4, 5, 6, 7 and 3 more \\(numbered"
     with pytest.raises(FloatingPointError, match=message):
@@ -242,9 +244,9 @@ def test_a_gradient_that_is_not_finite_is_an_error(
 def test_clipping_limits_the_norm_over_all_trained_groups(
     tiny_model: Llama, tiny_adapter: Adapter
 ) -> None:
-    free = Trainer(tiny_model, deepcopy(tiny_adapter), micro_batch_size=4)
+    free = Trainer(tiny_model, deepcopy(tiny_adapter), micro_batch_tokens=80)
     _, norm = free.step(Batch(examples(4), BOTH), 0.0)
-    clipped = Trainer(tiny_model, tiny_adapter, micro_batch_size=4, clip=norm / 3)
+    clipped = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=80, clip=norm / 3)
     _, reported = clipped.step(Batch(examples(4), BOTH), 0.0)
     assert reported == norm
     gradients = [getattr(tiny_adapter, group).grad for group in BOTH]
@@ -253,11 +255,11 @@ def test_clipping_limits_the_norm_over_all_trained_groups(
 
 
 def test_a_restored_trainer_continues_bitwise(tiny_model: Llama, tiny_adapter: Adapter) -> None:
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=3)
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=60)
     for seed in range(4):
         trainer.step(Batch(examples(5, seed), BOTH if seed % 2 else ("gates",)), 0.02)
     held = {name: value.clone() for name, value in trainer.tensors().items()}
-    other = Trainer(tiny_model, deepcopy(tiny_adapter), micro_batch_size=3)
+    other = Trainer(tiny_model, deepcopy(tiny_adapter), micro_batch_tokens=60)
     other.load_tensors(held)
     for seed in range(4, 7):
         batch = Batch(examples(5, seed), BOTH)
@@ -267,7 +269,7 @@ def test_a_restored_trainer_continues_bitwise(tiny_model: Llama, tiny_adapter: A
 
 
 def test_random_states_are_restored(tiny_model: Llama, tiny_adapter: Adapter) -> None:
-    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_size=3)
+    trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=60)
     with torch.random.fork_rng([]):
         torch.manual_seed(5)
         held = trainer.tensors()

@@ -80,7 +80,7 @@ def config(tmp_path: Path) -> Callable[..., FinetuneConfig]:
             "epochs": 3,
             "warmup_epochs": 1.0,
             "batch_size": 4,
-            "micro_batch_size": 3,
+            "micro_batch_tokens": 100,
             "lr": 0.02,
             "val_size": 2,
             "adapter": AdapterConfig(prompt_length=3),
@@ -111,7 +111,7 @@ def test_a_run_memorises_a_tiny_task(
     """Four questions with answers that depend on them: none right before, all right after."""
     layers = AdapterConfig(n_layers=4)
     run = config(
-        4, epochs=40, warmup_epochs=4.0, micro_batch_size=4, lr=0.3, val_size=0, adapter=layers
+        4, epochs=40, warmup_epochs=4.0, micro_batch_tokens=150, lr=0.3, val_size=0, adapter=layers
     )
     items = [
         {"instruction": f"{WORDS[i]} {i}", "input": "", "output": ("stone", "river")[i % 2]}
@@ -204,8 +204,8 @@ def test_the_result_does_not_depend_on_micro_batches(
     base: Base, config: Callable[..., FinetuneConfig]
 ) -> None:
     run = config(epochs=2)
-    whole = finetune(replace(run, output=run.output / "a", micro_batch_size=4), base=base)
-    parts = finetune(replace(run, output=run.output / "b", micro_batch_size=1), base=base)
+    whole = finetune(replace(run, output=run.output / "a", micro_batch_tokens=10**6), base=base)
+    parts = finetune(replace(run, output=run.output / "b", micro_batch_tokens=1), base=base)
     assert len(whole.losses) == 6
     for a, b in zip(whole.losses, parts.losses, strict=True):
         assert math.isclose(a, b, rel_tol=1e-4)

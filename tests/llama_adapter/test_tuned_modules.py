@@ -180,7 +180,7 @@ def test_training_refuses_what_its_loss_would_not_see(
         Trainer(
             tiny_model,
             tuned_adapter(tiny_config),
-            micro_batch_size=1,
+            micro_batch_tokens=64,
             weight_decay=0.0,
             betas=(0.9, 0.95),
         )

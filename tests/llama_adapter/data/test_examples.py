@@ -4,12 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from llama_adapter.data.examples import (
-    IGNORE_INDEX,
-    Example,
-    collate,
     encode_record,
     encode_records,
     load_dataset,
@@ -84,24 +80,6 @@ def test_a_record_whose_prompt_fills_the_length_is_reported(tiny_tokenizer: Toke
 def test_max_length_has_a_lower_limit(tiny_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="max_length must be at least 2, got 1"):
         encode_record(RECORD, tiny_tokenizer, 1)
-
-
-def test_padding_has_no_label_and_no_id_doubles_as_mask() -> None:
-    # ids 0 (unknown), 1 and 2 are ordinary tokens here, and keep their labels
-    first = Example(0, (1, 5, 0, 2, 0, 2), (-100, -100, 0, 2, 0, 2))
-    second = Example(1, (1, 7, 2), (-100, 7, 2))
-    tokens, labels = collate([first, second])
-    assert tokens.dtype == labels.dtype == torch.int64
-    assert labels.tolist() == [[-100, -100, 0, 2, 0, 2], [-100, 7, 2, -100, -100, -100]]
-    assert tokens[0].tolist() == [1, 5, 0, 2, 0, 2]
-    assert tokens[1, :3].tolist() == [1, 7, 2]
-    assert bool((tokens >= 0).all())
-    assert IGNORE_INDEX < 0
-
-
-def test_collate_needs_an_example() -> None:
-    with pytest.raises(ValueError, match="examples must hold at least one example, got none"):
-        collate([])
 
 
 def test_every_record_is_trained_on_held_out_or_reported(
