@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llama_adapter.adapter import Prompts
 from llama_adapter.cache import PAGE_SIZE, PagePool, decode_span, pages_for
-from llama_adapter.model import Llama, Step, rotary_angles
+from llama_adapter.model import Llama, Step
+from llama_adapter.rotary_angles import rotary_angles
 
 # eager steps of a bucket after which its graph is captured: sooner it would cost more than it saves
 EAGER_STEPS = 12

@@ -21,7 +21,8 @@ from llama_adapter.adapter_bank import Bank
 from llama_adapter.cache import PAGE_SIZE, PagePool, packed_span, pages_for
 from llama_adapter.completion import Completion, Piece, Row
 from llama_adapter.decoder import Decoder, Live
-from llama_adapter.model import Llama, Step, rotary_angles
+from llama_adapter.model import Llama, Step
+from llama_adapter.rotary_angles import rotary_angles
 from llama_adapter.sampling import SamplingConfig, choose
 from llama_adapter.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"config", "assets", "options"},
     {"recipe", "tuned_modules"},
-    {"adapter", "cache", "packing", "tokenizer", "sampling"},
+    {"adapter", "cache", "packing", "rotary_angles", "tokenizer", "sampling"},
     {"completion"},
     {"model"},
     {"adapter_bank", "decoder"},

@@ -12,7 +12,8 @@ from llama_adapter.adapter_bank import AdapterBank
 from llama_adapter.cache import PAGE_SIZE, PagePool, Span, decode_span, packed_span
 from llama_adapter.config import LlamaConfig
 from llama_adapter.decoder import EAGER_STEPS, Decoder, Live, bucket_sizes
-from llama_adapter.model import Llama, Step, rotary_angles
+from llama_adapter.model import Llama, Step
+from llama_adapter.rotary_angles import rotary_angles
 
 # the first opens a page, the last fills one
 LENGTHS = (65, 5, 64)
