@@ -37,8 +37,7 @@ class Step:
         cos, sin: (B, T, D/2) float32, or (T, D/2) without a cache, of the tokens' positions.
         prompts: projected prompts, or None for the base model.
         pool, span: where keys and values go and which are seen; None attends to the call's own.
-        packing: where the sequences lie that follow one another in the call's one row; None takes
-            a row for a sequence.
+        packing: where sequences lie in the call's one row; None takes a row for each.
     """
 
     cos: Tensor
@@ -114,18 +113,14 @@ class Attention(nn.Module):
         segment = self._prompt_arguments(step.prompts)
         if step.pool is None or step.span is None:
             q, k = apply_rotary(q, k, step.cos, step.sin, interleaved=True)
-            out = self._attend(q, k, v, segment, step.packing)
+            if step.packing is None:
+                out = zero_init_attention(q, k, v, **segment)
+            else:
+                k, v, bounds = *map(step.packing.keys, (k[0], v[0])), step.packing.bounds()
+                out = zero_init_attention_varlen(q[0], k, v, **segment, **bounds)[None]
         else:
             out = self._attend_cached(q, k, v, segment, step, step.pool, step.span)
         return self.wo(out.flatten(-2))
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, segment: dict[str, Any], packing: Packing | None
-    ) -> Tensor:
-        if packing is None:
-            return zero_init_attention(q, k, v, **segment)
-        k, v = packing.keys(k[0]), packing.keys(v[0])
-        return zero_init_attention_varlen(q[0], k, v, **segment, **packing.bounds())[None]
 
     def _prompt_arguments(self, prompts: Prompts | None) -> dict[str, Any]:
         prompt = None if prompts is None else prompts.layers.get(self.layer)
@@ -312,12 +307,11 @@ class Llama(nn.Module):
         """Final normed hidden states of sequences without padding, one after the other.
 
         Args:
-            tokens: (total,) int64.
-            packing: where each of the sequences lies.
-            prompts: of one adapter, or None for the base model.
+            tokens: (total,) int64, of sequences that lie as `packing` says.
+            packing, prompts: prompts are of one adapter, or None for the base model.
 
         Returns:
-            (total, C) in the model's dtype: for every sequence what `hidden` gives it alone.
+            (total, C): for every sequence what `hidden` gives it alone.
         """
         angles = rotary_angles(self.config, packing.positions)
         return self.run(tokens[None], Step(*angles, prompts, packing=packing))[0]
