@@ -59,7 +59,8 @@ def mask(q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     Returns:
         None where plain causal attention is meant, else (B, 1, T, S) bool, True where a key is
         seen. The bounds ride on the mask as an attribute; whoever loses them gets the same numbers
-        from the mask itself.
+        from the mask itself, and so does a mask that was written to since. In torch's inference
+        mode, where tensors count no writes, a write is not seen.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.hosts.attention import NAME, Prompted, freeze_during, register, replace_methods
+from llama_adapter.hosts.attention import (
+    NAME,
+    Prompted,
+    freeze_during,
+    register,
+    replace_methods,
+    separate_config,
+    use_config,
+)
 
 MODEL_TYPES = ("llama", "mistral")
 REMEDY = "patch needs peft and transformers: pip install 'llama-adapter-kernels[hf]'"
@@ -61,8 +69,7 @@ def patch(model: nn.Module) -> Patched:
     Args:
         model: a LLaMA or Mistral model with adaption prompts, from `get_peft_model` or
             `PeftModel.from_pretrained`; with one adapter or several, in float16, bfloat16 or
-            float32. Hooks of accelerate, as `cpu_offload` sets them, come after `patch`. A model
-            whose configuration object another model shares switches that one's attention, too.
+            float32. Hooks of accelerate, as `cpu_offload` sets them, come after `patch`.
 
     Returns:
         What was patched.
@@ -82,7 +89,7 @@ def patch(model: nn.Module) -> Patched:
         _rehearse(type(module), type(module.model), module.model_type)
     host = tuner.model
     if _BEFORE not in tuner.__dict__:
-        tuner.__dict__[_BEFORE] = host.config._attn_implementation
+        tuner.__dict__[_BEFORE] = separate_config(host)
         tuner.__dict__[_METHODS] = {"generate": host.__dict__.get("generate")}
         freeze_during(host, "generate")
     host.set_attn_implementation(NAME)
@@ -91,7 +98,7 @@ def patch(model: nn.Module) -> Patched:
     modules = tuple(name for name, module in model.named_modules() if id(module) in adapted)
     names = tuple(tuner.peft_config)
     biased = any(x.model.o_proj.bias is not None for x in adapted.values())
-    return Patched(modules, names, tuner.__dict__[_BEFORE], biased)
+    return Patched(modules, names, tuner.__dict__[_BEFORE]._attn_implementation, biased)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -107,7 +114,7 @@ def unpatch(model: nn.Module) -> None:
     for module in _all_adapted(tuner).values():
         module.__dict__.pop("forward", None)
     replace_methods(tuner.model, tuner.__dict__.pop(_METHODS))
-    tuner.model.set_attn_implementation(tuner.__dict__.pop(_BEFORE))
+    use_config(tuner.model, tuner.__dict__.pop(_BEFORE))
 
 
 @contextmanager
@@ -161,8 +168,7 @@ def _check(tuner: Any, adapted: dict[int, Any]) -> None:
         raise ValueError("model must have attention modules with adaption prompts, got none")
     if tuner.model.config._attn_implementation == NAME and _BEFORE not in tuner.__dict__:
         raise ValueError(
-            f"model must not run {NAME} yet, got one that adapt(model) has adapted, or that shares "
-            "its configuration with a patched one: undo that first"
+            f"model must not run {NAME} yet, got one that adapt(model) has adapted: undo that first"
         )
     for module in adapted.values():
         forward = module.__dict__.get("forward")

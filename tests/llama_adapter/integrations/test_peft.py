@@ -18,6 +18,7 @@ from llama_adapter.hosts.attention import KEYWORD, NAME, Prompted
 from llama_adapter.integrations import peft as integration
 from llama_adapter.integrations.peft import patch, patched, unpatch
 from tests.llama_adapter.hf_models import (
+    SIZES,
     assert_same,
     generated,
     host,
@@ -558,3 +559,19 @@ def test_a_first_patch_under_autocast_is_no_other_version() -> None:
     integration._rehearse.cache_clear()
     with torch.autocast("cpu", torch.bfloat16):
         patch(peft_model(host()))
+
+
+def test_another_model_of_the_same_configuration_is_not_switched() -> None:
+    config = transformers.LlamaConfig(**SIZES)
+    first, second = (peft_model(transformers.LlamaForCausalLM(config)) for _ in range(2))
+    patch(first)
+    attention = second.base_model.model.model.layers[3].self_attn
+    assert attention.model.config._attn_implementation == "sdpa"
+    patch(second)
+    unpatch(first)
+    inner = first.base_model.model
+    assert inner.config is inner.model.layers[3].self_attn.model.config is config
+    with torch.no_grad():
+        second(input_ids=tokens())
+    unpatch(second)
+    assert config._attn_implementation == "sdpa"
