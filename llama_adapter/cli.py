@@ -113,6 +113,8 @@ def _finetune(options: argparse.Namespace) -> int:
         options.config = assets.RECIPE
     config = build(FinetuneConfig, _given(options, FinetuneConfig))
     result = finetune(config, resume=options.resume, progress=False if options.quiet else None)
+    if result.folder.follows:
+        return 0
     losses, data = result.losses, result.dataset
     if options.config == assets.RECIPE:
         print(f"recipe      the bundled model's, {assets.RECIPE}")
@@ -352,7 +354,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
-            return options.run(options)
+            code = options.run(options)
+            # a reader who left is met here, not at the interpreter's end
+            print(end="", flush=True)
+            return code
     except KeyboardInterrupt as stop:
         print(f"\nllama-adapter {options.command}: {str(stop) or 'interrupted'}", file=sys.stderr)
         return 130

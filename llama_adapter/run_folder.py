@@ -40,27 +40,33 @@ class RunFolder:
     Attributes:
         path: the folder.
         rows: every line of metrics.jsonl so far.
+        follows: whether another process writes it, and this one nothing.
     """
 
-    def __init__(self, path: str | Path, config: Mapping[str, Any], resume: bool) -> None:
+    def __init__(
+        self, path: str | Path, config: Mapping[str, Any], resume: bool, follows: bool = False
+    ) -> None:
         """Check that the run may use the folder; nothing is written.
 
         Args:
             path: a folder that is empty or absent, or with `resume` one that holds this run.
             config: the run's fields as plain data, nested ones as mappings.
             resume: whether to continue what the folder holds; an empty one starts a new run.
+            follows: another process checks and writes it.
 
         Raises:
             ValueError: the folder is in use and resume is False, is no run folder, or holds a run
                 with another configuration, whose field is named.
         """
-        self.path = Path(path)
+        self.path, self.follows = Path(path), follows
         self.rows: list[Row] = []
         self._config = json.loads(json.dumps(config, default=str))
         self._resume = resume
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
         self._events: SummaryWriter | None = None
+        if follows:
+            return
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output must be a folder, got the file {self.path}")
         self._check_use()
@@ -158,6 +164,8 @@ class RunFolder:
             ValueError: another process uses the folder, or its metrics or checkpoints do not hold
                 what the step promises.
         """
+        if self.follows:
+            return
         self._lock_folder()
         metrics = self.path / "metrics.jsonl"
         rows = _read_rows(metrics)
@@ -197,6 +205,8 @@ class RunFolder:
 
     def write_skipped(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """List the records that are not used, one JSON object a line, in skipped.jsonl."""
+        if self.follows:
+            return
         text = "".join(json.dumps(line) + "\n" for line in lines)
         write_atomically(self.path / "skipped.jsonl", text.encode())
 
@@ -209,9 +219,12 @@ class RunFolder:
         Raises:
             RuntimeError: the folder is not open.
         """
+        row = {**row, "time": round(time.time(), 3)}
+        if self.follows:
+            self.rows.append(row)
+            return
         if self._metrics is None or self._events is None:
             raise RuntimeError("the run folder must be open before anything is logged")
-        row = {**row, "time": round(time.time(), 3)}
         self.rows.append(row)
         self._metrics.write(json.dumps(row) + "\n")
         self._metrics.flush()
@@ -237,6 +250,8 @@ class RunFolder:
 
     def draw_curve(self) -> None:
         """Draw training and validation loss over the steps into loss.png."""
+        if self.follows:
+            return
         # as with TensorBoard: slow to import
         from matplotlib.figure import Figure
 

@@ -16,6 +16,7 @@ from llama_adapter.checkpoints.quantize import is_quantized
 from llama_adapter.data.examples import Batch, Example
 from llama_adapter.data.packed import PackedBatch, Prefix, micro_batches, pack
 from llama_adapter.model import Llama
+from llama_adapter.world import World
 
 _NAMED_RECORDS = 8
 
@@ -36,6 +37,7 @@ class Trainer:
         weight_decay: float = 0.02,
         betas: tuple[float, float] = (0.9, 0.95),
         clip: float | None = None,
+        world: World | None = None,
     ) -> None:
         """Prepare to train.
 
@@ -48,6 +50,8 @@ class Trainer:
                 recipe.
             betas: AdamW's.
             clip: largest norm of the gradient of all groups of a batch together, or None.
+            world: the processes that train together, of which each computes a share of every batch
+                and takes the same step; None is this one alone.
 
         Raises:
             ValueError: the base is quantised or not frozen, a parameter of the adapter is not
@@ -69,7 +73,7 @@ class Trainer:
             raise ValueError(
                 f"adapter must have prompts and gates alone to be trained, got {groups}"
             )
-        self.model, self.adapter = model, adapter
+        self.model, self.adapter, self.world = model, adapter, world or World()
         self.micro_batch_tokens, self.prefixes, self.clip = micro_batch_tokens, prefixes, clip
         self.groups = adapter.groups()
         self.optimisers = {
@@ -120,7 +124,8 @@ class Trainer:
                 parameter.requires_grad_(name in batch.train_groups)
                 parameter.grad = None
         losses = []
-        parts = micro_batches(batch.examples, self.micro_batch_tokens, self.prefixes)
+        own = self.world.share(batch.examples)
+        parts = micro_batches(own, self.micro_batch_tokens, self.prefixes)
         for examples in parts:
             # gradients of the sum, divided afterwards: a mean's could vanish in float16
             loss = self.loss_sum(examples)
@@ -128,12 +133,17 @@ class Trainer:
             losses.append(loss.detach())
         trained = [p for name in batch.train_groups for p in self.groups[name]]
         count = max(1, sum(example.n_labels for example in batch.examples))
-        gradients = [p.grad.div_(count) for p in trained if p.grad is not None]
+        total = self._total(losses)
+        gradients = self._gradients(trained)
+        self.world.add(gradients)
+        for gradient in gradients:
+            gradient.div_(count)
         norm = torch.nn.utils.get_total_norm(gradients)
-        loss = float(torch.stack(losses).double().sum()) / count
+        loss = total / count
         if not math.isfinite(loss):
-            wrong = next(i for i, part in enumerate(losses) if not math.isfinite(float(part)))
-            raise FloatingPointError(f"the loss is {loss} in {_name(parts[wrong])}")
+            wrong = [part for part, own in zip(parts, losses, strict=True) if not own.isfinite()]
+            where = _name(wrong[0]) if wrong else "the share of another process"
+            raise FloatingPointError(f"the loss is {loss} in {where}")
         if not math.isfinite(float(norm)):
             raise FloatingPointError(f"the gradient is not finite in {_name(batch.examples)}")
         if self.clip is not None:
@@ -144,11 +154,29 @@ class Trainer:
             self.optimisers[name].step()
         return loss, float(norm)
 
+    def _total(self, losses: Sequence[Tensor]) -> float:
+        """The sum of losses over all micro-batches of all processes."""
+        device = self.model.output_weight.device
+        total = torch.zeros(1, dtype=torch.float64, device=device)
+        for loss in losses:
+            total += loss
+        self.world.add([total])
+        return float(total)
+
+    def _gradients(self, trained: Sequence[Tensor]) -> list[Tensor]:
+        """Those of a step; where others share it, zeros in the place of one that is not there."""
+        if self.world.size > 1:
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in trained if parameter.grad is not None]
+
     @torch.no_grad()
     def validate(self, examples: Sequence[Example]) -> float:
         """Loss in nats per label over all `examples`, at least one of which has labels."""
-        parts = micro_batches(examples, self.micro_batch_tokens, self.prefixes)
-        total = sum(float(self.loss_sum(part)) for part in parts)
+        own = self.world.share(examples)
+        parts = micro_batches(own, self.micro_batch_tokens, self.prefixes)
+        total = self._total([self.loss_sum(part) for part in parts])
         return total / sum(example.n_labels for example in examples)
 
     def tensors(self) -> dict[str, Tensor]:

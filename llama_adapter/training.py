@@ -26,6 +26,7 @@ from llama_adapter.data.packed import template_prefixes
 from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.run_folder import Row, RunFolder, describe_environment
 from llama_adapter.trainer import Trainer
+from llama_adapter.world import World, join
 
 # the papers' recipe takes thousands of steps; with fewer than this the gates hardly leave zero
 FEW_STEPS = 50
@@ -99,7 +100,9 @@ def finetune(
     """Train an adapter for a frozen base on instruction data.
 
     Prompts and gates are float32 whatever the base's dtype. Records that cannot be used are listed
-    in the run folder and warned of.
+    in the run folder and warned of. Where torchrun has started several processes, each computes a
+    share of every batch, and rank 0 alone writes the run folder; a run may be continued by another
+    number of them.
 
     Args:
         config: the recipe, the data and the run folder.
@@ -116,14 +119,27 @@ def finetune(
         FileNotFoundError: a data file or the base does not exist.
         ValueError: the data, the run folder or the base cannot be used; the message says why.
         FloatingPointError: the loss or its gradient became NaN or infinite; names step and records.
+        ConnectionError: another process of the run is gone.
         KeyboardInterrupt: interrupted; everything written is whole, the message says how to resume.
     """
+    with join() as world:
+        return _finetune(config, base, resume, progress, on_step, world)
+
+
+def _finetune(
+    config: FinetuneConfig,
+    base: Base | None,
+    resume: bool,
+    progress: bool | None,
+    on_step: Callable[[Row], None] | None,
+    world: World,
+) -> FinetuneResult:
     # a run can be continued from anywhere
     files = {"data": config.data, "val_data": config.val_data, "base": config.base}
     config = replace(config, **{name: path and path.absolute() for name, path in files.items()})
-    folder = RunFolder(config.output, asdict(config), resume)
+    folder = RunFolder(config.output, asdict(config), resume, follows=world.rank > 0)
     if base is None:
-        device = default_device() if config.device is None else config.device
+        device = world.device or default_device() if config.device is None else config.device
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         base = load_base(config.base or BASE, dtype=dtype, device=device)
     dataset = load_dataset(
@@ -136,8 +152,8 @@ def finetune(
         seed=config.seed,
         strict=config.strict,
     )
-    for line in dataset.warnings:
-        warnings.warn(line, stacklevel=2)
+    for line in dataset.warnings if not folder.follows else ():
+        warnings.warn(line, stacklevel=3)
     device = base.model.output_weight.device
     with _settings(config, device):
         generator = torch.Generator().manual_seed(config.seed)
@@ -150,23 +166,26 @@ def finetune(
             weight_decay=config.weight_decay,
             betas=config.betas,
             clip=config.clip,
+            world=world,
         )
         run = _Run(config, trainer, dataset, folder, fingerprint(base.model, base.name))
-        state = load_latest(folder.checkpoints) if resume else None
+        held = load_latest(folder.checkpoints) if resume and not folder.follows else None
+        state = world.same(held)
         if state is not None:
             run.restore(state)
         steps = config.epochs * run.per_epoch
-        if steps < FEW_STEPS and config.max_steps is None and not run.step:
+        few = steps < FEW_STEPS and config.max_steps is None and not run.step
+        if few and not folder.follows:
             warnings.warn(
                 f"{len(dataset.train)} training records make only {steps} optimiser steps in "
                 f"{config.epochs} epochs of batch_size {config.batch_size}, too few to learn much: "
                 "give more epochs, a smaller batch_size, or both",
-                stacklevel=2,
+                stacklevel=3,
             )
         try:
             folder.open(run.step, describe_environment(device))
             folder.write_skipped(dataset.skipped_lines())
-            run.train(progress, on_step)
+            run.train(False if folder.follows else progress, on_step)
         finally:
             folder.close()
     return FinetuneResult(adapter.requires_grad_(True), folder, dataset)
@@ -225,6 +244,8 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint, after the metrics up to it."""
+        if self.folder.follows:
+            return
         values = {
             "options": self.folder.fixed_options,
             "digests": self.dataset.digests,
@@ -259,7 +280,8 @@ class _Run:
             ) from None
         finally:
             bar.close()
-        save_adapter(self.folder.adapter, self.trainer.adapter, self.base)
+        if not self.folder.follows:
+            save_adapter(self.folder.adapter, self.trainer.adapter, self.base)
         self.folder.draw_curve()
 
     def _rows(self, total: int) -> Iterator[Row]:
@@ -304,5 +326,6 @@ class _Run:
         loss = self.trainer.validate(self.dataset.held_out)
         if self.step and (self.best is None or loss < self.best):
             self.best = loss
-            save_adapter(self.folder.best_adapter, self.trainer.adapter, self.base)
+            if not self.folder.follows:
+                save_adapter(self.folder.best_adapter, self.trainer.adapter, self.base)
         yield {"step": self.step, "epoch": self.step / self.per_epoch, "val_loss": loss}

@@ -9,8 +9,8 @@ import secrets
 from pathlib import Path
 
 TEMPORARY_SUFFIX = ".tmp"
-# of a name, so that the temporary one is no longer than file systems allow
-_SHOWN = 100
+# characters of a name, of up to four bytes each: the temporary one stays within 255 bytes
+_SHOWN = 60
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,10 @@ def test_small_kernels_compile_within_the_chip(form: SmallForm) -> None:
 def test_the_committed_table_is_that_of_the_kernels(name: str) -> None:
     """Every form on every architecture: `make aot-all` after a change of what it compiles."""
     chosen = TABLES[name]
-    rows = json.loads(chosen.path.read_text(encoding="utf-8"))["rows"]
+    content = json.loads(chosen.path.read_text(encoding="utf-8"))
+    if content["triton"] != version("triton"):
+        pytest.skip(f"the table is of triton {content['triton']}")
+    rows = content["rows"]
     wanted = [
         {**named(spec), "digest": digest_of(chosen.launch(spec), spec.capability)}
         for spec in chosen.specs()

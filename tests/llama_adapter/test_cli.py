@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -489,6 +490,8 @@ def test_closed_pipe_is_quiet(base: Path) -> None:
         ["bash", "-c", '"$@" | true; exit ${PIPESTATUS[0]}', "_", *command],
         capture_output=True,
         text=True,
+        # as users run it: buffered, so that the reader's absence shows at a flush
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
     )
     assert (done.returncode, done.stderr) == (0, "")
 

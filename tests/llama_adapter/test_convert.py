@@ -1,5 +1,8 @@
 """Do `llama-adapter convert` and `info` bring adapters over and say what was assumed?"""
 
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -47,6 +50,21 @@ def test_an_official_adapter_becomes_ours_and_answers(
         load_adapter(target, base.model, "any")
     code, out, _ = run(capsys, "generate", "Hello", "--adapter", target, "--max-new-tokens", 3)
     assert code == 0
+
+
+@pytest.mark.parametrize("output", ["| true", ">&-"])
+def test_a_written_file_is_a_success_whoever_reads_the_report(output: str, tmp_path: Path) -> None:
+    source, target = save(prompt_tensors(), tmp_path / "v1.pth"), tmp_path / "ours.safetensors"
+    command = [sys.executable, "-m", "llama_adapter", "convert", source, target, "--to"]
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {output}; exit ${{PIPESTATUS[0]}}', "_", *command, "llama-adapter"],
+        capture_output=True,
+        text=True,
+        # as users run it: buffered, so that the reader's absence shows at a flush
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert target.is_file()
 
 
 def test_info_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

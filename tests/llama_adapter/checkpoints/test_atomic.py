@@ -63,8 +63,11 @@ def test_data_and_then_the_name_are_synced(tmp_path: Path, monkeypatch: pytest.M
     assert events == ["data", "rename", "folder"]
 
 
-def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
-    path = tmp_path / ("x" * 255)
+@pytest.mark.parametrize(
+    "name", ["x" * 255, "\N{GREEK SMALL LETTER ALPHA}" * 127, "\N{GRINNING FACE}" * 63]
+)
+def test_a_name_may_be_as_long_as_the_file_system_takes(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,173 @@
+"""Processes that train together take one process's steps; a killed one ends the run clearly.
+
+They are started by torchrun itself, over gloo, and killed for real.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llama_adapter import assets
+from llama_adapter.world import World
+
+ROOT = Path(__file__).parents[2]
+# odd numbers of records in a batch, and a last one with a single record for two processes
+RECORDS, BATCH = 25, 8
+
+
+@dataclass(frozen=True)
+class Item:
+    """Anything with tokens."""
+
+    tokens: tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    records = json.loads(assets.FOLLOW_TRAIN.read_text(encoding="utf-8"))[: RECORDS + 2]
+    path = tmp_path_factory.mktemp("data") / "data.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def command(
+    data: Path, output: Path, *more: str, processes: int = 2
+) -> tuple[list[str], dict[str, str]]:
+    """What starts a run, and its environment."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    words = ["llama_adapter", "finetune", "--output", str(output), "--quiet", *more]
+    if "--resume" not in more:
+        words += ["--data", str(data), "--epochs", "3", "--batch-size", str(BATCH)]
+        words += ["--val-size", "2", "--save-every", "2", "--lr", "0.05", "--threads", "1"]
+    path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    environment = os.environ | {
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return [*start, *words], environment
+
+
+def run(data: Path, output: Path, *more: str, processes: int = 2) -> str:
+    words, environment = command(data, output, *more, processes=processes)
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, timeout=240, cwd=output.parent
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows(output) if "loss" in row}
+
+
+def held_out(output: Path) -> list[float]:
+    return [row["val_loss"] for row in rows(output) if "val_loss" in row]
+
+
+def close(one: Sequence[float], other: Sequence[float]) -> bool:
+    return bool(
+        torch.allclose(torch.tensor(one).double(), torch.tensor(other).double(), rtol=2e-4, atol=0)
+    )
+
+
+def test_a_batch_is_shared_whole_and_evenly() -> None:
+    items = [Item((1,) * n) for n in (3, 90, 7, 41, 41, 2, 60)]
+    for size in (1, 2, 3, 9):
+        shares = [World(rank, size).share(items) for rank in range(size)]
+        assert sorted(len(i.tokens) for share in shares for i in share) == sorted(
+            len(item.tokens) for item in items
+        )
+        for share in shares:
+            assert [item for item in items if any(item is own for own in share)] == share
+    loads = [sum(len(i.tokens) for i in World(rank, 2).share(items)) for rank in range(2)]
+    # what the largest first to the least loaded promises
+    assert max(loads) <= 4 / 3 * sum(loads) / 2
+
+
+def test_one_process_alone_sends_nothing() -> None:
+    alone, x = World(), torch.ones(3)
+    alone.add([x])
+    assert x.tolist() == [1, 1, 1]
+    assert alone.same("value") == "value"
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one_and_either_continues(
+    data: Path, tmp_path: Path
+) -> None:
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    run(data, one, processes=1)
+    printed = run(data, two)
+    assert printed.count("adapter     ") == 1, "one process speaks"
+    assert list(losses(one)) == list(losses(two)) == list(range(1, 13))
+    assert close(list(losses(one).values()), list(losses(two).values()))
+    assert close(held_out(one), held_out(two))
+    tensors = [load_file(folder / "adapter.safetensors") for folder in (one, two)]
+    for name, x in tensors[0].items():
+        assert float((x - tensors[1][name]).abs().max()) <= 2e-3 * float(x.abs().max()), name
+    # a checkpoint of two is continued by one
+    run(data, again, "--max-steps", "4")
+    run(data, again, "--resume", "--max-steps", "12", processes=1)
+    assert close(list(losses(two).values()), list(losses(again).values()))
+    first = dict(list(losses(two).items())[:4])
+    assert dict(list(losses(again).items())[:4]) == first
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_a_resume_takes_the_same_steps(
+    data: Path, tmp_path: Path
+) -> None:
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    run(data, whole, "--epochs", "9")
+    words, environment = command(data, output, "--epochs", "9")
+    process = subprocess.Popen(
+        words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "checkpoints").is_dir() or not any((output / "checkpoints").iterdir()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    follower = workers(process.pid)[1]
+    os.kill(follower, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "SIGKILL" in said or "another process of this run is gone" in said
+    done = len(losses(output))
+    assert 2 <= done < 36
+    run(data, output, "--resume")
+    assert losses(output) == losses(whole)
+
+
+def workers(parent: int) -> list[int]:
+    """torchrun's children, by rank."""
+    found: dict[int, int] = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, _, rest = status.read_text().rpartition(") ")
+            if int(rest.split()[1]) == parent:
+                pid = int(status.parent.name)
+                variables = (status.parent / "environ").read_bytes().split(b"\0")
+                rank = next(v for v in variables if v.startswith(b"RANK="))
+                found[int(rank[5:])] = pid
+        except (OSError, StopIteration):
+            continue
+    return [found[rank] for rank in sorted(found)]
