@@ -74,6 +74,7 @@ class FinetuneConfig:
     save_every: int = _option(50, "optimiser steps between checkpoints")
     keep_checkpoints: int = _option(2, "checkpoints kept")
     threads: int | None = _option(None, "CPU threads; default: torch's choice")
+    profile: bool = _option(False, "write a trace and a table of where a few steps' time goes")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
     def __post_init__(self) -> None:

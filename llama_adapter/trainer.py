@@ -16,6 +16,7 @@ from llama_adapter.checkpoints.quantize import is_quantized
 from llama_adapter.data.examples import Batch, Example
 from llama_adapter.data.packed import PackedBatch, Prefix, micro_batches, pack
 from llama_adapter.model import Llama
+from llama_adapter.step_profile import phase
 from llama_adapter.world import World
 
 _NAMED_RECORDS = 8
@@ -83,12 +84,14 @@ class Trainer:
 
     def loss_sum(self, examples: Sequence[Example]) -> Tensor:
         """Cross entropy in nats summed over the examples' labels, differentiable in the adapter."""
-        batch = pack(examples, self.model.output_weight.device, self.prefixes)
-        hidden = self.hidden(batch)
-        # the rows that carry loss alone: logits of the others would be thrown away
-        return linear_cross_entropy(
-            hidden[batch.rows], self.model.output_weight, batch.targets, reduction="sum"
-        )
+        with phase("pack"):
+            batch = pack(examples, self.model.output_weight.device, self.prefixes)
+        with phase("forward"):
+            hidden = self.hidden(batch)
+            # the rows that carry loss alone: logits of the others would be thrown away
+            return linear_cross_entropy(
+                hidden[batch.rows], self.model.output_weight, batch.targets, reduction="sum"
+            )
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Final hidden states (total, C) of packed examples, differentiable in the adapter."""
@@ -129,13 +132,15 @@ class Trainer:
         for examples in parts:
             # gradients of the sum, divided afterwards: a mean's could vanish in float16
             loss = self.loss_sum(examples)
-            loss.backward()
+            with phase("backward"):
+                loss.backward()
             losses.append(loss.detach())
         trained = [p for name in batch.train_groups for p in self.groups[name]]
         count = max(1, sum(example.n_labels for example in batch.examples))
-        total = self._total(losses)
-        gradients = self._gradients(trained)
-        self.world.add(gradients)
+        with phase("reduce"):
+            total = self._total(losses)
+            gradients = self._gradients(trained)
+            self.world.add(gradients)
         for gradient in gradients:
             gradient.div_(count)
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -148,10 +153,11 @@ class Trainer:
             raise FloatingPointError(f"the gradient is not finite in {_name(batch.examples)}")
         if self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
-        for name in batch.train_groups:
-            for options in self.optimisers[name].param_groups:
-                options["lr"] = lr
-            self.optimisers[name].step()
+        with phase("optimiser"):
+            for name in batch.train_groups:
+                for options in self.optimisers[name].param_groups:
+                    options["lr"] = lr
+                self.optimisers[name].step()
         return loss, float(norm)
 
     def _total(self, losses: Sequence[Tensor]) -> float:

@@ -25,6 +25,7 @@ from llama_adapter.data.examples import Batch, Dataset, Example, load_dataset
 from llama_adapter.data.packed import template_prefixes
 from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.run_folder import Row, RunFolder, describe_environment
+from llama_adapter.step_profile import profiled
 from llama_adapter.trainer import Trainer
 from llama_adapter.world import World, join
 
@@ -265,14 +266,18 @@ class _Run:
         hidden = None if progress is None else not progress
         bar = tqdm(total=total, initial=self.step, unit="step", disable=hidden)
         try:
-            for row in self._rows(total):
-                self.folder.log(row)
-                if "loss" in row:
-                    speed = f"{row['tokens_per_second']:.0f}"
-                    bar.set_postfix({"loss": f"{row['loss']:.3f}", "tokens/s": speed}, False)
-                    bar.update()
-                if on_step is not None:
-                    on_step(row)
+            writes = self.config.profile and not self.folder.follows
+            device = self.trainer.model.output_weight.device
+            with profiled(self.folder.path if writes else None, device) as advance:
+                for row in self._rows(total):
+                    self.folder.log(row)
+                    if "loss" in row:
+                        advance()
+                        speed = f"{row['tokens_per_second']:.0f}"
+                        bar.set_postfix({"loss": f"{row['loss']:.3f}", "tokens/s": speed}, False)
+                        bar.update()
+                    if on_step is not None:
+                        on_step(row)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"stopped at step {self.step} of {total}; llama-adapter finetune --output "

@@ -18,6 +18,7 @@ LAYERS = (
     {"model"},
     {"adapter_bank", "decoder"},
     {"checkpoints", "multimodal"},
+    {"step_profile"},
     {"hosts"},
     {"data", "run_folder", "convert"},
     {"trainer", "engine"},
