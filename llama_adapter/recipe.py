@@ -47,6 +47,9 @@ class FinetuneConfig:
     )
     dtype: str | None = _option(None, "dtype of the base; default: the files' own", DTYPES)
     device: str | None = _option(None, "where to compute; default: the GPU, if there is one")
+    quantize: str | None = _option(
+        None, "hold the base's linear weights in 8 bits; needs torchao", ("int8",)
+    )
     val_data: Path | None = field(
         default=None,
         metadata={"help": "file to validate on, in place of part of the data", "recipe": False},
@@ -110,6 +113,8 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.val_data is not None and self.val_size is not None:
             raise ValueError("val_size must be left out where val_data is given")
+        if self.quantize not in (None, "int8"):
+            raise ValueError(f'quantize must be "int8" to train, got {self.quantize!r}')
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 

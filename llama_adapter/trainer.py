@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapter_kernels import linear_cross_entropy
 from llama_adapter.adapter import Adapter
-from llama_adapter.checkpoints.quantize import is_quantized
+from llama_adapter.checkpoints.quantize import is_quantized, passes_gradients
 from llama_adapter.data.examples import Batch, Example
 from llama_adapter.data.packed import PackedBatch, Prefix, micro_batches, pack
 from llama_adapter.model import Llama
@@ -55,12 +55,13 @@ class Trainer:
                 and takes the same step; None is this one alone.
 
         Raises:
-            ValueError: the base is quantised or not frozen, a parameter of the adapter is not
+            ValueError: the base is in int4 or not frozen, a parameter of the adapter is not
                 float32, or it has biases, scales or norms, which run but are not trained yet.
         """
-        if is_quantized(model):
+        if not passes_gradients(model):
             raise ValueError(
-                "model must not be quantised to train on it: give load_base no quantize"
+                'model must be as it is or in int8 to train on it: give load_base quantize="int8", '
+                "or none"
             )
         unfrozen = [name for name, value in model.named_parameters() if value.requires_grad]
         if unfrozen:
@@ -75,6 +76,7 @@ class Trainer:
                 f"adapter must have prompts and gates alone to be trained, got {groups}"
             )
         self.model, self.adapter, self.world = model, adapter, world or World()
+        self.quantized = is_quantized(model)
         self.micro_batch_tokens, self.prefixes, self.clip = micro_batch_tokens, prefixes, clip
         self.groups = adapter.groups()
         self.optimisers = {
@@ -89,9 +91,12 @@ class Trainer:
         with phase("forward"):
             hidden = self.hidden(batch)
             # the rows that carry loss alone: logits of the others would be thrown away
-            return linear_cross_entropy(
-                hidden[batch.rows], self.model.output_weight, batch.targets, reduction="sum"
-            )
+            rows, weight = hidden[batch.rows], self.model.output_weight
+            if not self.quantized:
+                return linear_cross_entropy(rows, weight, batch.targets, reduction="sum")
+            # torchao multiplies by its weights itself
+            logits = self.model.logits(rows).float()
+            return torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Final hidden states (total, C) of packed examples, differentiable in the adapter."""

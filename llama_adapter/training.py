@@ -142,7 +142,8 @@ def _finetune(
     if base is None:
         device = world.device or default_device() if config.device is None else config.device
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
-        base = load_base(config.base or BASE, dtype=dtype, device=device)
+        where = config.base or BASE
+        base = load_base(where, dtype=dtype, device=device, quantize=config.quantize)
     dataset = load_dataset(
         config.data,
         base.tokenizer,
@@ -169,7 +170,8 @@ def _finetune(
             clip=config.clip,
             world=world,
         )
-        run = _Run(config, trainer, dataset, folder, fingerprint(base.model, base.name))
+        known = base.fingerprint or fingerprint(base.model, base.name)
+        run = _Run(config, trainer, dataset, folder, known)
         held = load_latest(folder.checkpoints) if resume and not folder.follows else None
         state = world.same(held)
         if state is not None:

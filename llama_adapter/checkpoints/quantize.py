@@ -96,6 +96,18 @@ def is_quantized(model: torch.nn.Module) -> bool:
     )
 
 
+def passes_gradients(model: torch.nn.Module) -> bool:
+    """Whether an adapter can be trained on a model: its weights are plain, or int8.
+
+    Gradients of int8's products are those of the rounded weights; int4's have none.
+    """
+    return all(
+        type(parameter).__name__.startswith("Int8")
+        for parameter in model.parameters()
+        if type(parameter).__module__.partition(".")[0] == "torchao"
+    )
+
+
 def _import_torchao(name: str) -> ModuleType:
     disabled = logging.root.manager.disable
     try:

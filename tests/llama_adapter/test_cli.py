@@ -349,9 +349,9 @@ BAD = {
         'quantize "int4" needs an NVIDIA GPU of sm_80 or newer, got device cpu',
     ),
     "unknown format": ("generate hi --quantize int2", "invalid choice: 'int2'"),
-    "training in eight bits": (
-        "finetune --base BASE --data DATA --output OUT --quantize int8",
-        "unknown argument --quantize",
+    "training in four bits": (
+        "finetune --base BASE --data DATA --output OUT --quantize int4",
+        "invalid choice: 'int4'",
     ),
     "no device": ("generate hi --base BASE --device gpu", "device must be cpu or cuda, got 'gpu'"),
     "strange device": ("generate hi --base BASE --device meta", "device must be cpu or cuda"),

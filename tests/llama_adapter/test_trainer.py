@@ -147,10 +147,35 @@ def test_the_base_gets_no_gradient_and_keeps_every_bit(
         assert torch.equal(value, before[name]), name
 
 
-def test_a_quantised_base_is_refused(tiny_model: Llama, tiny_adapter: Adapter) -> None:
+def test_a_base_in_int8_gives_the_gradients_of_its_rounded_weights(
+    tiny_model: Llama, tiny_adapter: Adapter
+) -> None:
     pytest.importorskip("torchao.quantization")
+    rounded, other, batch = deepcopy(tiny_model), deepcopy(tiny_adapter), Batch(examples(7), BOTH)
     quantize(tiny_model, "int8")
-    with pytest.raises(ValueError, match="model must not be quantised to train on it"):
+    with torch.no_grad():
+        for plain, packed in zip(rounded.parameters(), tiny_model.parameters(), strict=True):
+            whole = getattr(packed, "dequantize", None)
+            changed = whole is not None and type(packed).__module__.startswith("torchao")
+            plain.copy_(whole() if whole is not None and changed else packed)
+    losses = [
+        Trainer(model, adapter, micro_batch_tokens=60).step(batch, 0.0)[0]
+        for model, adapter in ((tiny_model, tiny_adapter), (rounded, other))
+    ]
+    assert math.isclose(losses[0], losses[1], rel_tol=1e-5)
+    for name in BOTH:
+        got, expected = (getattr(adapter, name).grad for adapter in (tiny_adapter, other))
+        assert float(expected.abs().max()) > 1e-4
+        assert float((got - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+def test_a_base_whose_products_have_no_gradient_is_refused(
+    tiny_model: Llama, tiny_adapter: Adapter
+) -> None:
+    packed = type("Int4Tensor", (torch.nn.Parameter,), {"__module__": "torchao.quantization"})
+    weight = tiny_model.layers[0].attention.wq.weight.detach()
+    tiny_model.layers[0].attention.wq.weight = packed(weight, requires_grad=False)
+    with pytest.raises(ValueError, match="model must be as it is or in int8 to train on it"):
         Trainer(tiny_model, tiny_adapter, micro_batch_tokens=20)
 
 

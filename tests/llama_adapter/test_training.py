@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from llama_adapter import assets
 from llama_adapter.adapter import Adapter
-from llama_adapter.checkpoints import Base
-from llama_adapter.checkpoints.adapter_file import read_adapter
+from llama_adapter.checkpoints import Base, load_base
+from llama_adapter.checkpoints.adapter_file import load_adapter, read_adapter
 from llama_adapter.checkpoints.train_state import list_checkpoints
 from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.data.examples import Example, encode_record
@@ -350,3 +351,20 @@ def test_the_base_is_read_from_its_folder_in_the_dtype_asked_for(
     assert half.losses != expected.losses
     for a, b in zip(half.losses[:2], expected.losses[:2], strict=True):
         assert math.isclose(a, b, rel_tol=0.02)
+
+
+def test_an_adapter_trained_on_an_int8_base_is_the_whole_bases(
+    config: Callable[..., FinetuneConfig],
+) -> None:
+    pytest.importorskip("torchao.quantization")
+    plain = config(base=None, data=assets.FOLLOW_TRAIN, max_steps=3, batch_size=16, val_size=4)
+    whole = finetune(replace(plain, output=plain.output / "whole"), progress=False)
+    small = finetune(replace(plain, output=plain.output / "int8", quantize="int8"), progress=False)
+    for one, other in zip(whole.losses, small.losses, strict=True):
+        assert one != other
+        assert math.isclose(one, other, rel_tol=0.01)
+    loaded = load_base(assets.BASE)
+    adapter = load_adapter(small.adapter_path, loaded.model, loaded.name)
+    assert torch.equal(adapter.prompts, small.adapter.prompts)
+    with pytest.raises(ValueError, match="quantize was 'int8', is now None"):
+        finetune(replace(plain, output=plain.output / "int8"), resume=True, progress=False)
