@@ -1,7 +1,7 @@
 """Which forms of the small operations' kernels are compiled for chips that are not here?
 
-Those of rms_norm, apply_rotary, write_cache and swiglu that make triton compile them anew, at the
-widths of LLaMA's models and at odd ones.
+Those of rms_norm, apply_rotary, write_cache and swiglu, and of their backward passes, that make
+triton compile them anew, at the widths of LLaMA's models and at odd ones.
 """
 
 from dataclasses import astuple, dataclass
@@ -13,7 +13,7 @@ from adapter_kernels.arch import ARCHS
 from adapter_kernels.launch import Launch
 from adapter_kernels.rms_norm_kernel import rms_norm_launch
 from adapter_kernels.rotary_kernel import rotary_launch
-from adapter_kernels.swiglu_kernel import swiglu_launch
+from adapter_kernels.swiglu_kernel import swiglu_backward_launch, swiglu_launch
 from benchmarks.specialisations import on_meta
 
 # of a prompt, of a cache and its pages, and the heads of LLaMA 3 with 8 billion parameters
@@ -29,6 +29,7 @@ FORMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
         (24, 64, 128),
     ),
     "swiglu": (("plain",), (131, 11008, 14336)),
+    "swiglu_backward": (("both", "gate", "up"), (131, 11008, 14336)),
 }
 
 
@@ -83,6 +84,10 @@ def small_launch(form: SmallForm) -> Launch:
     if form.operation == "swiglu":
         x = on_meta((TOKENS, width), dtype)
         return swiglu_launch(x, x, x)
+    if form.operation == "swiglu_backward":
+        x = on_meta((TOKENS, width), dtype)
+        places = (x if form.form in ("both", name) else None for name in ("gate", "up"))
+        return swiglu_backward_launch(x, x, x, *places)
     # the odd width with the fewest heads of keys, and with heads that fill no tile
     heads, groups = (7, 1) if form.odd else (HEADS, GROUPS)
     tokens = TOKENS if form.operation == "apply_rotary" else 1

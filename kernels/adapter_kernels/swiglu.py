@@ -41,24 +41,43 @@ def swiglu_backward_reference(
 
 
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    """The kernel where it runs, else the reference."""
+    """The kernel where it runs, else the reference; contiguous."""
     if not runs_kernels(gate):
-        return swiglu_reference(gate, up)
+        return swiglu_reference(gate, up).contiguous()
     from .swiglu_kernel import forward
 
     return forward(gate, up)
 
 
-define(
-    "swiglu(Tensor gate, Tensor up) -> Tensor",
-    _forward,
-    swiglu_reference,
-)
+def _fake(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+def _gradients(
+    dout: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernel where it runs, else the reference; contiguous."""
+    if not runs_kernels(gate):
+        dgate, dup = swiglu_backward_reference(dout, gate, up, need_dgate, need_dup)
+        return dgate.contiguous(), dup.contiguous()
+    from .swiglu_kernel import backward
+
+    return backward(dout, gate, up, need_dgate, need_dup)
+
+
+def _fake_gradients(
+    dout: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    dgate = gate.new_empty(gate.shape if need_dgate else 0)
+    return dgate, up.new_empty(up.shape if need_dup else 0)
+
+
+define("swiglu(Tensor gate, Tensor up) -> Tensor", _forward, _fake)
 define(
     "swiglu_backward(Tensor dout, Tensor gate, Tensor up, bool need_dgate, bool need_dup) "
     "-> (Tensor, Tensor)",
-    swiglu_backward_reference,
-    swiglu_backward_reference,
+    _gradients,
+    _fake_gradients,
 )
 _forward_op = torch.ops.adapter_kernels.swiglu.default
 _backward_op = torch.ops.adapter_kernels.swiglu_backward.default
