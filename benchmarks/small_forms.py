@@ -11,7 +11,7 @@ import torch
 
 from adapter_kernels.arch import ARCHS
 from adapter_kernels.launch import Launch
-from adapter_kernels.rms_norm_kernel import rms_norm_launch
+from adapter_kernels.rms_norm_kernel import PROGRAMS, rms_norm_backward_launch, rms_norm_launch
 from adapter_kernels.rotary_kernel import rotary_launch
 from adapter_kernels.swiglu_kernel import swiglu_backward_launch, swiglu_launch
 from benchmarks.specialisations import on_meta
@@ -22,6 +22,11 @@ DTYPES = (torch.bfloat16, torch.float32)
 # by operation: its forms, and its widths, an odd one first: C, F, or of a head D
 FORMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "rms_norm": (("alone", "residual"), (67, 4096, 5120, 8192)),
+    "rms_norm_backward": (
+        # what reaches x + residual from its other uses is added; the weight's gradient is summed
+        ("x", "x dh", "weight", "x dh weight"),
+        (67, 4096, 5120, 8192),
+    ),
     "apply_rotary": (("interleaved", "halves"), (24, 64, 128)),
     # where keys and values go, then what is turned on the way
     "write_cache": (
@@ -81,6 +86,12 @@ def small_launch(form: SmallForm) -> Launch:
         x, rstd = on_meta((TOKENS, width), dtype), on_meta((TOKENS, 1), torch.float32)
         added = x if form.form == "residual" else None
         return rms_norm_launch(x, x[0], added, x, added, rstd, 1e-5)
+    if form.operation == "rms_norm_backward":
+        x, rstd = on_meta((TOKENS, width), dtype), on_meta((TOKENS, 1), torch.float32)
+        asked = form.form.split()
+        parts = on_meta((PROGRAMS, width), torch.float32) if "weight" in asked else None
+        dx, dh = (x if name in asked else None for name in ("x", "dh"))
+        return rms_norm_backward_launch(x, dh, x, x[0], rstd, dx, parts)
     if form.operation == "swiglu":
         x = on_meta((TOKENS, width), dtype)
         return swiglu_launch(x, x, x)

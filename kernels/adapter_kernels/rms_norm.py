@@ -57,24 +57,65 @@ def rms_norm_backward_reference(
 def _forward(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel where it runs, else the reference."""
+    """The kernel where it runs, else the reference; contiguous."""
     if not runs_kernels(x):
-        return rms_norm_reference(x, weight, residual, eps)
+        out, h, rstd = rms_norm_reference(x, weight, residual, eps)
+        return out.contiguous(), h.contiguous(), rstd.contiguous()
     from .rms_norm_kernel import forward
 
     return forward(x, weight, residual, eps)
 
 
+def _fake(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    h = x.new_empty(0 if residual is None else x.shape)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), h, x.new_empty((*x.shape[:-1], 1), dtype=precise)
+
+
+def _gradients(
+    dout: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """The kernel where it runs, else the reference; contiguous."""
+    given = (dout, dh, h, weight, rstd, need_dx, need_dweight)
+    if not runs_kernels(h):
+        dx, dweight = rms_norm_backward_reference(*given)
+        return dx.contiguous(), dweight.contiguous()
+    from .rms_norm_kernel import backward
+
+    return backward(*given)
+
+
+def _fake_gradients(
+    dout: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    dx = h.new_empty(h.shape if need_dx else 0)
+    return dx, weight.new_empty(weight.shape if need_dweight else 0)
+
+
 define(
     "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor)",
     _forward,
-    rms_norm_reference,
+    _fake,
 )
 define(
     "rms_norm_backward(Tensor dout, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, "
     "bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
-    rms_norm_backward_reference,
-    rms_norm_backward_reference,
+    _gradients,
+    _fake_gradients,
 )
 _forward_op = torch.ops.adapter_kernels.rms_norm.default
 _backward_op = torch.ops.adapter_kernels.rms_norm_backward.default
