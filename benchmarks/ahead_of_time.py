@@ -213,7 +213,7 @@ def small_complaints(found: Resources, form: SmallForm) -> list[str]:
     if found.stack:
         wrong.append(f"a stack of {found.stack} bytes")
     # not from rows that begin anywhere; of a half of few numbers a thread holds less than 16 bytes
-    few = form.form == "halves" and form.width * form.dtype.itemsize < 256
+    few = form.form.startswith("halves") and form.width * form.dtype.itemsize < 256
     if not found.wide_loads and not (form.odd or few):
         wrong.append("no 128-bit load")
     return wrong

@@ -28,6 +28,13 @@ FORMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
         (67, 4096, 5120, 8192),
     ),
     "apply_rotary": (("interleaved", "halves"), (24, 64, 128)),
+    # a gradient alone takes the place of k
+    "apply_rotary_backward": (
+        tuple(
+            f"{pairs}, {given}" for pairs in ("interleaved", "halves") for given in ("one", "two")
+        ),
+        (24, 64, 128),
+    ),
     # where keys and values go, then what is turned on the way
     "write_cache": (
         tuple(f"{at}, {turned}" for at in ("contiguous", "paged") for turned in ("-", "k", "q k")),
@@ -101,12 +108,18 @@ def small_launch(form: SmallForm) -> Launch:
         return swiglu_backward_launch(x, x, x, *places)
     # the odd width with the fewest heads of keys, and with heads that fill no tile
     heads, groups = (7, 1) if form.odd else (HEADS, GROUPS)
-    tokens = TOKENS if form.operation == "apply_rotary" else 1
+    tokens = TOKENS if form.operation != "write_cache" else 1
     q, k = (on_meta((BATCH, tokens, n, width), dtype) for n in (heads, groups))
     angles = on_meta((BATCH, tokens, width // 2), torch.float32)
     if form.operation == "apply_rotary":
         interleaved = form.form == "interleaved"
         return rotary_launch(q, k, None, angles, angles, q, k, None, None, None, interleaved)
+    if form.operation == "apply_rotary_backward":
+        pairs, given = form.form.split(", ")
+        own = q if given == "two" else None
+        return rotary_launch(
+            own, k, None, angles, angles, own, k, None, None, None, pairs == "interleaved", True
+        )
     at, turned = form.form.split(", ")
     lead = (BATCH * TOKENS // PAGE, PAGE) if at == "paged" else (BATCH, TOKENS)
     table = on_meta((BATCH, TOKENS // PAGE), torch.int32) if at == "paged" else None

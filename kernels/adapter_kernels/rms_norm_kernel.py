@@ -90,7 +90,8 @@ def _rms_norm_backward_kernel(
     """
     pid = tl.program_id(0).to(tl.int64)
     first = pid * each
-    count = tl.minimum(rows - first, each)
+    # of one row there is no loop
+    count = 1 if parts_ptr is None else tl.minimum(rows - first, each)
     offsets = tl.arange(0, BLOCK_C)
     if ONE:
         # a row, the weight and the sum stay in registers
@@ -176,7 +177,9 @@ def rms_norm_backward_launch(
     Without parts a program has one row, else an equal share of them, the last perhaps less.
     """
     width = h.shape[-1]
-    block, rows = _block(width), rstd.numel()
+    rows, tile = rstd.numel(), _block(width)
+    # a wide row is read twice: of half a tile a thread holds little, and more programs fit
+    block = tile if width <= tile else tile // 2
     each = 1 if parts is None else -(-rows // parts.shape[0])
     arguments = {
         "dout_ptr": dout,
@@ -193,7 +196,7 @@ def rms_norm_backward_launch(
         "ONE": width <= block,
     }
     grid = rows if parts is None else parts.shape[0]
-    return Launch(_rms_norm_backward_kernel, grid, arguments, max(1, block // 512), 1)
+    return Launch(_rms_norm_backward_kernel, grid, arguments, max(1, tile // 512), 1)
 
 
 def forward(

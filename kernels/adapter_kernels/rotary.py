@@ -77,6 +77,18 @@ def _apply_rotary(
     return apply_rotary(q, k, cos, sin, interleaved)
 
 
+def _apply_rotary_backward(
+    dq_out: Tensor | None, dk_out: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernel where it runs, else the reference."""
+    first = dk_out if dq_out is None else dq_out
+    if first is None or not runs_kernels(first):
+        return apply_rotary_backward_reference(dq_out, dk_out, cos, sin, interleaved)
+    from .rotary_kernel import apply_rotary_backward
+
+    return apply_rotary_backward(dq_out, dk_out, cos, sin, interleaved)
+
+
 define(
     "apply_rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved) "
     "-> (Tensor, Tensor)",
@@ -86,7 +98,7 @@ define(
 define(
     "apply_rotary_backward(Tensor? dq_out, Tensor? dk_out, Tensor cos, Tensor sin, "
     "bool interleaved) -> (Tensor, Tensor)",
-    apply_rotary_backward_reference,
+    _apply_rotary_backward,
     apply_rotary_backward_reference,
 )
 _forward_op = torch.ops.adapter_kernels.apply_rotary.default

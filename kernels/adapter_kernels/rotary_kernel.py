@@ -1,6 +1,7 @@
-"""The kernel of apply_rotary and write_cache: queries and keys turned, keys and values put away.
+"""The kernel of apply_rotary, its backward, and write_cache: turn queries and keys, put keys away.
 
 One launch does all of a decoding step's: it reads every new q, k and v once, and writes each once.
+A backward is the same launch with the angles the other way round.
 """
 
 # the bodies of kernels are triton's language, which has no types for a checker
@@ -47,7 +48,7 @@ def _pairs(
 @triton.jit
 def _turned(
     ptr, offsets, exists, cos_ptr, sin_ptr,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """Pairs (a, b) of heads at offsets (M), each (M, HALF), turned by the angles of their token."""
     a, b = _pairs(ptr, offsets, exists, HEAD_DIM, HALF, INTERLEAVED)
@@ -56,6 +57,8 @@ def _turned(
         inside = i < HEAD_DIM // 2
         cos = tl.load(cos_ptr + i, mask=inside, other=0.0).to(tl.float32)[None, :]
         sin = tl.load(sin_ptr + i, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if BACK:
+            sin = -sin
         a, b = a * cos - b * sin, b * cos + a * sin
     return a, b
 
@@ -108,7 +111,7 @@ def _rotary_kernel(
     stride_kob, stride_kot, stride_kog, stride_vob, stride_vot, stride_vog,
     T, H, G, slots, pages, stride_table, q_tiles, g_tiles, tiles,
     HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_H heads of one token; those of q first, then k's, then v's."""
     pid = tl.program_id(0)
@@ -123,7 +126,9 @@ def _rotary_kernel(
         if q_ptr is not None:
             head = tile * BLOCK_H + heads
             source = b.to(tl.int64) * stride_qb + t.to(tl.int64) * stride_qt + head * stride_qh
-            x, y = _turned(q_ptr, source, head < H, cos_ptr, sin_ptr, HEAD_DIM, HALF, INTERLEAVED)
+            x, y = _turned(
+                q_ptr, source, head < H, cos_ptr, sin_ptr, HEAD_DIM, HALF, INTERLEAVED, BACK
+            )
             place = b.to(tl.int64) * stride_qob + t.to(tl.int64) * stride_qot + head * stride_qoh
             _put(q_out_ptr, place, head < H, x, y, HEAD_DIM, HALF, INTERLEAVED)
     else:
@@ -135,14 +140,16 @@ def _rotary_kernel(
         of_k = tile < q_tiles + g_tiles
         if of_k:
             source = b.to(tl.int64) * stride_kb + t.to(tl.int64) * stride_kt + head * stride_kg
-            x, y = _turned(k_ptr, source, exists, cos_ptr, sin_ptr, HEAD_DIM, HALF, INTERLEAVED)
+            x, y = _turned(
+                k_ptr, source, exists, cos_ptr, sin_ptr, HEAD_DIM, HALF, INTERLEAVED, BACK
+            )
             place = row * stride_kob + column * stride_kot + head * stride_kog
             _put(k_out_ptr, place, exists, x, y, HEAD_DIM, HALF, INTERLEAVED)
         else:
             if v_ptr is not None:
                 source = b.to(tl.int64) * stride_vb + t.to(tl.int64) * stride_vt
                 source += head * stride_vg
-                x, y = _turned(v_ptr, source, exists, None, None, HEAD_DIM, HALF, INTERLEAVED)
+                x, y = _turned(v_ptr, source, exists, None, None, HEAD_DIM, HALF, INTERLEAVED, BACK)
                 place = row * stride_vob + column * stride_vot + head * stride_vog
                 _put(v_out_ptr, place, exists, x, y, HEAD_DIM, HALF, INTERLEAVED)
 
@@ -155,7 +162,7 @@ def _strides(letters: str, x: Tensor | None, names: str) -> dict[str, int]:
 def rotary_launch(
     q: Tensor | None, k: Tensor, v: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     q_out: Tensor | None, k_out: Tensor, v_out: Tensor | None, positions: Tensor | None,
-    page_table: Tensor | None, interleaved: bool,
+    page_table: Tensor | None, interleaved: bool, back: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch that turns q and k, where there are angles, and puts k and v in their places.
 
@@ -167,6 +174,7 @@ def rotary_launch(
         positions: (B, T) slots; others than the cache has are skipped.
         page_table: (B, max_pages).
         interleaved: whether pairs are neighbours.
+        back: whether to turn by the opposite angles.
     """
     batch, tokens, groups, width = k.shape
     heads = 0 if q is None else q.shape[2]
@@ -206,6 +214,7 @@ def rotary_launch(
         "BLOCK_H": HEADS,
         "PAGE": max(page, 1),
         "INTERLEAVED": interleaved,
+        "BACK": back,
     }
     return Launch(_rotary_kernel, batch * tokens * tiles, arguments, 1, 1)
 
@@ -230,6 +239,23 @@ def apply_rotary(
     c, s = _angles(cos, q.shape[0]), _angles(sin, q.shape[0])
     rotary_launch(_rows(q), _rows(k), None, c, s, q_out, k_out, None, None, None, interleaved).run()
     return q_out, k_out
+
+
+def apply_rotary_backward(
+    dq_out: Tensor | None, dk_out: Tensor | None, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """As apply_rotary_backward_reference: one launch turns what there is."""
+    dq, dk = (
+        cos.new_empty(0) if x is None else torch.empty_like(x, memory_format=CONTIGUOUS)
+        for x in (dq_out, dk_out)
+    )
+    given = [(_rows(x), place) for x, place in ((dq_out, dq), (dk_out, dk)) if x is not None]
+    # a gradient alone takes the place of k
+    k, k_out = given[-1]
+    q, q_out = (None, None) if len(given) == 1 else given[0]
+    c, s = _angles(cos, k.shape[0]), _angles(sin, k.shape[0])
+    rotary_launch(q, k, None, c, s, q_out, k_out, None, None, None, interleaved, back=True).run()
+    return dq, dk
 
 
 def write_cache(

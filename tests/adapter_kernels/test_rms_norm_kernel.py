@@ -97,9 +97,17 @@ def test_gradients(dtype: torch.dtype, width: int, needs: tuple[bool, bool]) -> 
 
 @pytest.mark.kernel
 @needs_kernels
-@pytest.mark.parametrize(("rows", "width"), [(1, 16), (256, 5), (257, 4104), (1000, 16)])
-def test_the_weights_gradient_over_many_rows(rows: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "width", "programs"),
+    [(1, 16, 256), (256, 5, 256), (600, 16, 256), (5, 4104, 2), (7, 9000, 3)],
+)
+def test_the_weights_gradient_over_many_rows(
+    rows: int, width: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """More rows than programs, in shares that end unevenly; twice the same, bit by bit."""
+    from adapter_kernels import rms_norm_kernel
+
+    monkeypatch.setattr(rms_norm_kernel, "PROGRAMS", programs)
     g = torch.Generator().manual_seed(rows)
     h, dout = (torch.randn(rows, width, generator=g).to(DEVICE) for _ in range(2))
     # of another dtype than x, as of a trained weight in a half-precision model

@@ -1,4 +1,4 @@
-"""The kernel of apply_rotary and write_cache: every layout, and nothing written elsewhere."""
+"""The kernel of apply_rotary, its backward and write_cache: every layout, nothing elsewhere."""
 
 from collections import Counter
 
@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import apply_rotary, launch, write_cache
-from adapter_kernels.rotary import apply_rotary_reference
+from adapter_kernels.rotary import apply_rotary_backward_reference, apply_rotary_reference
 from adapter_kernels.write_cache import write_cache_reference
-from tests.adapter_kernels.tolerances import check_as_accurate_as_eager, check_bitwise
+from tests.adapter_kernels.tolerances import (
+    GRADIENT_FACTOR,
+    check_as_accurate_as_eager,
+    check_bitwise,
+)
 from tests.adapter_kernels.zero_init_attention.kernel_runs import (
     DEVICE,
     DTYPES,
@@ -50,6 +54,63 @@ def test_rotation(dtype: torch.dtype, head_dim: int, interleaved: bool, per_sequ
         "qk", got, eager, apply_rotary_reference(*wide, interleaved), strict=True
     ):
         check_as_accurate_as_eager(name, one, plain, truth)
+
+
+@pytest.mark.kernel
+@needs_kernels
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("per_sequence", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head_dim", [2, 24, 128])
+@pytest.mark.parametrize("dtype", dict.fromkeys((torch.float32, *DTYPES)))
+def test_gradients(
+    dtype: torch.dtype,
+    head_dim: int,
+    interleaved: bool,
+    per_sequence: bool,
+    needs: tuple[bool, bool],
+) -> None:
+    """Both or one of them, from one product (B, heads, T, D), as attention gives them."""
+    fused = draw(3, 7 + 2, 5, head_dim, dtype=dtype).transpose(1, 2)
+    given = [x if need else None for x, need in zip(fused.split([7, 2], 2), needs, strict=True)]
+    cos, sin = angles(*((3, 5) if per_sequence else (5,)), head_dim // 2)
+    before = Counter(launch.counts)
+    got = torch.ops.adapter_kernels.apply_rotary_backward(*given, cos, sin, interleaved)
+    assert launched(before) == {"rotary_kernel": 1}
+    eager = apply_rotary_backward_reference(*given, cos, sin, interleaved)
+    wide = [None if x is None else x.double() for x in given]
+    truth = apply_rotary_backward_reference(*wide, cos.double(), sin.double(), interleaved)
+    for name, one, plain, exact in zip(("dq", "dk"), got, eager, truth, strict=True):
+        assert (one.shape, one.dtype) == (plain.shape, plain.dtype)
+        assert one.is_contiguous()
+        check_as_accurate_as_eager(name, one, plain, exact, GRADIENT_FACTOR)
+
+
+@pytest.mark.kernel
+@needs_kernels
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients_pass_through_the_kernel(interleaved: bool) -> None:
+    """They turn back what was turned; torch.compile takes it whole; a sum's has no strides."""
+    cos, sin = angles(3, 5, 4)
+    q, k = (draw(3, 5, n, 8, seed=n).requires_grad_() for n in (6, 2))
+
+    def step(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return apply_rotary(q, k, cos, sin, interleaved=interleaved)
+
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        before = Counter(launch.counts)
+        outs = function(q, k)
+        back = torch.autograd.grad(outs, (q, k), [out.detach() for out in outs])
+        assert launched(before) == {"rotary_kernel": 2}
+        for one, other in zip(back, (q, k), strict=True):
+            torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-5)
+        (dk,) = torch.autograd.grad(function(q, k)[1].sum(), (k,))
+        ones = apply_rotary_backward_reference(None, torch.ones_like(k), cos, sin, interleaved)
+        torch.testing.assert_close(dk, ones[1], rtol=1e-5, atol=1e-5)
+    for given in ((q, k), (q, None), (None, k), (None, None)):
+        leaves = [None if x is None else x.detach() for x in given]
+        op = torch.ops.adapter_kernels.apply_rotary_backward.default
+        torch.library.opcheck(op, (*leaves, cos, sin, interleaved))
 
 
 @pytest.mark.kernel

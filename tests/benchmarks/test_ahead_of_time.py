@@ -155,6 +155,7 @@ def test_complaints_about_small_kernels_say_what_is_wrong() -> None:
     assert small_complaints(narrow, replace(form, width=67)) == wrong
     halves = replace(form, operation="apply_rotary", form="halves", width=64)
     assert small_complaints(narrow, halves) == wrong
+    assert small_complaints(narrow, replace(halves, form="halves, two")) == wrong
     assert small_complaints(narrow, replace(halves, width=128)) == [*wrong, "no 128-bit load"]
     pairs = replace(halves, form="interleaved")
     assert small_complaints(narrow, pairs) == [*wrong, "no 128-bit load"]
@@ -169,6 +170,18 @@ def test_small_forms_are_launched_as_they_say() -> None:
         "paged, k": {"q_ptr", "q_out_ptr"},
         "paged, q k": set(),
         "plain": set(),
+        "both": set(),
+        "gate": {"dup_ptr"},
+        "up": {"dgate_ptr"},
+        "x": {"dh_ptr", "parts_ptr"},
+        "x dh": {"parts_ptr"},
+        "weight": {"dh_ptr", "dx_ptr"},
+        "x dh weight": set(),
+        "halves, one": {
+            *("q_ptr", "q_out_ptr"),
+            *("v_ptr", "v_out_ptr", "positions_ptr", "page_table_ptr"),
+        },
+        "interleaved, two": {"v_ptr", "v_out_ptr", "positions_ptr", "page_table_ptr"},
     }
     for form in small_table()[: len(small_table()) // len(ARCHS)]:
         arguments = small_launch(form).arguments
