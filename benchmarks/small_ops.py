@@ -1,4 +1,4 @@
-"""rms_norm, apply_rotary, write_cache and swiglu: `python -m benchmarks.small_ops`.
+"""rms_norm, apply_rotary, write_cache, swiglu, and backward: `python -m benchmarks.small_ops`.
 
 They compute little, so every time is held against the read bandwidth that the device reaches in the
 same rounds, and against what a model runs instead. On a GPU in bfloat16, each provider as a CUDA
@@ -25,7 +25,8 @@ from benchmarks.harness import Protocol, ResultFile, Row
 from benchmarks.reporting import cells_of
 from benchmarks.small_ops_problem import (
     MODES,
-    NORMS,
+    OF_HIDDEN,
+    ROWS,
     SmallShape,
     bytes_of,
     expected,
@@ -54,8 +55,8 @@ def _cells(
     """Every mode at so many tokens, and each of its widths or numbers of heads."""
     found = []
     for mode, count in product(MODES, tokens):
-        if mode in NORMS or mode == "swiglu":
-            own = hidden if mode == "swiglu" else widths
+        if mode in ROWS:
+            own = hidden if mode in OF_HIDDEN else widths
             found += [(mode, SmallShape(count, width, dtype)) for width in own]
         else:
             found += [(mode, SmallShape(count, head_dim, dtype, heads, g)) for g in groups]

@@ -2,7 +2,9 @@
 
 A mode is an operation in one form. Each has its plain torch formula as a model's code has it, the
 same through torch.compile, and torch's own operation where there is one. What a model makes once
-for all layers, as angles in its own form and the slots of new tokens, is made before the timing.
+for all layers, as angles in its own form and the slots of new tokens, is made before the timing. A
+backward is timed below autograd, from the gradient of the result to those of the inputs, the
+weight's left out.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +26,19 @@ from benchmarks.roofline import DTYPES
 NORMS = ("rms_norm", "rms_norm_residual")
 ROTARY = ("rotary_halves", "rotary_pairs")
 WRITES = ("write_cache", "write_cache_paged")
-MODES = (*NORMS, "swiglu", *ROTARY, *WRITES)
+# of rows of width C, of width F, and of heads
+OF_WIDTH = (*NORMS, "rms_norm_backward")
+OF_HIDDEN = ("swiglu", "swiglu_backward")
+OF_HEADS = (*ROTARY, "rotary_backward", *WRITES)
+MODES = (*OF_WIDTH, *OF_HIDDEN, *OF_HEADS)
+# the inputs that are rows
+ROWS = {
+    "rms_norm": ("x",),
+    "rms_norm_residual": ("x", "residual"),
+    "rms_norm_backward": ("x", "dout", "dh"),
+    "swiglu": ("gate", "up"),
+    "swiglu_backward": ("gate", "up", "dout"),
+}
 EPS = 1e-5
 # tokens of a prompt; so many or fewer are of one decoding step
 PROMPT, MOST_SEQUENCES = 2048, 32
@@ -73,10 +87,11 @@ class Problem:
     Attributes:
         mode: of MODES.
         shape: where.
-        parts: rms_norm: x, residual where there is one, (tokens,C), weight (C,); swiglu: gate, up
-            (tokens,F); with heads: q (B,T,H,D), k (B,T,G,D), cos, sin (B,T,D/2) float32, and of
-            write_cache v, k_cache, v_cache (B,S,G,D) or pages, positions (B,T) int32, page_table,
-            and the same places as row and column, int64.
+        parts: rms_norm: x, residual where there is one, (tokens,C), weight (C,), of the backward
+            dout, dh and rstd (tokens,1) float32; swiglu: gate, up (tokens,F), of the backward dout;
+            with heads: q (B,T,H,D), k (B,T,G,D), of the backward their gradients, cos, sin
+            (B,T,D/2) float32, and of write_cache v, k_cache, v_cache (B,S,G,D) or pages, positions
+            (B,T) int32, page_table, and the same places as row and column, int64.
         memory: for the bandwidth.
     """
 
@@ -99,12 +114,12 @@ def problem(mode: str, shape: SmallShape, device: torch.device, memory: Memory) 
     on: dict[str, Any] = {"generator": generator, "device": device}
     normal = partial(torch.randn, dtype=DTYPES[shape.dtype], **on)
     tokens, width = shape.tokens, shape.width
-    if mode in NORMS:
-        names = ("x",) if mode == "rms_norm" else ("x", "residual")
-        rows = {name: normal(tokens, width) for name in names}
-        return Problem(mode, shape, {**rows, "weight": normal(width)}, memory)
-    if mode == "swiglu":
-        rows = {name: normal(tokens, width) for name in ("gate", "up")}
+    if mode in ROWS:
+        rows = {name: normal(tokens, width) for name in ROWS[mode]}
+        if mode in OF_WIDTH:
+            rows["weight"] = normal(width)
+        if mode == "rms_norm_backward":
+            rows["rstd"] = rows["x"].float().square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
         return Problem(mode, shape, rows, memory)
     lead = (shape.batch, tokens // shape.batch)
     angle = torch.rand(*lead, width // 2, **on) * 6
@@ -156,9 +171,26 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def norm_backward_formula(parts: Parts) -> dict[str, Tensor]:
+    """The gradient of norm_formula's h: what reaches it through out, and then its other uses."""
+    rstd = parts["rstd"]
+    x, dnormalised = parts["x"].to(rstd.dtype), parts["dout"] * parts["weight"]
+    dnormalised = dnormalised.to(rstd.dtype)
+    pull = (dnormalised * x).mean(-1, keepdim=True) * rstd.square()
+    dx = (rstd * (dnormalised - x * pull)).to(parts["x"].dtype)
+    return {"dx": dx + parts["dh"]}
+
+
 def swiglu_formula(parts: Parts) -> dict[str, Tensor]:
     """The activation of LlamaMLP."""
     return {"out": F.silu(parts["gate"]) * parts["up"]}
+
+
+def swiglu_backward_formula(parts: Parts) -> dict[str, Tensor]:
+    """The gradients of swiglu_formula, as autograd has them."""
+    gate, up, dout = (parts[name] for name in ROWS["swiglu_backward"])
+    dgate = torch.ops.aten.silu_backward(dout * up, gate)
+    return {"dgate": dgate, "dup": dout * F.silu(gate)}
 
 
 def halves_formula(parts: Parts) -> dict[str, Tensor]:
@@ -189,6 +221,16 @@ def complex_formula(parts: Parts) -> dict[str, Tensor]:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         found[name] = torch.view_as_real(pairs * parts["turn"]).flatten(-2).to(x.dtype)
     return found
+
+
+def complex_backward(parts: Parts) -> dict[str, Tensor]:
+    """complex_formula by the opposite angles."""
+    return complex_formula({**parts, "turn": parts["turn"].conj()})
+
+
+def pairs_backward(parts: Parts) -> dict[str, Tensor]:
+    """pairs_formula by the opposite angles."""
+    return pairs_formula({**parts, "sin": -parts["sin"]})
 
 
 def append(parts: Parts, k: Tensor) -> dict[str, Tensor]:
@@ -234,17 +276,41 @@ def model_parts(given: Problem, dtype: torch.dtype | None = None) -> dict[str, T
 
 FORMULAS: dict[str, Formula] = {
     **dict.fromkeys(NORMS, norm_formula),
+    "rms_norm_backward": norm_backward_formula,
     "swiglu": swiglu_formula,
+    "swiglu_backward": swiglu_backward_formula,
     "rotary_halves": halves_formula,
     "rotary_pairs": complex_formula,
+    "rotary_backward": complex_backward,
     **dict.fromkeys(WRITES, write_complex),
 }
 # of complex numbers torch.compile fuses nothing: the same in real ones
-REAL: dict[Formula, Formula] = {complex_formula: pairs_formula, write_complex: write_pairs}
+REAL: dict[Formula, Formula] = {
+    complex_formula: pairs_formula,
+    complex_backward: pairs_backward,
+    write_complex: write_pairs,
+}
+
+
+def _ours_backward(mode: str, parts: Parts) -> Call:
+    """The operation that autograd calls, below it."""
+    ops = torch.ops.adapter_kernels
+    if mode == "rms_norm_backward":
+        of_norm = (parts[name] for name in ("dout", "dh", "x", "weight", "rstd"))
+        call, names = partial(ops.rms_norm_backward, *of_norm, True, False), ("dx",)
+    elif mode == "swiglu_backward":
+        of_swiglu = (parts[name] for name in ("dout", "gate", "up"))
+        call, names = partial(ops.swiglu_backward, *of_swiglu, True, True), ("dgate", "dup")
+    else:
+        turned = (parts[name] for name in ("q", "k", "cos", "sin"))
+        call, names = partial(ops.apply_rotary_backward, *turned, True), ("q", "k")
+    return lambda: dict(zip(names, call(), strict=False))
 
 
 def _ours(given: Problem) -> Call:
     parts = own_parts(given)
+    if given.mode.endswith("_backward"):
+        return _ours_backward(given.mode, parts)
     if given.mode in NORMS:
         call = partial(rms_norm, parts["x"], parts["weight"], eps=EPS)
         if given.mode == "rms_norm":
@@ -322,10 +388,12 @@ def bytes_of(given: Problem, kind: str) -> int:
     if kind in given.memory.sums:
         return given.memory.words.nbytes
     parts, mode = given.parts, given.mode
-    if mode in NORMS:
-        return (2 if mode == "rms_norm" else 4) * parts["x"].nbytes + parts["weight"].nbytes
-    if mode == "swiglu":
-        return 3 * parts["gate"].nbytes
+    if mode in OF_WIDTH:
+        more = parts["rstd"].nbytes if mode == "rms_norm_backward" else 0
+        passes = 2 if mode == "rms_norm" else 4
+        return passes * parts["x"].nbytes + parts["weight"].nbytes + more
+    if mode in OF_HIDDEN:
+        return (3 if mode == "swiglu" else 5) * parts["gate"].nbytes
     moved = parts["q"].nbytes + parts["k"].nbytes + (parts["v"].nbytes if mode in WRITES else 0)
     places = parts["positions"].nbytes if mode in WRITES else 0
     return 2 * moved + parts["cos"].nbytes + parts["sin"].nbytes + places

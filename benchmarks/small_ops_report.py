@@ -30,10 +30,11 @@ LEGEND = (
     "ours: the public function. eager: the formula of a model's code: LlamaRMSNorm, LlamaMLP and "
     "apply_rotary_pos_emb of transformers (halves), Meta's complex numbers (pairs), with an "
     "index_put into the caches (write_cache); compiled: torch.compile of it; torch: F.rms_norm; "
-    "two_calls: our apply_rotary, then the index_put. write_cache turns q and k too. GB/s credit "
-    "every input read once and every result written once; percentages are of the read bandwidth "
-    "measured in the same rounds. Caches are cold before every pass. Ratios are a provider's time "
-    "over that of ours: above 1, ours is faster."
+    "two_calls: our apply_rotary, then the index_put. A backward is the operation that autograd "
+    "calls; eager: what autograd computes of the formula. write_cache turns q and k too. GB/s "
+    "credit every input read once and every result written once; percentages are of the read "
+    "bandwidth measured in the same rounds. Caches are cold before every pass. Ratios are a "
+    "provider's time over that of ours: above 1, ours is faster."
 )
 # in the figure, the same in every panel
 MARKS = {

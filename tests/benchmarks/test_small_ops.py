@@ -20,6 +20,7 @@ from benchmarks.small_ops import cells
 from benchmarks.small_ops_problem import (
     MODES,
     NORMS,
+    OF_HEADS,
     PAGE,
     ROTARY,
     WRITES,
@@ -53,8 +54,7 @@ def held(folder: Path) -> dict[str, Any]:
 
 
 def small(mode: str, shape: SmallShape | None = None) -> Problem:
-    headed = mode in (*ROTARY, *WRITES)
-    return problem(mode, shape or (HEADED if headed else ROWS), CPU, memory_of(4096, CPU))
+    return problem(mode, shape or (HEADED if mode in OF_HEADS else ROWS), CPU, memory_of(4096, CPU))
 
 
 def names_of(rows: Sequence[Row]) -> set[tuple[str, str]]:
@@ -163,8 +163,8 @@ def test_requests_that_cannot_be_carried_out(
 
 def test_cells_hold_the_targets() -> None:
     core, full = cells("cuda", "core"), cells("cuda", "full")
-    # three modes of one width, four of two numbers of heads
-    assert len(core) == 4 * (3 + 4 * 2)
+    # five modes of one width, five of two numbers of heads
+    assert len(core) == 4 * (5 + 5 * 2)
     assert set(core) <= set(full)
     assert len(full) == len(set(full))
     for mode in MODES:
@@ -218,7 +218,7 @@ def test_providers_meet_the_truth(
         assert name in ("torch", "two_calls")
         return
     rows = replace(ROWS, tokens=headed.tokens)
-    given = small(mode, headed if mode in (*ROTARY, *WRITES) else rows)
+    given = small(mode, headed if mode in OF_HEADS else rows)
     before = {key: x.clone() for key, x in given.parts.items()}
     tried = decode.work(provider, given, None)
     wanted = expected(given, mode)
@@ -229,8 +229,12 @@ def test_providers_meet_the_truth(
     for key, x in given.parts.items():
         assert torch.equal(x, before[key]), key
     results = {"write": {"q", "k_cache", "v_cache"}, "rotary": {"q", "k"}, "swiglu": {"out"}}
-    norm = {"out", "h"} if mode == "rms_norm_residual" else {"out"}
-    assert set(wanted) == results.get(mode.split("_")[0], norm)
+    more = {
+        "rms_norm_residual": {"out", "h"},
+        "rms_norm_backward": {"dx"},
+        "swiglu_backward": {"dgate", "dup"},
+    }
+    assert set(wanted) == more.get(mode, results.get(mode.split("_")[0], {"out"}))
 
 
 def test_the_truth_turns_pairs_number_by_number() -> None:
@@ -245,6 +249,27 @@ def test_the_truth_turns_pairs_number_by_number() -> None:
             want = first * cos - second * sin, second * cos + first * sin
             got = truth[b, 0, h, i * step], truth[b, 0, h, i * step + stride]
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_the_truth_of_a_backward_is_autograds() -> None:
+    """The formulas of the gradients against autograd of the formulas themselves, in float64."""
+    for mode, names, leaves in (
+        ("rms_norm", ("dx",), ("x",)),
+        ("swiglu", ("dgate", "dup"), ("gate", "up")),
+        ("rotary", ("q", "k"), ("q", "k")),
+    ):
+        given = small(f"{mode}_backward")
+        parts = model_parts(given, torch.float64)
+        douts = [parts[name] for name in (("q", "k") if mode == "rotary" else ("dout",))]
+        used = {name: parts[name].clone().requires_grad_() for name in leaves}
+        forward = "rotary_pairs" if mode == "rotary" else mode
+        outs = small_ops_problem.FORMULAS[forward]({**parts, **used}).values()
+        grads = torch.autograd.grad(list(outs), list(used.values()), douts)
+        truth = expected(given, given.mode)
+        for name, grad in zip(names, grads, strict=True):
+            # rstd is given in float32
+            wanted = grad + parts["dh"] if mode == "rms_norm" else grad
+            torch.testing.assert_close(truth[name].truth, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_left_out_is_wrong() -> None:
@@ -267,9 +292,12 @@ def test_bytes_are_those_of_every_input_and_result_once() -> None:
     x, angles = 7 * 24 * 4, 3 * 8 * 4
     assert bytes_of(small("rms_norm"), "rms_norm") == 2 * x + 24 * 4
     assert bytes_of(small("rms_norm_residual"), "rms_norm_residual") == 4 * x + 24 * 4
+    backward = "rms_norm_backward"
+    assert bytes_of(small(backward), backward) == 4 * x + 24 * 4 + 7 * 4
     assert bytes_of(small("swiglu"), "swiglu") == 3 * x
+    assert bytes_of(small("swiglu_backward"), "swiglu_backward") == 5 * x
     q, k = 3 * 6 * 8 * 4, 3 * 2 * 8 * 4
-    for mode in ROTARY:
+    for mode in (*ROTARY, "rotary_backward"):
         assert bytes_of(small(mode), mode) == 2 * (q + k) + angles
     for mode in WRITES:
         # keys and values, and the place of each token
