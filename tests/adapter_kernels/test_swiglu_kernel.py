@@ -66,6 +66,18 @@ def test_gradients(dtype: torch.dtype, shape: tuple[int, ...], needs: tuple[bool
 
 @pytest.mark.kernel
 @needs_kernels
+def test_one_row_of_every_second_number() -> None:
+    gate, up = (torch.randn(10, device=DEVICE)[::2] for _ in range(2))
+    check_as_accurate_as_eager(
+        "out",
+        swiglu(gate, up),
+        swiglu_reference(gate, up),
+        swiglu_reference(gate.double(), up.double()),
+    )
+
+
+@pytest.mark.kernel
+@needs_kernels
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 def test_gradients_that_are_one_number_everywhere() -> None:
     """That of a sum has no strides; large values of the gate give no NaN."""
