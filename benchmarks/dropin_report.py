@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.ablation_report import picture
-from benchmarks.harness import TIMED, Row, ratio
+from benchmarks.harness import TIMED, Row
 from benchmarks.reporting import (
     Cells,
     Target,
@@ -13,7 +13,7 @@ from benchmarks.reporting import (
     page,
     standings,
     table,
-    timed,
+    times_as_long,
     verdicts_of,
 )
 
@@ -83,13 +83,6 @@ TARGETS = (
 )  # fmt: skip
 
 
-def _of(top: str, bottom: str, rows: Any) -> str:
-    """How many times as long `top` takes as `bottom`."""
-    if len(timed(rows, {top, bottom})) < len({top, bottom}):
-        return "-"
-    return f"{ratio(rows[top], rows[bottom]):.2f}"
-
-
 def _line(name: str, rows: Any) -> list[str]:
     row: Row = rows[name]
     if row["status"] != TIMED:
@@ -99,8 +92,8 @@ def _line(name: str, rows: Any) -> list[str]:
         name,
         f"{middle:.3f} ({low:.3f}, {high:.3f})",
         f"{row['tokens'] / middle * 1e3:.4g}",
-        _of("peft", name, rows),
-        _of(name, "transformers", rows),
+        times_as_long("peft", name, rows),
+        times_as_long(name, "transformers", rows),
     ]
 
 

@@ -13,7 +13,7 @@ from benchmarks.ablation_report import picture
 from benchmarks.decode_report import READS, bandwidth_line, reached, read_bandwidth
 from benchmarks.generate_models import BUNDLED, THEIRS
 from benchmarks.generate_problem import DECODE, PREFILL, Setting
-from benchmarks.harness import TIMED, Row, ratio
+from benchmarks.harness import TIMED, Row
 from benchmarks.reporting import (
     Cells,
     Target,
@@ -22,7 +22,7 @@ from benchmarks.reporting import (
     page,
     standings,
     table,
-    timed,
+    times_as_long,
     verdicts_of,
 )
 
@@ -113,13 +113,6 @@ def _per_step(row: Row) -> list[float]:
     return [ms / row["steps"] for ms in row["ms"]]
 
 
-def _of(top: str, bottom: str, rows: Mapping[str, Row]) -> str:
-    """How many times as long `top` takes as `bottom`."""
-    if len(timed(rows, {top, bottom})) < len({top, bottom}):
-        return "-"
-    return f"{ratio(rows[top], rows[bottom]):.2f}"
-
-
 def _checks(row: Row) -> list[str]:
     errors = row.get("errors", {})
     off, ties = errors.get("logits"), errors.get("differing")
@@ -144,8 +137,8 @@ def _line(name: str, rows: Mapping[str, Row], mode: str) -> list[str]:
         f"{middle:.3f} ({low:.3f}, {high:.3f})",
         "-" if read else f"{row['tokens'] / row['ms'][0] * 1e3:.4g}",
         *rates,
-        "-" if read else _of("peft", name, rows),
-        "-" if read else _of(name, "ours_plain", rows),
+        "-" if read else times_as_long("peft", name, rows),
+        "-" if read else times_as_long(name, "ours_plain", rows),
         *_checks(row),
     ]
 

@@ -94,6 +94,13 @@ def fastest(rows: Mapping[str, Row], names: Iterable[str]) -> str | None:
     return min(timed(rows, names), key=lambda name: rows[name]["ms"][0], default=None)
 
 
+def times_as_long(top: str, bottom: str, rows: Mapping[str, Row]) -> str:
+    """How many times as long `top` takes as `bottom`, or "-" where one of them has no time."""
+    if len(timed(rows, {top, bottom})) < len({top, bottom}):
+        return "-"
+    return f"{ratio(rows[top], rows[bottom]):.2f}"
+
+
 def _measured(target: Target, rows: Mapping[str, Row]) -> tuple[float, str] | str:
     """The target's ratio in a cell with what ours was compared with, or why there is none."""
     best = fastest(rows, target.others)

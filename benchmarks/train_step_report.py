@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.ablation_report import picture
-from benchmarks.harness import TIMED, Row, ratio
+from benchmarks.harness import TIMED, Row
 from benchmarks.reporting import (
     Cells,
     Target,
@@ -12,7 +12,7 @@ from benchmarks.reporting import (
     page,
     standings,
     table,
-    timed,
+    times_as_long,
     verdicts_of,
 )
 from benchmarks.roofline import GPUS, gpu_of
@@ -60,13 +60,6 @@ TARGETS = (
 )  # fmt: skip
 
 
-def _of(top: str, bottom: str, rows: Any) -> str:
-    """How many times as long `top` takes as `bottom`."""
-    if len(timed(rows, {top, bottom})) < len({top, bottom}):
-        return "-"
-    return f"{ratio(rows[top], rows[bottom]):.2f}"
-
-
 def _line(name: str, rows: Any, peak: float | None) -> list[str]:
     row: Row = rows[name]
     if row["status"] != TIMED:
@@ -81,8 +74,8 @@ def _line(name: str, rows: Any, peak: float | None) -> list[str]:
         "-" if rate is None else f"{rate:.3g}",
         "-" if rate is None or peak is None else f"{rate / peak:.1%}",
         f"{row['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in row else "-",
-        _of(OURS[0], name, rows),
-        _of("peft_padded", name, rows),
+        times_as_long(OURS[0], name, rows),
+        times_as_long("peft_padded", name, rows),
     ]
 
 

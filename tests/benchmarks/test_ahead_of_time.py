@@ -123,6 +123,14 @@ def test_the_committed_table_is_that_of_the_kernels(name: str) -> None:
         assert not row["complaints"]
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_the_committed_table_is_of_the_pinned_compiler(name: str) -> None:
+    """So that the test above is skipped beside other versions only."""
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text().splitlines()
+    held = json.loads(TABLES[name].path.read_text(encoding="utf-8"))["triton"]
+    assert f"triton=={held}" in pins
+
+
 def test_complaints_say_what_is_wrong() -> None:
     spec, limit = COMMON[0], ARCHS[80].shared_memory
     good = Resources(limit, 255, 64, 0, 0, 12, 3)
