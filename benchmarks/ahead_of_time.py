@@ -30,12 +30,12 @@ from adapter_kernels.arch import ARCHS
 from adapter_kernels.launch import Launch
 from adapter_kernels.zero_init_attention.configs import HEAD_DIMS, UNMEASURED, tile
 from benchmarks.small_forms import SmallForm, small_launch, small_table
-from benchmarks.specialisations import Specialisation, launch_of, table
+from benchmarks.specialisations import Specialisation, launch_of, row_of, table
 from benchmarks.workers import WorkerLost, positive, side_by_side
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
 
-# bytes; a loop over the heads of a group keeps pointers there between its inner loops
+# bytes; a loop over heads or sequences keeps pointers there between its inner loops
 MOST_STACK, MOST_STACK_GROUPED = 64, 240
 RESULTS = Path(__file__).parent / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -167,8 +167,7 @@ def count_spills(code: str) -> tuple[int, int]:
 
 def measured(spec: Specialisation) -> bool:
     """Whether the row that a kernel has in configs.py was chosen by its speed on a GPU."""
-    direction = "decode" if spec.direction == "combine" else spec.direction
-    row = tile(spec.capability, direction, spec.head_dim, spec.dtype)
+    row = tile(spec.capability, row_of(spec), spec.head_dim, spec.dtype)
     return row.speed != UNMEASURED and spec.head_dim in HEAD_DIMS
 
 
@@ -185,7 +184,8 @@ def complaints(found: Resources, spec: Specialisation, may_spill: bool) -> list[
     """
     arch, half = ARCHS[spec.capability], spec.dtype != torch.float32
     strict = (half or spec.head_dim <= 128) and not may_spill
-    stack = MOST_STACK_GROUPED if spec.direction == "backward_dkv_grouped" else MOST_STACK
+    grouped = spec.direction in ("backward_dkv_grouped", "prefix")
+    stack = MOST_STACK_GROUPED if grouped else MOST_STACK
     wrong = []
     if found.shared > arch.shared_memory:
         wrong.append(f"shared memory {found.shared} exceeds {arch.name}'s {arch.shared_memory}")
@@ -255,7 +255,7 @@ def compiled(launch: Callable[[Any], Launch], spec: Any) -> Resources:
     return compile_for(launch(spec), spec.capability)
 
 
-def row_of(chosen: Table, spec: Any, found: Resources) -> dict[str, Any]:
+def line_of(chosen: Table, spec: Any, found: Resources) -> dict[str, Any]:
     """One row of a table: the specialisation, its resources, and what is wrong with them."""
     facts = {name: getattr(found, name) for name in chosen.facts}
     digest = digest_of(chosen.launch(spec), spec.capability)
@@ -329,7 +329,7 @@ def write_table(chosen: Table, folder: Path, processes: int) -> int:
     found = tqdm(found, total=len(missing), mininterval=10)
     known |= dict(zip(missing, found, strict=True))
     rows = [
-        row_of(chosen, spec, known[digest]) for spec, digest in zip(specs, digests, strict=True)
+        line_of(chosen, spec, known[digest]) for spec, digest in zip(specs, digests, strict=True)
     ]
     for spec, row in zip(specs, rows, strict=True):
         if row["complaints"]:

@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,7 @@ if find_spec("triton") is not None:
     from triton.errors import TritonError
 
     FAILURES += (TritonError,)
-# a gate against mistakes; how accurate our kernels are is what the tests are for
+# a gate against mistakes; how accurate kernels are is what the tests are for
 ERROR_FACTOR, FLOOR_ROUNDINGS = 3.0, 4.0
 # more than the second-level cache of any GPU holds
 FLUSH_BYTES = 256 * 2**20
@@ -66,7 +67,7 @@ class Candidate:
         name: of the provider.
         make: its work; raises one of FAILURES where it is not supported.
         expected: by name, what its results must be.
-        observed: whether a pass on a GPU is profiled, which takes minutes where it is long.
+        observed: whether the kernels of a pass on a GPU are listed: minutes where it is long.
     """
 
     name: str
@@ -191,8 +192,8 @@ class _Device:
         torch.cuda.synchronize()
         return [start.elapsed_time(end) for start, end in events]
 
-    def observe(self, work: Work) -> Row:
-        """Of one pass on a GPU: the most memory beyond what was there, and the timed kernels."""
+    def observe(self, work: Work, kernels: bool) -> Row:
+        """Of one pass on a GPU: the most memory beyond what was there, and the timed `kernels`."""
         if not self.cuda:
             return {}
         torch.cuda.synchronize()
@@ -200,15 +201,14 @@ class _Device:
         torch.cuda.reset_peak_memory_stats()
         state = work.before()
         torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.profile() if kernels else nullcontext() as profile:
             work.run(state)
             torch.cuda.synchronize()
-        events = profile.events() or []
-        return {
-            "peak_bytes": torch.cuda.max_memory_allocated() - before,
-            "kernels": sorted({event.name for event in events if event.device_type.name == "CUDA"}),
-        }
+        found: Row = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
+        if profile is not None:
+            of_gpu = (one for one in profile.events() or [] if one.device_type.name == "CUDA")
+            found["kernels"] = sorted({one.name for one in of_gpu})
+        return found
 
 
 def _gate(candidate: Candidate, device: _Device, protocol: Protocol) -> tuple[Work | None, Row]:
@@ -219,7 +219,7 @@ def _gate(candidate: Candidate, device: _Device, protocol: Protocol) -> tuple[Wo
         row: Row = {"errors": errors}
         if wrong:
             return None, {**row, "status": WRONG, "reason": wrong}
-        row |= device.observe(work) if candidate.observed else {}
+        row |= device.observe(work, candidate.observed)
         row["warm_ms"] = device.passes(work, protocol.warmup)[-1]
     except FAILURES as error:
         return None, {"status": FAILED, "reason": one_line(error)}
@@ -240,7 +240,7 @@ def measure(
         By name: "status" TIMED, WRONG or FAILED; with TIMED "ms" as the median and the 20 % and
         80 % quantiles over all passes, "round_ms" with the median of every round, and "passes";
         otherwise "reason". "errors" by result, -1 where not finite. On a GPU also "clocks" before
-        and after, and of an observed candidate "peak_bytes" and "kernels".
+        and after, "peak_bytes", and of an observed candidate "kernels".
 
     Raises:
         DeviceLost: a candidate broke the GPU's context.

@@ -96,6 +96,7 @@ def timed_steps(
         "status": TIMED,
         "ms": [round(ms, 3) for ms in (statistics.median(found), low, high)],
         "steps": len(found),
+        "each_ms": [round(ms, 1) for ms in found],
         "seconds": round(sum(found) / 1e3, 3),
         "tokens": tokens,
         "computed_tokens": computed,

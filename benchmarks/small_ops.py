@@ -36,6 +36,8 @@ from benchmarks.small_ops_problem import (
 from benchmarks.small_ops_report import figures, report
 
 Cell = tuple[str, SmallShape]
+# cells that are compiled together, then measured: about those of one number of tokens
+PORTION = 16
 SOURCES = [Path(adapter_kernels.__file__).parent, Path(__file__)]
 SOURCES += [
     Path(module.__file__ or "")
@@ -52,9 +54,9 @@ def _cells(
     head_dim: int,
     dtype: str,
 ) -> list[Cell]:
-    """Every mode at so many tokens, and each of its widths or numbers of heads."""
+    """Every number of tokens, then every mode with its widths or numbers of heads."""
     found = []
-    for mode, count in product(MODES, tokens):
+    for count, mode in product(tokens, MODES):
         if mode in ROWS:
             own = hidden if mode in OF_HIDDEN else widths
             found += [(mode, SmallShape(count, width, dtype)) for width in own]
@@ -166,7 +168,7 @@ def run(options: argparse.Namespace) -> None:
     wanted = cells(device.type, command.extent_of(options))
     size = decode.QUICK_READ_BYTES if quick else decode.READ_BYTES[device.type]
     memory = memory_of(size, device)
-    for portion in command.in_time(wanted, results, len(wanted)):
+    for portion in command.in_time(wanted, results, PORTION):
         if device.type == "cuda":
             compile_ahead(portion, device, results, quick)
         for mode, shape in portion:

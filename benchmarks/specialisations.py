@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.launch import Launch
-from adapter_kernels.zero_init_attention.backward_dkv import chunks_of, key_launch
+from adapter_kernels.zero_init_attention.backward_dkv import key_launch
 from adapter_kernels.zero_init_attention.backward_dq import query_launch
+from adapter_kernels.zero_init_attention.backward_prefix import prefix_launch, sequence_chunks
+from adapter_kernels.zero_init_attention.backward_prompt import chunks_of, prompt_backward_launch
 from adapter_kernels.zero_init_attention.configs import (
     CAPABILITIES,
     DIRECTIONS,
@@ -25,13 +27,16 @@ from adapter_kernels.zero_init_attention.configs import (
 from adapter_kernels.zero_init_attention.decode import decode_launches, splits_of
 from adapter_kernels.zero_init_attention.forward import forward_launch, prompt_forward_launch
 from adapter_kernels.zero_init_attention.kernel_arguments import has_many_tiles
-from adapter_kernels.zero_init_attention.layouts import Layout, Prompts
+from adapter_kernels.zero_init_attention.layouts import Layout, Prefix, Prompts
 
 BATCH, TOKENS, HEADS = 4, 2048, 32
 # of decoding: new tokens of a sequence, keys of a page
 NEW_TOKENS, PAGE = 4, 64
-# rows of configs.py, and the kernel that finishes what decoding splits, which shares its row
-KERNELS = (*DIRECTIONS, "combine")
+# prefixes that packed sequences share, and their keys
+PREFIXES, SHARED = 2, 40
+# rows of configs.py, the kernel that finishes what decoding splits, and that of shared prefixes,
+# which share rows
+KERNELS = (*DIRECTIONS, "combine", "prefix")
 CHOICES: dict[str, tuple] = {
     "capability": (80, 90),
     "direction": KERNELS,
@@ -39,7 +44,7 @@ CHOICES: dict[str, tuple] = {
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "form": ("none", "shared", "sample", "bank"),
     "rows": (1, 10, 16, 17, 64, 65, 300),
-    "layout": ("causal", "bidirectional", "padded", "packed", "paged", "eight_bits"),
+    "layout": ("causal", "bidirectional", "padded", "packed", "prefix", "paged", "eight_bits"),
     "group": (1, 4, 32),
     "only": ("all", "some"),
 }
@@ -56,7 +61,8 @@ class Specialisation:
         dtype: of q.
         form: of the prompt.
         rows: P.
-        layout: of the sequences, or of a cache: "causal" is in order, "eight_bits" of that width.
+        layout: of the sequences, packed ones that share a "prefix" among them, or of a cache:
+            "causal" is in order, "eight_bits" of that width.
         group: H / G.
         only: "some" leaves out dlse, and of the gradients dk and dprompt_v; decoding then has one
             new token and one split.
@@ -77,26 +83,39 @@ class Specialisation:
         return "-".join(names)
 
 
+def row_of(spec: Specialisation) -> str:
+    """The direction whose row of configs.py a kernel has."""
+    if spec.direction == "prefix":
+        return "backward_dkv_grouped" if spec.group > 1 else "backward_dkv"
+    return "decode" if spec.direction == "combine" else spec.direction
+
+
 def layouts_of(spec: Specialisation) -> tuple[str, ...]:
     """The layouts that a kernel takes, on this chip and in this dtype."""
-    if spec.direction in ("prompt_forward", "combine"):
-        return ("causal", "packed") if spec.direction == "prompt_forward" else ("causal",)
+    if spec.direction in ("prompt_forward", "prompt_backward"):
+        return ("causal", "packed")
+    if spec.direction in ("combine", "prefix"):
+        return ("causal",) if spec.direction == "combine" else ("prefix",)
     if spec.direction == "decode":
         narrow = spec.capability >= 89 and spec.dtype != torch.float32 and spec.head_dim % 16 == 0
         return ("causal", "paged", "eight_bits") if narrow else ("causal", "paged")
     every = ("causal", "bidirectional", "padded", "packed")
-    return (*every, "paged") if spec.direction == "forward" else every
+    more = {"forward": ("prefix", "paged"), "backward_dq": ("prefix",)}
+    return (*every, *more.get(spec.direction, ()))
 
 
 def valid(spec: Specialisation) -> bool:
-    """Whether there is such a kernel: the prompt's own has no keys, grouped heads are grouped."""
+    """Whether there is such a kernel: one sees keys or prompts, grouped heads are grouped."""
     if spec.direction.startswith("backward_dkv") and (
         (spec.group > 1) != (spec.direction == "backward_dkv_grouped")
     ):
         return False
     if spec.layout not in layouts_of(spec):
         return False
-    if spec.direction == "prompt_forward" and spec.form == "none":
+    of_keys = spec.direction.startswith("backward_dkv") or spec.direction == "prefix"
+    if of_keys and spec.form != "none":
+        return False
+    if spec.direction.startswith("prompt") and spec.form == "none":
         return False
     return spec.form != "none" or spec.rows == 1
 
@@ -147,12 +166,20 @@ def _layout(spec: Specialisation, make: Make) -> Layout:
     if spec.layout == "padded":
         bounds = make((BATCH,), torch.int32)
     table = None
-    if spec.layout in ("packed", "paged"):
+    if spec.layout in ("packed", "prefix", "paged"):
         cu = make((BATCH + 1,), torch.int32)
     if spec.layout == "paged":
         table = make((BATCH, TOKENS // PAGE), torch.int32)
     length = TOKENS if cu is not None else 0
     return Layout(bounds, bounds, cu, cu, table, length, length, spec.layout != "bidirectional")
+
+
+def _prefix(spec: Specialisation, make: Make) -> Prefix:
+    if spec.layout != "prefix":
+        return Prefix()
+    shape = (PREFIXES, SHARED, HEADS // spec.group, spec.head_dim)
+    k, v = (make(shape, spec.dtype) for _ in "kv")
+    return Prefix(k, v, make((BATCH,), torch.int32), make((PREFIXES,), torch.int32))
 
 
 def _decode_launch(spec: Specialisation, config: TileConfig, make: Make) -> Launch:
@@ -187,11 +214,11 @@ def launch_of(
         config: its tile; the shipped one unless given.
         make: a tensor of a shape and a dtype; called in one order for every tile.
     """
-    row = "decode" if spec.direction == "combine" else spec.direction
+    row = row_of(spec)
     config = config or tile(spec.capability, row, spec.head_dim, spec.dtype)
     if row == "decode":
         return _decode_launch(spec, config, make)
-    packed, paged = spec.layout in ("packed", "paged"), spec.layout == "paged"
+    packed, paged = spec.layout in ("packed", "prefix", "paged"), spec.layout == "paged"
     lead = (BATCH * TOKENS,) if packed else (BATCH, TOKENS)
     scale, groups = spec.head_dim**-0.5, HEADS // spec.group
 
@@ -208,9 +235,9 @@ def launch_of(
         else rows(groups)
         for _ in "kv"
     )
-    prompts, layout = _prompts(spec, make), _layout(spec, make)
+    prompts, layout, prefix = _prompts(spec, make), _layout(spec, make), _prefix(spec, make)
     if spec.direction == "forward":
-        return forward_launch(q, k, v, prompts, layout, scale, rows(HEADS), lse, config)
+        return forward_launch(q, k, v, prompts, prefix, layout, scale, rows(HEADS), lse, config)
     if spec.direction == "prompt_forward":
         base = rows(HEADS) if spec.only == "all" else None
         cu = layout.cu_seqlens_q
@@ -219,21 +246,25 @@ def launch_of(
     dlse = statistic() if spec.only == "all" else None
     if spec.direction == "backward_dq":
         return query_launch(
-            q, k, v, prompts, layout, scale, rows(HEADS), rows(HEADS), lse, dlse, statistic(),
-            rows(HEADS), statistics, config,
+            q, k, v, prompts, prefix, layout, scale, rows(HEADS), rows(HEADS), lse, dlse,
+            statistic(), rows(HEADS), statistics, config,
         )  # fmt: skip
-    sums = dv_sums = gates = None
-    if prompts.k is not None:
+    dout, every = rows(HEADS), spec.only == "all"
+    if spec.direction == "prompt_backward":
         parts = (BATCH, chunks_of(TOKENS))
         shape = (*parts, spec.rows, groups, spec.head_dim)
-        sums = make(shape, torch.float32)
-        dv_sums = make(shape, torch.float32) if spec.only == "all" else None
-        gates = make((*parts, HEADS), torch.float32)
-    dk = rows(groups) if spec.only == "all" else None
-    return key_launch(
-        q, k, v, prompts, layout, scale, rows(HEADS), lse, statistic(), dk, rows(groups),
-        (sums, dv_sums, gates), statistics, config,
-    )  # fmt: skip
+        sums, gates = make(shape, torch.float32), make((*parts, HEADS), torch.float32)
+        dv_sums = make(shape, torch.float32) if every else None
+        return prompt_backward_launch(
+            q, prompts, layout.cu_seqlens_q, TOKENS, scale, dout, (sums, dv_sums, gates),
+            statistics, config,
+        )  # fmt: skip
+    if spec.direction == "prefix":
+        shape = (sequence_chunks(BATCH), PREFIXES, SHARED, groups, spec.head_dim)
+        dk, dv = make(shape, torch.float32) if every else None, make(shape, torch.float32)
+        return prefix_launch(q, prefix, layout, scale, dout, lse, statistic(), (dk, dv), config)
+    dk = rows(groups) if every else None
+    return key_launch(q, k, v, layout, scale, dout, lse, statistic(), dk, rows(groups), config)
 
 
 def forms(
@@ -241,8 +272,17 @@ def forms(
 ) -> list[Specialisation]:
     """Forms of a kernel: the papers' prompt, a wide one, a long one, and those of a cache."""
     group = 4 if direction in ("backward_dkv_grouped", "decode", "combine") else 1
+    if direction.startswith("backward_dkv") or direction == "prefix":
+        return [
+            Specialisation(capability, direction, head_dim, dtype, "none", 1, layout, of, only)
+            for layout, of, only in (
+                (("prefix", 1, "all"), ("prefix", 4, "all"))
+                if direction == "prefix"
+                else (("causal", group, "all"), ("padded", group, "all"), ("packed", group, "some"))
+            )
+        ]
     wide, long, only = "padded", "packed", "all"
-    if direction == "prompt_forward":
+    if direction.startswith("prompt"):
         wide = "packed"
     if direction == "combine":
         wide = long = "causal"
@@ -257,6 +297,8 @@ def forms(
             ("bank", 300, long, only),
         )
     ]
+    if direction in ("forward", "backward_dq"):
+        found.append(replace(found[0], layout="prefix"))
     if direction == "forward":
         found.append(replace(found[0], layout="paged"))
     return found

@@ -54,12 +54,13 @@ RESULTS = {
     "forward": ("out_ptr", "lse_ptr"),
     "prompt_forward": ("out_ptr",),
     "backward_dq": ("dq_ptr", "delta_ptr"),
-    "backward_dkv": ("dk_ptr", "dv_ptr", "dprompt_k_ptr", "dprompt_v_ptr", "dgate_ptr"),
+    "backward_dkv": ("dk_ptr", "dv_ptr"),
+    "prompt_backward": ("dprompt_k_ptr", "dprompt_v_ptr", "dgate_ptr"),
 }
 RESULTS["backward_dkv_grouped"] = RESULTS["backward_dkv"]
 RESULTS["decode"] = ("partial_ptr", "lse_ptr")
-ROWS = {"prompt_forward": (16, 32, 64, 128), "backward_dkv": (16, 32, 64, 128)}
-KEYS = {"prompt_forward": (16,)}
+ROWS = dict.fromkeys(("prompt_forward", "prompt_backward", "backward_dkv"), (16, 32, 64, 128))
+KEYS = dict.fromkeys(("prompt_forward", "prompt_backward"), (16,))
 # what the numbers of a tile are
 FIELDS = "block_m, block_n, num_warps, num_stages"
 # roundings by which tiles may differ: they sum in another order

@@ -116,8 +116,9 @@ class Attention(nn.Module):
             if step.packing is None:
                 out = zero_init_attention(q, k, v, **segment)
             else:
-                k, v, bounds = *map(step.packing.keys, (k[0], v[0])), step.packing.bounds()
-                out = zero_init_attention_varlen(q[0], k, v, **segment, **bounds)[None]
+                # flattened, not indexed: the gradient of x[0] is a copy into zeros
+                packed = step.packing.arguments(k.flatten(0, 1), v.flatten(0, 1))
+                out = zero_init_attention_varlen(q.flatten(0, 1), **packed, **segment)[None]
         else:
             out = self._attend_cached(q, k, v, segment, step, step.pool, step.span)
         return self.wo(out.flatten(-2))

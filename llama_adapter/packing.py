@@ -1,7 +1,8 @@
 """Sequences without padding: one after the other in one row, each attending to itself alone.
 
-Sequences that begin with the same tokens may share them: those are computed once, and their keys
-are seen by all that share them. That is exact, because a token sees only what comes before it.
+Sequences that begin with the same tokens may share them: those are computed once, as a sequence of
+their own, and their keys stand before those of all that share them. That is exact, because a token
+sees only what comes before it.
 """
 
 from dataclasses import dataclass
@@ -13,16 +14,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shared:
-    """A beginning that several sequences share.
+    """Beginnings that several sequences of a call share, F of them with at most L tokens.
 
     Attributes:
-        start, length: its rows among those of the call.
-        places: (sharers, length) int64, where its keys lie in every sharer.
+        spans: the first row of each among those of the call, and how many there are.
+        rows: (F, L) int64, those rows; past a beginning's end any.
+        index: (B,) int32, the beginning of every sequence, -1 for none.
+        lengths: (F,) int32.
     """
 
-    start: int
-    length: int
-    places: Tensor
+    spans: tuple[tuple[int, int], ...]
+    rows: Tensor
+    index: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True)
@@ -31,53 +35,44 @@ class Packing:
 
     Attributes:
         positions: (total,) int64 of every row in its own sequence.
-        cu_seqlens_q: (B + 1,) int32, where the rows of each sequence begin and the last one ends.
-        cu_seqlens_k: the same of the keys that each sees, its own and those of what it shares.
-        longest_q, longest_k: no sequence has more of them.
-        key_rows: (total_k,) int64, the row of every key; None where every row is one key in place.
-        own: (total,) int64, where the key of every row lies that is the sequence's own.
-        shared: beginnings that other sequences see as well.
+        cu_seqlens: (B + 1,) int32, where the rows of each sequence begin and the last one ends.
+        longest: no sequence has more of them.
+        shared: beginnings that stand before the rows of some sequences, or None.
     """
 
     positions: Tensor
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    longest_q: int
-    longest_k: int
-    key_rows: Tensor | None = None
-    own: Tensor | None = None
-    shared: tuple[Shared, ...] = ()
+    cu_seqlens: Tensor
+    longest: int
+    shared: Shared | None = None
 
-    def bounds(self) -> dict[str, Any]:
-        """The arguments of zero_init_attention_varlen."""
-        return {
-            "cu_seqlens_q": self.cu_seqlens_q,
-            "cu_seqlens_k": self.cu_seqlens_k,
-            "max_seqlen_q": self.longest_q,
-            "max_seqlen_k": self.longest_k,
+    def arguments(self, k: Tensor, v: Tensor) -> dict[str, Any]:
+        """The arguments of zero_init_attention_varlen, of keys and values (total, G, D)."""
+        found: dict[str, Any] = {
+            "cu_seqlens_q": self.cu_seqlens,
+            "cu_seqlens_k": self.cu_seqlens,
+            "max_seqlen_q": self.longest,
+            "max_seqlen_k": self.longest,
         }
+        if self.shared is None:
+            return {"k": k, "v": v, **found}
+        found["prefix_index"], found["prefix_lengths"] = self.shared.index, self.shared.lengths
+        for name, x in (("k", k), ("v", v)):
+            found[name], found[f"prefix_{name}"] = _WithShared.apply(x, self.shared)
+        return found
 
-    def keys(self, x: Tensor) -> Tensor:
-        """Keys or values (total_k, G, D) of all sequences, of those (total, G, D) of the rows."""
-        return x if self.key_rows is None else _Keys.apply(x, self)
 
-
-class _Keys(torch.autograd.Function):
-    """Rows of a tensor, some of them for many; their gradients are summed in a fixed order."""
+class _WithShared(torch.autograd.Function):
+    """Rows of a tensor, and those of them that are shared as a bank (F, L, G, D)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
-        assert packing.key_rows is not None
-        ctx.packing = packing
-        return x[packing.key_rows]
+    def forward(ctx: Any, x: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
+        ctx.shared = shared
+        return x.view_as(x), x[shared.rows]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (dkeys,), packing = gradients, ctx.packing
-        dx = dkeys[packing.own]
-        for one in packing.shared:
-            rows = slice(one.start, one.start + one.length)
-            # in float32: half precision would lose what the last of many add
-            added = dkeys[one.places].sum(0, dtype=torch.promote_types(dx.dtype, torch.float32))
-            dx[rows] = (dx[rows] + added).to(dx.dtype)
+        dx, dbank = gradients
+        # what attention made is nobody else's: a copy of all rows would cost more than the sum
+        for (start, length), own in zip(ctx.shared.spans, dbank, strict=True):
+            dx[start : start + length] += own[:length]
         return dx, None

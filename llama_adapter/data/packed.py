@@ -83,38 +83,27 @@ def pack(
     begins = [prefix_of(example, prefixes) for example in examples]
     # a prefix that one example alone has is its own
     begins = [prefix if begins.count(prefix) > 1 else () for prefix in begins]
+    alike = [prefix for prefix in dict.fromkeys(begins) if prefix]
     tokens: list[int] = []
     positions: list[int] = []
-    keys: list[int] = []
-    starts: dict[Prefix, int] = {}
-    ends_q, ends_k = [0], [0]
-    own: list[int] = []
-    places: dict[Prefix, list[list[int]]] = {}
+    ends = [0]
     rows: list[int] = []
     targets: list[int] = []
 
-    def add(ids: Sequence[int], first: int, seen: Sequence[int]) -> None:
-        """A sequence of these rows, from position `first`, behind the keys of rows `seen`."""
-        here = range(len(tokens), len(tokens) + len(ids))
-        own.extend(range(len(keys) + len(seen), len(keys) + len(seen) + len(ids)))
+    def add(ids: Sequence[int], first: int) -> None:
+        """A sequence of these rows, from position `first`."""
         tokens.extend(ids)
         positions.extend(range(first, first + len(ids)))
-        keys.extend([*seen, *here])
-        ends_q.append(len(tokens))
-        ends_k.append(len(keys))
+        ends.append(len(tokens))
 
-    for prefix in dict.fromkeys(begins):
-        if prefix:
-            starts[prefix], places[prefix] = len(tokens), []
-            add(prefix, 0, ())
+    for prefix in alike:
+        add(prefix, 0)
+    spans = tuple(zip(ends, map(len, alike), strict=False))
     counts = []
     for example, prefix in zip(examples, begins, strict=True):
         first = len(prefix)
-        if prefix:
-            places[prefix].append(list(range(len(keys), len(keys) + first)))
         behind = len(tokens) - first
-        start = starts.get(prefix, 0)
-        add(example.tokens[first:], first, range(start, start + first))
+        add(example.tokens[first:], first)
         carrying = [i for i, label in enumerate(example.labels[1:]) if label != IGNORE_INDEX]
         rows.extend(behind + i for i in carrying)
         targets.extend(example.labels[i + 1] for i in carrying)
@@ -123,17 +112,21 @@ def pack(
     def whole(values: Sequence[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device)
 
+    shared = None
+    if alike:
+        most = max(map(len, alike))
+        index = [-1] * len(alike) + [alike.index(p) if p else -1 for p in begins]
+        shared = Shared(
+            spans,
+            whole([[start + min(i, size - 1) for i in range(most)] for start, size in spans]),
+            whole(index, torch.int32),
+            whole([size for _, size in spans], torch.int32),
+        )
     packing = Packing(
         positions=whole(positions),
-        cu_seqlens_q=whole(ends_q, torch.int32),
-        cu_seqlens_k=whole(ends_k, torch.int32),
-        longest_q=max(b - a for a, b in pairwise(ends_q)),
-        longest_k=max(b - a for a, b in pairwise(ends_k)),
-        key_rows=whole(keys) if starts else None,
-        own=whole(own) if starts else None,
-        shared=tuple(
-            Shared(start, len(prefix), whole(places[prefix])) for prefix, start in starts.items()
-        ),
+        cu_seqlens=whole(ends, torch.int32),
+        longest=max(b - a for a, b in pairwise(ends)),
+        shared=shared,
     )
     return PackedBatch(whole(tokens), packing, whole(rows), whole(targets), tuple(counts))
 

@@ -25,9 +25,9 @@ from benchmarks.ahead_of_time import (  # a GPU's compiler, with triton alone
     complaints,
     count_spills,
     digest_of,
+    line_of,
     measured,
     named,
-    row_of,
     small_complaints,
 )
 from benchmarks.small_forms import SmallForm, small_launch, small_table
@@ -41,9 +41,15 @@ from benchmarks.specialisations import (
 CHOSEN = list(dict.fromkeys(spec for seed in range(2) for spec in pairwise(seed)))
 # what most users run, first
 COMMON = [
-    Specialisation(capability, direction, 128, torch.bfloat16, "shared", 10, "causal", 1, "all")
+    Specialisation(capability, direction, 128, torch.bfloat16, form, rows, "causal", 1, "all")
     for capability in (80, 90)
-    for direction in ("forward", "backward_dq", "backward_dkv", "prompt_forward")
+    for direction, form, rows in (
+        ("forward", "shared", 10),
+        ("backward_dq", "shared", 10),
+        ("backward_dkv", "none", 1),
+        ("prompt_forward", "shared", 10),
+        ("prompt_backward", "shared", 10),
+    )
 ]
 # every form of the small operations at an odd width, and at the widest
 SMALL = [
@@ -214,7 +220,7 @@ def test_one_table_is_written_where_it_is_asked_for(
     (path,) = tmp_path.iterdir()
     assert path.name == few.path.name
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert rows == [row_of(few, form, compiled(small_launch, form)) for form in SMALL[:2]]
+    assert rows == [line_of(few, form, compiled(small_launch, form)) for form in SMALL[:2]]
     # what is held is not compiled again, whatever the order
     monkeypatch.setattr(ahead_of_time, "side_by_side", lambda _, jobs, __: iter([{}][: len(jobs)]))
     monkeypatch.setitem(TABLES, "small_ops", few._replace(specs=lambda: SMALL[1::-1]))

@@ -1,4 +1,4 @@
-"""Keys of sequences that share a beginning: gathered, and their gradients summed in one order."""
+"""Where the rows of sequences lie that share a beginning, and where its gradients go."""
 
 import torch
 
@@ -21,38 +21,46 @@ def packing_of(sharers: int) -> Packing:
 
 def test_every_sequence_sees_its_beginning_and_its_own() -> None:
     packing = packing_of(3)
-    total = int(packing.cu_seqlens_q[-1])
-    keys = packing.keys(torch.arange(total)[:, None, None].double())[:, 0, 0].tolist()
-    ends_q, ends_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
-    begin = list(range(4))
-    assert keys[: ends_k[1]] == begin, "the beginning is a sequence itself"
-    for n in range(1, 4):
-        own = list(range(ends_q[n], ends_q[n + 1]))
-        assert keys[ends_k[n] : ends_k[n + 1]] == [*begin, *own]
-    assert keys[ends_k[4] :] == list(range(ends_q[4], total))
-    starts = [packing.positions[end].item() for end in ends_q[:-1]]
+    assert packing.cu_seqlens.tolist() == [0, 4, 7, 11, 16, 19]
+    assert packing.longest == 5
+    starts = [packing.positions[end].item() for end in packing.cu_seqlens[:-1]]
     assert starts == [0, 4, 4, 4, 0]
-    assert (packing.longest_q, packing.longest_k) == (5, 9)
+    assert packing.shared is not None
+    assert packing.shared.index.tolist() == [-1, 0, 0, 0, -1]
+    assert packing.shared.lengths.tolist() == [4]
+    k, v = torch.randn(2, 19, 2, 8)
+    found = packing.arguments(k, v)
+    for name, x in (("k", k), ("v", v)):
+        assert torch.equal(found[name], x)
+        assert torch.equal(found[f"prefix_{name}"], x[None, :4])
 
 
-def test_gradients_are_those_of_the_gather() -> None:
-    packing = packing_of(5)
-    total = int(packing.cu_seqlens_q[-1])
-    x = torch.randn(total, 2, 3, dtype=torch.float64, requires_grad=True)
-    keys = packing.keys(x)
-    dkeys = torch.randn_like(keys)
-    assert packing.key_rows is not None
-    (got,) = torch.autograd.grad(keys, x, dkeys)
-    (expected,) = torch.autograd.grad(x[packing.key_rows], x, dkeys)
+def test_gradients_of_the_bank_are_added_to_its_rows() -> None:
+    longer = (*BEGIN, 11, 12)
+    examples = [
+        # a label behind a beginning would be the loss of its last row, which then is not shared
+        Example(n, (*begin, 20, 21 + n), (*[IGNORE_INDEX] * (len(begin) + 1), 21 + n))
+        for n, begin in enumerate((BEGIN, BEGIN, longer, longer))
+    ]
+    packing = pack(examples, prefixes=(BEGIN, longer)).packing
+    assert packing.shared is not None
+    assert packing.shared.spans == ((0, 4), (4, 6))
+    total = int(packing.cu_seqlens[-1])
+    x = torch.randn(total, 2, 8, dtype=torch.float64, requires_grad=True)
+    found = packing.arguments(x, torch.randn_like(x))
+    dk, dbank = torch.randn_like(found["k"]), torch.randn_like(found["prefix_k"])
+    # a row of the bank past a beginning's end gets no gradient from attention, and passes none on
+    expected = dk.clone()
+    expected[:4] += dbank[0, :4]
+    expected[4:10] += dbank[1]
+    (got,) = torch.autograd.grad([found["k"], found["prefix_k"]], x, [dk, dbank])
     torch.testing.assert_close(got, expected)
 
 
-def test_many_small_gradients_are_not_lost_in_half_precision() -> None:
-    packing = packing_of(300)
-    x = torch.zeros(int(packing.cu_seqlens_q[-1]), 1, 8, dtype=torch.float16, requires_grad=True)
-    keys = packing.keys(x)
-    dkeys = torch.full_like(keys, 1.0)
-    dkeys[:4] = 2048.0
-    (got,) = torch.autograd.grad(keys, x, dkeys)
-    # one by one, each would round to nothing
-    assert got[:4].unique().tolist() == [2348.0]
+def test_without_a_beginning_keys_are_the_rows() -> None:
+    packing = pack([Example(0, (1, 5, 6), (IGNORE_INDEX, 5, 6))]).packing
+    k, v = torch.randn(2, 3, 2, 8)
+    assert packing.shared is None
+    found = packing.arguments(k, v)
+    assert found["k"] is k
+    assert not any(name.startswith("prefix") for name in found)

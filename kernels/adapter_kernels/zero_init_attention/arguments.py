@@ -26,7 +26,7 @@ from adapter_kernels.checks import (
     dtype_name,
 )
 
-from .layouts import Prompts
+from .layouts import Prefix, Prompts
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 8
@@ -169,6 +169,37 @@ def check_prompt_values(prompts: Prompts) -> None:
         check_range("adapter_index", adapter_index, -1, k.shape[0] - 1)
         if lengths is not None:
             check_range("prompt_lengths", lengths, 0, k.shape[1])
+
+
+def check_prefix(
+    q: Tensor, prefix: Prefix, batch: int, groups: int, page_table: Tensor | None
+) -> None:
+    """Raise unless the prefix arguments are all absent, or a bank and its index of `batch`."""
+    k, v, index, lengths = prefix
+    names = ("prefix_k", "prefix_v", "prefix_index", "prefix_lengths")
+    given = [name for name, x in zip(names, prefix, strict=True) if x is not None]
+    if not given:
+        return
+    if k is None or v is None or index is None:
+        raise ValueError(
+            "prefix_k, prefix_v and prefix_index must be given together or not at all, got "
+            f"{', '.join(given)} alone"
+        )
+    if page_table is not None:
+        raise ValueError(
+            "prefix_k must not come with page_table, whose pages sequences can share; got both"
+        )
+    check_like_queries("prefix_k", k, q, "(F, L, G, D)", None, None, groups, q.shape[-1])
+    check_like_queries("prefix_v", v, q, "that of prefix_k", *k.shape)
+    if k.shape[0] == 0 or k.shape[1] == 0:
+        raise ValueError(
+            f"prefix_k must hold at least one prefix of at least one key, got {tuple(k.shape)}"
+        )
+    check_index("prefix_index", index, q, "(B,)", batch)
+    check_range("prefix_index", index, -1, k.shape[0] - 1)
+    if lengths is not None:
+        check_index("prefix_lengths", lengths, q, "(F,)", k.shape[0])
+        check_range("prefix_lengths", lengths, 0, k.shape[1])
 
 
 def check_no_prompts(prompts: Prompts) -> None:

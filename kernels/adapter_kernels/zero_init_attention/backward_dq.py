@@ -19,6 +19,7 @@ from .configs import TileConfig
 from .forward import prompt_scores
 from .kernel_arguments import (
     batch_of,
+    prefix_arguments,
     prompt_arguments,
     row_strides,
     shape_arguments,
@@ -26,16 +27,16 @@ from .kernel_arguments import (
     tiles_of,
     token_arguments,
 )
-from .layouts import Layout, Prompts
+from .layouts import Layout, Prefix, Prompts
 from .tiles import (
     LOG2E,
+    bank_row,
     far,
     gate_unit,
     key_bands,
     key_bounds,
     load_gate,
     load_rows,
-    prompt_of,
     sequence,
     store_rows,
     visible,
@@ -126,12 +127,14 @@ def _query_kernel(
     q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, gate_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr,
     dq_ptr, delta_ptr, prompt_lse_ptr, prompt_delta_ptr,
     adapter_index_ptr, prompt_lengths_ptr, key_starts_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr,
+    prefix_k_ptr, prefix_v_ptr, prefix_index_ptr, prefix_lengths_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg,
     stride_pkb, stride_pkp, stride_pkg, stride_pvb, stride_pvp, stride_pvg, stride_gb, stride_gh,
+    stride_fkb, stride_fks, stride_fkg, stride_fvb, stride_fvs, stride_fvg,
     stride_ob, stride_ot, stride_oh, stride_dob, stride_dot, stride_doh,
     stride_dqb, stride_dqt, stride_dqh, stride_lb, stride_lh,
-    T, S, H, P, A, m_tiles, scale, scale_log2,
+    T, S, H, P, A, L, F, m_tiles, scale, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, MANY: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +166,7 @@ def _query_kernel(
         out = load_rows(out_ptr, stride_ot, rows, 0, count, offs_d, HEAD_DIM, True)
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     if prompt_k_ptr is not None:
-        row, length = prompt_of(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
+        row, length = bank_row(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
         gate = load_gate(gate_ptr + far(row, stride_gb) + far(h, stride_gh), length, True)
         prompt_k_ptr += far(row, stride_pkb) + far(g, stride_pkg)
         prompt_v_ptr += far(row, stride_pvb) + far(g, stride_pvg)
@@ -210,6 +213,15 @@ def _query_kernel(
                 first, last, m_start, offset, CAUSAL, BLOCK_M, BLOCK_N
             )
             offs_m = m_start + rows
+            if prefix_k_ptr is not None:
+                of, length = bank_row(prefix_index_ptr, prefix_lengths_ptr, b, L, F)
+                prefix_k_ptr += far(of, stride_fkb) + far(g, stride_fkg)
+                prefix_v_ptr += far(of, stride_fvb) + far(g, stride_fvg)
+                dq = _query_band(
+                    dq, q, dout, lse, delta, prefix_k_ptr, prefix_v_ptr, stride_fks, stride_fvs, 0,
+                    length, 0, length, offs_m, offset + length, offs_d, scale_log2, HEAD_DIM,
+                    BLOCK_N, CAUSAL, True,
+                )  # fmt: skip
             if key_starts_ptr is not None:
                 dq = _query_band(
                     dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, low, full_low,
@@ -231,15 +243,16 @@ def _query_kernel(
 
 
 def query_launch(
-    q: Tensor, k: Tensor | None, v: Tensor | None, prompts: Prompts, layout: Layout, scale: float,
-    out: Tensor | None, dout: Tensor, lse: Tensor | None, dlse: Tensor | None, delta: Tensor | None,
-    dq: Tensor | None, statistics: tuple[Tensor, Tensor] | None, config: TileConfig,
+    q: Tensor, k: Tensor | None, v: Tensor | None, prompts: Prompts, prefix: Prefix,
+    layout: Layout, scale: float, out: Tensor | None, dout: Tensor, lse: Tensor | None,
+    dlse: Tensor | None, delta: Tensor | None, dq: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None, config: TileConfig,
 ) -> Launch:  # fmt: skip
     """The launch that fills dq, like q, and delta, like lse.
 
     Args:
-        q, k, v, prompts, layout, scale, out, lse: of the forward pass. Without k, v, out, lse and
-            delta, dq is that of the prompt segment alone.
+        q, k, v, prompts, prefix, layout, scale, out, lse: of the forward pass. Without k, v, out,
+            lse and delta, dq is that of the prompt segment alone.
         dout, dlse: the gradients that arrive; dlse may be absent.
         delta: what to fill for the key kernel.
         dq: what to fill; None leaves it out.
@@ -270,6 +283,7 @@ def query_launch(
         **row_strides("dq", dq, "bth"),
         **strides("l", statistics[0] if lse is None and statistics is not None else lse, "bh"),
         **prompt_arguments(q, prompts),
+        **prefix_arguments(prefix),
         **shape_arguments(q, like.shape[-2]),
         **tokens,
         "m_tiles": m_tiles,

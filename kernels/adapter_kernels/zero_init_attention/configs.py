@@ -13,7 +13,8 @@ import torch
 
 UNMEASURED = "unmeasured"
 DIRECTIONS = (
-    "forward", "backward_dq", "backward_dkv", "backward_dkv_grouped", "prompt_forward", "decode",
+    "forward", "backward_dq", "backward_dkv", "backward_dkv_grouped", "prompt_forward",
+    "prompt_backward", "decode",
 )  # fmt: skip
 HEAD_DIMS = (16, 32, 64, 128, 256)
 # prompt rows in one tile: more registers than this and the accumulators spill
@@ -68,7 +69,7 @@ def _rows(
 
     `grouped` is dkv where several query heads share a key head: their loop wants registers.
     """
-    found = (forward, dq, dkv, grouped, _PROMPT_FORWARD, _DECODE)
+    found = (forward, dq, dkv, grouped, _PROMPT_FORWARD, _PROMPT_BACKWARD, _DECODE)
     return {
         direction: dict(zip(HEAD_DIMS, rows, strict=True))
         for direction, rows in zip(DIRECTIONS, found, strict=True)
@@ -82,6 +83,14 @@ _PROMPT_FORWARD = [
     TileConfig(64, 16, 4, 2),
     TileConfig(64, 16, 4, 2),
     TileConfig(64, 16, 8, 1),
+]
+# two accumulators of the widest prompt, which eight warps hold without spilling at D = 128
+_PROMPT_BACKWARD = [
+    TileConfig(64, 16, 4, 2),
+    TileConfig(64, 16, 4, 2),
+    TileConfig(64, 16, 4, 2),
+    TileConfig(64, 16, 8, 2),
+    TileConfig(32, 16, 8, 2),
 ]
 # bound by memory as well: keys in flight count, not registers. Rows are those of a group's heads
 _DECODE = [
@@ -247,6 +256,13 @@ _FLOAT32: Rows = _rows(
         16: TileConfig(64, 16, 4, 2),
         32: TileConfig(64, 16, 4, 2),
         64: TileConfig(64, 16, 4, 2),
+        128: TileConfig(16, 16, 8, 1),
+        256: TileConfig(16, 16, 8, 1),
+    },
+    "prompt_backward": {
+        16: TileConfig(32, 16, 4, 2),
+        32: TileConfig(32, 16, 4, 2),
+        64: TileConfig(32, 16, 8, 2),
         128: TileConfig(16, 16, 8, 1),
         256: TileConfig(16, 16, 8, 1),
     },

@@ -26,7 +26,7 @@ from .kernel_arguments import (
     tiles_of,
 )
 from .layouts import Prompts
-from .tiles import far, load_at, load_gate, prompt_of, row_pointers
+from .tiles import bank_row, far, load_at, load_gate, row_pointers
 
 # keys of a split, a multiple of every tile of keys: few enough that one sequence fills a GPU, many
 # enough that a split's result is small beside its keys
@@ -71,7 +71,7 @@ def _finish(
 ):  # fmt: skip
     """Add the gated prompt to the tokens' output acc (BLOCK_M, BLOCK_D) and store the result."""
     if prompt_k_ptr is not None:
-        row, length = prompt_of(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
+        row, length = bank_row(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
         gate_ptr += far(row, stride_gb) + head.to(tl.int64) * stride_gh
         gate = load_gate(gate_ptr, length, exists)
         prompt_k_ptr += far(row, stride_pkb) + far(g, stride_pkg)

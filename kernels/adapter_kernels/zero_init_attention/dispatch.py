@@ -75,6 +75,11 @@ def rule_for(capability: int, head_dim: int, keys: int, direction: str) -> Rule:
     )
 
 
+def wants_gradient(*inputs: Tensor | None) -> bool:
+    """Whether a call is one of training."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
 def kernels_for(q: Tensor) -> tuple[str, ...]:
     """The backends of what no library computes, best first."""
     return ("triton", "reference") if runs_kernels(q) else ("reference",)

@@ -19,6 +19,7 @@ from .configs import TileConfig
 from .kernel_arguments import (
     batch_of,
     page_arguments,
+    prefix_arguments,
     prompt_arguments,
     row_strides,
     shape_arguments,
@@ -26,9 +27,10 @@ from .kernel_arguments import (
     tiles_of,
     token_arguments,
 )
-from .layouts import Layout, Prompts
+from .layouts import Layout, Prefix, Prompts
 from .tiles import (
     LN2,
+    bank_row,
     far,
     gate_unit,
     key_bands,
@@ -36,7 +38,6 @@ from .tiles import (
     load_gate,
     load_keys,
     load_rows,
-    prompt_of,
     row_pointers,
     sequence,
     store_rows,
@@ -162,12 +163,13 @@ def _load_q(
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, prompt_k_ptr, prompt_v_ptr, gate_ptr, out_ptr, lse_ptr,
     adapter_index_ptr, prompt_lengths_ptr, key_starts_ptr, key_lengths_ptr, cu_q_ptr, cu_k_ptr,
-    page_table_ptr,
+    page_table_ptr, prefix_k_ptr, prefix_v_ptr, prefix_index_ptr, prefix_lengths_ptr,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg,
     stride_pkb, stride_pkp, stride_pkg, stride_pvb, stride_pvp, stride_pvg, stride_gb, stride_gh,
+    stride_fkb, stride_fks, stride_fkg, stride_fvb, stride_fvs, stride_fvg,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lh,
-    T, S, H, P, A, pages, stride_table, m_tiles, scale_log2,
+    T, S, H, P, A, L, F, pages, stride_table, m_tiles, scale_log2,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, PAGE: tl.constexpr, MANY: tl.constexpr,
     CAUSAL: tl.constexpr, SIGN: tl.constexpr, RELOAD_Q: tl.constexpr,
@@ -205,6 +207,15 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if prefix_k_ptr is not None:
+        of, length = bank_row(prefix_index_ptr, prefix_lengths_ptr, b, L, F)
+        prefix_k_ptr += far(of, stride_fkb) + far(g, stride_fkg)
+        prefix_v_ptr += far(of, stride_fvb) + far(g, stride_fvg)
+        acc, row_max, row_sum = attend_band(
+            acc, row_max, row_sum, q, prefix_k_ptr, prefix_v_ptr, 0, stride_fks, 0, stride_fvs,
+            None, 0, 0, length, 0, length, offs_m, offset + length, offs_d, scale_log2, HEAD_DIM,
+            BLOCK_N, PAGE, CAUSAL, True,
+        )  # fmt: skip
     if key_starts_ptr is not None:
         acc, row_max, row_sum = attend_band(
             acc, row_max, row_sum, q, k_ptr, v_ptr, stride_kb, stride_ks, stride_vb, stride_vs,
@@ -227,7 +238,7 @@ def _forward_kernel(
     acc = acc / row_sum[:, None]
     lse = tl.where(blind, float("-inf"), row_max * scale_log2 * LN2 + tl.log(row_sum))
     if prompt_k_ptr is not None:
-        row, length = prompt_of(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
+        row, length = bank_row(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
         gate = load_gate(gate_ptr + far(row, stride_gb) + far(h, stride_gh), length, True)
         prompt_k_ptr += far(row, stride_pkb) + far(g, stride_pkg)
         prompt_v_ptr += far(row, stride_pvb) + far(g, stride_pvg)
@@ -274,7 +285,7 @@ def _prompt_forward_kernel(
         base_ptr += far(b, stride_bb) + far(h, stride_bh) + far(first_row, stride_bt)
         base = load_rows(base_ptr, stride_bt, rows, 0, T - m_start, offs_d, HEAD_DIM, True)
         acc += base.to(tl.float32)
-    row, length = prompt_of(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
+    row, length = bank_row(adapter_index_ptr, prompt_lengths_ptr, b, P, A)
     gate = load_gate(gate_ptr + far(row, stride_gb) + far(h, stride_gh), length, True)
     prompt_k_ptr += far(row, stride_pkb) + far(g, stride_pkg)
     prompt_v_ptr += far(row, stride_pvb) + far(g, stride_pvg)
@@ -287,7 +298,7 @@ def _prompt_forward_kernel(
 
 
 def forward_launch(
-    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, layout: Layout, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, prefix: Prefix, layout: Layout, scale: float,
     out: Tensor, lse: Tensor, config: TileConfig,
 ) -> Launch:  # fmt: skip
     """The launch that fills out, like q, and lse (B,H,T) or (H,total_q)."""
@@ -305,6 +316,7 @@ def forward_launch(
         **row_strides("o", out, "bth"),
         **strides("l", lse, "bh"),
         **prompt_arguments(q, prompts),
+        **prefix_arguments(prefix),
         **shape_arguments(q, k.shape[-2]),
         **tokens,
         **page_arguments(layout.page_table, k),

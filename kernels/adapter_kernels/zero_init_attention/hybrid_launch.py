@@ -16,20 +16,22 @@ from adapter_kernels.backend import INTERPRETED
 from . import reference_launch
 from .dispatch import library_of
 from .kernel_arguments import aligned_rows
-from .layouts import Layout, PromptGroup, Prompts, as_rows, from_rows, prompt_groups
+from .layouts import Layout, Prefix, PromptGroup, Prompts, as_rows, from_rows, prompt_groups
 from .library_attention import Library, attend, attend_backward, cpu_rows, heads_first
 
 
 class _Piece(NamedTuple):
-    """Sequences that one call can take: their rows of q, of k and v, and their diagonal."""
+    """Sequences that one call can take: their rows of q, of k and v, their diagonal, and where in
+    the bank the keys lie that come before those."""
 
     q: tuple[slice, ...]
     k: tuple[slice, ...]
     lse: tuple[slice, ...]
     offset: int | None
+    prefix: tuple[int, slice] | None = None
 
 
-def _pieces(q: Tensor, k: Tensor, layout: Layout) -> Iterator[_Piece]:
+def _pieces(q: Tensor, k: Tensor, prefix: Prefix, layout: Layout) -> Iterator[_Piece]:
     """The whole batch where its sequences are alike, else one sequence at a time (on the CPU)."""
     causal = layout.causal
     if layout.cu_seqlens_q is not None and layout.cu_seqlens_k is not None:
@@ -37,7 +39,9 @@ def _pieces(q: Tensor, k: Tensor, layout: Layout) -> Iterator[_Piece]:
         for b in range(len(starts[0]) - 1):
             rows, keys = (slice(cu[b], cu[b + 1]) for cu in starts)
             offset = (keys.stop - keys.start) - (rows.stop - rows.start)
-            yield _Piece((rows,), (keys,), (slice(None), rows), offset if causal else None)
+            before = _prefix_of(prefix, b)
+            offset += before[1].stop if before else 0
+            yield _Piece((rows,), (keys,), (slice(None), rows), offset if causal else None, before)
         return
     offset = k.shape[1] - q.shape[1]
     if layout.key_starts is None and layout.key_lengths is None:
@@ -53,8 +57,26 @@ def _pieces(q: Tensor, k: Tensor, layout: Layout) -> Iterator[_Piece]:
         yield _Piece((own,), (own, seen), (own,), offset - starts[b] if causal else None)
 
 
+def _prefix_of(prefix: Prefix, b: int) -> tuple[int, slice] | None:
+    """Where the keys before those of a packed sequence lie, on a CPU."""
+    if prefix.k is None or prefix.index is None:
+        return None
+    row, length = int(prefix.index[b]), prefix.k.shape[1]
+    if not 0 <= row < prefix.k.shape[0]:
+        return None
+    return row, slice(0, length if prefix.lengths is None else int(prefix.lengths[row]))
+
+
 def _batched(x: Tensor, index: tuple[slice, ...], packed: bool) -> Tensor:
     return x[index][None] if packed else x[index]
+
+
+def _keys(x: Tensor, bank: Tensor | None, piece: _Piece, packed: bool) -> Tensor:
+    """The keys or values of a piece, a prefix before its own."""
+    own = _batched(x, piece.k, packed)
+    if bank is None or piece.prefix is None:
+        return own
+    return torch.cat([bank[piece.prefix][None], own], 1)
 
 
 def prompt_module(q: Tensor) -> ModuleType:
@@ -74,13 +96,15 @@ def readable(x: Tensor) -> Tensor:
     return x.contiguous() if repeated else aligned_rows(x)
 
 
-def tokens(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+def tokens(
+    q: Tensor, k: Tensor, v: Tensor, prefix: Prefix, layout: Layout, scale: float
+) -> tuple[Tensor, Tensor]:
     """The tokens' own output, like q, and lse (B,H,T), or (H,total_q) of packed sequences."""
     library, packed = library_of(q), layout.cu_seqlens_q is not None
     if layout.page_table is not None:
         k, v, layout = _out_of_pages(k, v, layout, layout.page_table)
     q, k, v = map(readable, (q, k, v))
-    pieces = list(_pieces(q, k, layout))
+    pieces = list(_pieces(q, k, prefix, layout))
     if len(pieces) == 1 and not packed:
         (piece,) = pieces
         out, lse = attend(q, k[piece.k], v[piece.k], piece.offset, scale, library)
@@ -90,7 +114,7 @@ def tokens(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tup
     lse = q.new_full((*batch, heads, rows), -torch.inf, dtype=torch.float32)
     for piece in pieces:
         part_q = _batched(q, piece.q, packed)
-        part_k, part_v = (_batched(x, piece.k, packed) for x in (k, v))
+        part_k, part_v = _keys(k, prefix.k, piece, packed), _keys(v, prefix.v, piece, packed)
         part, part_lse = attend(part_q, part_k, part_v, piece.offset, scale, library)
         out[piece.q] = part[0] if packed else part
         lse[piece.lse] = part_lse[0] if packed else part_lse
@@ -117,10 +141,10 @@ def _out_of_pages(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, layout: Layout, scale: float
+    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, prefix: Prefix, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result like q, its lse, and the tokens' own output where a prompt was added to it."""
-    own, lse = tokens(q, k, v, layout, scale)
+    own, lse = tokens(q, k, v, prefix, layout, scale)
     if prompts.k is None:
         return own, lse, q.new_empty(0)
     where, longest = layout.cu_seqlens_q, layout.max_seqlen_q
@@ -219,18 +243,20 @@ def decode(
 
 def token_gradients(
     dout: Tensor, dlse: Tensor | None, own: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    layout: Layout, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv of the tokens' segment, in their dtype or float32."""
+    prefix: Prefix, layout: Layout, scale: float,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dq, dk, dv of the tokens' segment and of prefix_k and prefix_v, in their dtype or float32."""
     library, packed = library_of(q), layout.cu_seqlens_q is not None
     dout, q, k, v = map(readable, (dout, q, k, v))
-    pieces = list(_pieces(q, k, layout))
+    pieces = list(_pieces(q, k, prefix, layout))
     if len(pieces) == 1 and not packed and dlse is None and pieces[0].k == (slice(None),):
-        return attend_backward(dout, q, k, v, own, lse, pieces[0].offset, scale, library)
+        found = attend_backward(dout, q, k, v, own, lse, pieces[0].offset, scale, library)
+        return *found, None, None
     dq, dk, dv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (q, k, v))
+    banks = [None if x is None else x.new_zeros(x.shape, dtype=torch.float32) for x in prefix[:2]]
     for piece in pieces:
         part_dout, part_q, part_own = (_batched(x, piece.q, packed) for x in (dout, q, own))
-        part_k, part_v = (_batched(x, piece.k, packed) for x in (k, v))
+        part_k, part_v = _keys(k, prefix.k, piece, packed), _keys(v, prefix.v, piece, packed)
         part_lse = _batched(lse, piece.lse, packed)
         parts = attend_backward(
             part_dout, part_q, part_k, part_v, part_own, part_lse, piece.offset, scale, library
@@ -241,11 +267,14 @@ def token_gradients(
                 part_dlse, part_q, part_k, part_v, part_lse, piece.offset, scale, library
             )
             parts = (parts[0] + added[0], parts[1] + added[1], parts[2])
-        for total, part, index in zip(
-            (dq, dk, dv), parts, (piece.q, piece.k, piece.k), strict=True
-        ):
-            total[index] = part[0] if packed else part
-    return dq, dk, dv
+        dq[piece.q] = parts[0][0] if packed else parts[0]
+        for total, bank, part in zip((dk, dv), banks, parts[1:], strict=True):
+            columns = 0
+            if bank is not None and piece.prefix is not None:
+                columns = piece.prefix[1].stop
+                bank[piece.prefix] += part[0, :columns]
+            total[piece.k] = part[0, columns:] if packed else part
+    return dq, dk, dv, *banks
 
 
 def _lse_gradients(
@@ -272,21 +301,31 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     prompts: Prompts,
+    prefix: Prefix,
     layout: Layout,
     scale: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dprompt_k, dprompt_v, dgate; `own` is the tokens' output of the forward pass."""
-    dq = dk = dv = None
+    """Gradients of q, k, v, prompt_k, prompt_v, gate, prefix_k, prefix_v.
+
+    `own` is the tokens' output of the forward pass.
+    """
+    dq = dk = dv = dprefix_k = dprefix_v = None
     prompt_gradients = tuple(q.new_empty(0) for _ in range(3))
-    if any(needs[:3]):
-        dq, dk, dv = token_gradients(dout, dlse, own, lse, q, k, v, layout, scale)
-    if prompts.k is not None and (needs[0] or any(needs[3:])):
-        asked, longest = (needs[0], *needs[3:]), layout.max_seqlen_q
+    if any(needs[:3]) or any(needs[6:]):
+        dq, dk, dv, dprefix_k, dprefix_v = token_gradients(
+            dout, dlse, own, lse, q, k, v, prefix, layout, scale
+        )
+    if prompts.k is not None and (needs[0] or any(needs[3:6])):
+        asked, longest = (needs[0], *needs[3:6]), layout.max_seqlen_q
         dq_prompt, *prompt_gradients = prompt_module(q).prompt_backward(
             dout, q, prompts, layout.cu_seqlens_q, scale, asked, longest
         )
         dq = dq + dq_prompt if needs[0] and dq is not None else dq
-    own_form = zip((dq, dk, dv), (q, k, v), needs[:3], strict=True)
-    first = (x.to(y.dtype) if need and x is not None else y.new_empty(0) for x, y, need in own_form)
-    return *first, *prompt_gradients
+    dq, dk, dv, dprefix_k, dprefix_v = (
+        x.to(q.dtype) if need and x is not None else q.new_empty(0)
+        for x, need in zip(
+            (dq, dk, dv, dprefix_k, dprefix_v), (*needs[:3], *needs[6:]), strict=True
+        )
+    )
+    return dq, dk, dv, *prompt_gradients, dprefix_k, dprefix_v

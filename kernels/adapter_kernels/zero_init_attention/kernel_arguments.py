@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .configs import padded_head_dim, prompt_tile
-from .layouts import Layout, Prompts
+from .layouts import Layout, Prefix, Prompts
 
 # what one thread loads at most; D is a multiple of 8, so that contiguous rows are aligned
 ROW_BYTES = 16
@@ -70,6 +70,21 @@ def prompt_arguments(q: Tensor, prompts: Prompts) -> dict[str, Any]:
         "A": 0 if k is None else k.shape[0],
         "BLOCK_P": block,
         "MANY": has_many_tiles(q, prompts),
+    }
+
+
+def prefix_arguments(prefix: Prefix) -> dict[str, Any]:
+    """The bank of prefixes as a kernel takes it."""
+    k = prefix.k
+    return {
+        "prefix_k_ptr": k,
+        "prefix_v_ptr": prefix.v,
+        "prefix_index_ptr": prefix.index,
+        "prefix_lengths_ptr": prefix.lengths,
+        **row_strides("fk", k, "bsg"),
+        **row_strides("fv", prefix.v, "bsg"),
+        "L": 0 if k is None else k.shape[1],
+        "F": 0 if k is None else k.shape[0],
     }
 
 

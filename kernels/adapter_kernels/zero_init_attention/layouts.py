@@ -24,6 +24,18 @@ class Prompts(NamedTuple):
     lengths: Tensor | None
 
 
+class Prefix(NamedTuple):
+    """Keys and values (F, L, G, D) that packed sequences see before their own, or all None.
+
+    index (B,) names a sequence's prefix, -1 for none; lengths (F,) are the rows that count.
+    """
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+    index: Tensor | None = None
+    lengths: Tensor | None = None
+
+
 class Layout(NamedTuple):
     """Where the sequences lie: padded (key_starts, key_lengths) or packed (the other arguments)."""
 
@@ -77,14 +89,17 @@ def visibility(
     offset: Tensor | None = None,
     starts: Tensor | None = None,
     ends: Tensor | None = None,
+    before: Tensor | None = None,
+    columns: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Bias and blind rows of a Segment: a row sees starts <= j < ends and j <= i + offset.
 
     The offset, a sequence's keys less its queries, makes the diagonal the bottom-right one; without
-    it there is no diagonal. All three are (B,), or (1,) for sequences that are alike.
+    it there is no diagonal. All are (B,), or (1,) for sequences that are alike. The first `columns`
+    keys are a prefix's, `before` of which stand before a sequence's own: j counts from behind them.
     """
     t, keys, repeats = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    j = torch.arange(keys, device=q.device)
+    j = torch.arange(keys, device=q.device) - columns
     rules = []
     if offset is not None:
         i = torch.arange(t, device=q.device)[:, None]
@@ -98,6 +113,13 @@ def visibility(
     seen = rules[0]
     for rule in rules[1:]:
         seen = seen & rule
+    if before is not None:
+        c, length = j + columns, before[:, None, None]
+        of_prefix = c < length
+        if offset is not None:
+            i = torch.arange(t, device=q.device)[:, None]
+            of_prefix = of_prefix & (c <= i + offset[:, None, None] + length)
+        seen = torch.where(j < 0, of_prefix, seen)
     blind = ~seen.any(-1, keepdim=True)
     bias = torch.where(seen | blind, 0.0, HIDDEN)
     # every query head of a group repeats the same T rows
@@ -241,8 +263,23 @@ def cached_keys(
     return k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
 
 
-def pad(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Padded:
-    """Dense or packed q, k, v with their bias, as reference.py wants them but for the heads."""
+def prefixes(prefix: Prefix) -> tuple[Tensor, Tensor, Tensor] | None:
+    """k and v (B, L, G, D) of every sequence's prefix, 0 past its length (B,)."""
+    k, v, index, lengths = prefix
+    if k is None or v is None or index is None:
+        return None
+    row, present = bank_rows(index, k.shape[0])
+    length = present * k.shape[1]
+    if lengths is not None:
+        length = torch.minimum(length, lengths[row])
+    return blank(k[row], None, length), blank(v[row], None, length), length
+
+
+def pad(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix, layout: Layout) -> Padded:
+    """Dense or packed q, k, v with their bias, as reference.py wants them but for the heads.
+
+    Keys of prefixes come before a sequence's own.
+    """
     starts, ends, cu_q, cu_k, page_table, max_q, max_k, causal = layout
     if cu_q is None or cu_k is None:
         offset = torch.full((1,), k.shape[1] - q.shape[1], device=q.device) if causal else None
@@ -259,4 +296,9 @@ def pad(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Padded:
         none = (lengths == 0)[:, None, None, None]
         k, v = k.masked_fill(none, 0.0), v.masked_fill(none, 0.0)
     offset = lengths - cu_q.diff() if causal else None
-    return Padded(q, k, v, *visibility(q, k, offset, None, lengths))
+    before, columns = prefixes(prefix), 0
+    length = None
+    if before is not None:
+        columns, length = before[0].shape[1], before[2]
+        k, v = torch.cat([before[0], k], 1), torch.cat([before[1], v], 1)
+    return Padded(q, k, v, *visibility(q, k, offset, None, lengths, length, columns))

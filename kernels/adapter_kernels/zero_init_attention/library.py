@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapter_kernels.backend import LIBRARY, define, refuse
 
-from .layouts import Layout, Prompts, wide
+from .layouts import Layout, Prefix, Prompts, wide
 
 
 @cache
@@ -30,18 +30,19 @@ _PROMPTS = (
     "Tensor? prompt_k, Tensor? prompt_v, Tensor? gate, Tensor? adapter_index, "
     "Tensor? prompt_lengths"
 )
+_PREFIX = "Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_index, Tensor? prefix_lengths"
 _LAYOUT = (
     "Tensor? key_starts, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "Tensor? page_table, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal"
 )
 _ATTENTION = (
-    f"zero_init_attention(Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_LAYOUT}, float scale, "
-    "str backend) -> (Tensor, Tensor, Tensor)"
+    f"zero_init_attention(Tensor q, Tensor k, Tensor v, {_PROMPTS}, {_PREFIX}, {_LAYOUT}, "
+    "float scale, str backend) -> (Tensor, Tensor, Tensor)"
 )
 _ATTENTION_BACKWARD = (
     "zero_init_attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, "
-    f"Tensor k, Tensor v, {_PROMPTS}, {_LAYOUT}, float scale, str backend, bool[6] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor k, Tensor v, {_PROMPTS}, {_PREFIX}, {_LAYOUT}, float scale, str backend, "
+    f"bool[8] needs) -> ({', '.join(['Tensor'] * 8)})"
 )
 _DECODE = (
     f"zero_init_attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, {_PROMPTS}, "
@@ -58,6 +59,10 @@ _PROMPT_BACKWARD = (
 )
 
 
+# where q, k, v, prompt_k, prompt_v, gate, prefix_k and prefix_v stand among the tensors
+_DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 8, 9)
+
+
 def _exact(q: Tensor) -> AbstractContextManager[object]:
     """Autocast off: it would round the float32 inside an operation."""
     device = q.device.type
@@ -70,6 +75,12 @@ def _prompts_first(flat: tuple[Any, ...]) -> tuple[Prompts, tuple[Any, ...]]:
     """The prompt arguments of a schema as a bundle, and what follows them."""
     count = len(Prompts._fields)
     return Prompts(*flat[:count]), flat[count:]
+
+
+def _prefix_first(flat: tuple[Any, ...]) -> tuple[Prefix, tuple[Any, ...]]:
+    """The prefix arguments of a schema as a bundle, and what follows them."""
+    count = len(Prefix._fields)
+    return Prefix(*flat[:count]), flat[count:]
 
 
 def _layout_first(flat: tuple[Any, ...]) -> tuple[Layout, tuple[Any, ...]]:
@@ -85,9 +96,10 @@ def _plain(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     prompts, rest = _prompts_first(rest)
+    prefix, rest = _prefix_first(rest)
     layout, (scale, backend) = _layout_first(rest)
     with _exact(q):
-        return _plain(launchers(backend).attention(q, k, v, prompts, layout, scale))
+        return _plain(launchers(backend).attention(q, k, v, prompts, prefix, layout, scale))
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,10 +113,11 @@ def _attention_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     qkv, (prompts, rest) = rest[:3], _prompts_first(rest[3:])
+    prefix, rest = _prefix_first(rest)
     layout, (scale, backend, needs) = _layout_first(rest)
     with _exact(out):
         gradients = launchers(backend).attention_backward(
-            dout, dlse, out, lse, *qkv, prompts, layout, scale, tuple(needs)
+            dout, dlse, out, lse, *qkv, prompts, prefix, layout, scale, tuple(needs)
         )
         return _plain(gradients)
 
@@ -120,7 +133,7 @@ def _gradients_fake(q: Tensor, inputs: Sequence[Any], needs: Sequence[bool]) -> 
 def _attention_backward_fake(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _gradients_fake(out, rest[:6], rest[-1])
+    return _gradients_fake(out, [rest[i] for i in _DIFFERENTIABLE], rest[-1])
 
 
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
@@ -169,8 +182,9 @@ prompt_op = torch.ops.adapter_kernels.gated_prompt_attention.default
 prompt_backward_op = torch.ops.adapter_kernels.gated_prompt_attention_backward.default
 
 
-# q, k, v, five prompt arguments, and five of the layout, page_table last; numbers follow
-_TENSORS = 13
+# q, k, v, five prompt arguments, four of the prefixes, and five of the layout, page_table last;
+# numbers follow
+_TENSORS = 17
 # q, five prompt arguments, cu_seqlens_q; then out, which the backward does not need, and numbers
 _PROMPT_TENSORS = 7
 
@@ -192,13 +206,14 @@ def _attention_gradients(
     out, lse, *inputs = ctx.saved_tensors
     if inputs[_TENSORS - 1] is not None:
         raise RuntimeError("zero_init_attention_varlen with page_table is forward only")
-    needs = ctx.needs_input_grad[:6]
-    others = (None,) * (len(ctx.needs_input_grad) - 6)
-    if dout is None and dlse is None:
-        return *(None,) * 6, *others
-    dout = torch.zeros_like(out) if dout is None else dout
-    grads = attention_backward_op(dout, dlse, out, lse, *inputs, *ctx.plain, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), *others
+    needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if dout is not None or dlse is not None:
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = attention_backward_op(dout, dlse, out, lse, *inputs, *ctx.plain, needs)
+        for i, gradient, need in zip(_DIFFERENTIABLE, grads, needs, strict=True):
+            found[i] = gradient if need else None
+    return tuple(found)
 
 
 def _keep_prompt(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

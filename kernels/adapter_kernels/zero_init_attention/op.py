@@ -1,7 +1,8 @@
 """Zero-initialized attention: the public functions, from checked arguments to torch operations.
 
 All four compute the split softmax of LLaMA-Adapter: over the tokens, plus a gate times one over the
-prompt. They differ in how sequences lie in memory. library.py holds the operations they call.
+prompt. They differ in how sequences lie in memory; that of packed ones is in varlen.py. library.py
+holds the operations they call.
 """
 
 from typing import Literal, overload
@@ -21,20 +22,13 @@ from .arguments import (
     check_index,
     check_keys,
     check_like_queries,
-    check_max_seqlen,
-    check_pages,
     check_prompt_values,
     check_prompts,
     check_queries,
-    page_capacity,
 )
-from .dispatch import backends_for, cached_backends, kernels_for
-from .layouts import Prompts
+from .dispatch import backends_for, cached_backends, kernels_for, wants_gradient
+from .layouts import Prefix, Prompts
 from .library import attention_op, decode_op, prompt_op
-
-
-def _wants_gradient(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
 @overload
@@ -145,135 +139,12 @@ def zero_init_attention(
     bounds = (key_starts, key_lengths)
     padded = key_starts is not None or key_lengths is not None
     kind = {"causal": causal, "packed": False, "padded": padded}
-    able = backends_for(q, k.shape[1], scale, **kind, training=_wants_gradient(*inputs))
+    able = backends_for(q, k.shape[1], scale, **kind, training=wants_gradient(*inputs))
     chosen = choose_backend("zero_init_attention", backend, q.device, able, *inputs)
     unpacked = (None, None, None, 0, 0)
-    out, lse, _ = attention_op(q, k, v, *prompts, *bounds, *unpacked, causal, scale, chosen)
-    return (out, lse) if return_lse else out
-
-
-@overload
-def zero_init_attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor | None = None,
-    prompt_v: Tensor | None = None,
-    gate: Tensor | None = None,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool = True,
-    scale: float | None = None,
-    adapter_index: Tensor | None = None,
-    prompt_lengths: Tensor | None = None,
-    page_table: Tensor | None = None,
-    return_lse: Literal[False] = False,
-    backend: str | None = None,
-) -> Tensor:
-    """Return out."""
-
-
-@overload
-def zero_init_attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor | None = None,
-    prompt_v: Tensor | None = None,
-    gate: Tensor | None = None,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool = True,
-    scale: float | None = None,
-    adapter_index: Tensor | None = None,
-    prompt_lengths: Tensor | None = None,
-    page_table: Tensor | None = None,
-    return_lse: Literal[True],
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return (out, lse)."""
-
-
-def zero_init_attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor | None = None,
-    prompt_v: Tensor | None = None,
-    gate: Tensor | None = None,
-    *,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: bool = True,
-    scale: float | None = None,
-    adapter_index: Tensor | None = None,
-    prompt_lengths: Tensor | None = None,
-    page_table: Tensor | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """zero_init_attention over B sequences of any lengths, packed one after another.
-
-    With S_b and T_b the lengths of sequence b, the equation of zero_init_attention holds for each
-    on its own, with the causal diagonal j <= i + S_b - T_b. Lengths of 0 are legal. With page_table
-    the keys come from a paged cache and the function is forward only.
-
-    Args:
-        q: (total_q, H, D) queries in float16, bfloat16 or float32; D from 8 to 256 in steps of 8.
-        k, v: (total_k, G, D), or pages (N, page, G, D) with page_table; the dtype of q.
-        prompt_k, prompt_v, gate, adapter_index, prompt_lengths: as in zero_init_attention, where B
-            is the number of sequences.
-        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32; sequence b is rows cu[b] to cu[b + 1] - 1. With
-            page_table, only the differences of cu_seqlens_k count: the keys of each sequence.
-        max_seqlen_q, max_seqlen_k: no length exceeds these.
-        causal, scale, return_lse, backend: as in zero_init_attention; no hybrid of pages on a GPU.
-        page_table: (B, max_pages) int32, the pages of each sequence in order; entries past its
-            length are never read.
-
-    Returns:
-        out (total_q, H, D) in the dtype of q. With return_lse also lse (H, total_q) float32.
-
-    Raises:
-        ValueError: an argument has another shape, dtype, device or value than stated here.
-        RuntimeError: by backward(), where a gradient is asked for through page_table.
-
-    Source: LLaMA-Adapter, section 3.2, equations 5 to 8.
-    """
-    q, k, v, prompt_k, prompt_v = cast_together(q, k, v, prompt_k, prompt_v)
-    prompts = Prompts(prompt_k, prompt_v, gate, adapter_index, prompt_lengths)
-    check_queries(q, "(total_q, H, D)", scale)
-    check_flag("causal", causal)
-    check_flag("return_lse", return_lse)
-    check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q, None, q.shape[0], max_seqlen_q)
-    batch = cu_seqlens_q.shape[0] - 1
-    if page_table is None:
-        check_keys(q, k, v, "", "(total_k, G, D)", None)
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, batch, k.shape[0], max_seqlen_k)
-    else:
-        check_keys(q, k, v, "", "(N, page, G, D)", None, None)
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, batch, None, max_seqlen_k)
-        check_max_seqlen("max_seqlen_k", max_seqlen_k, page_capacity(q, k, page_table, batch))
-        check_pages(k, page_table, cu_seqlens_k.diff())
-    check_prompts(q, prompts, batch, k.shape[-2])
-    inputs = (q, k, v, *prompts[:3])
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    able = cached_backends(q, scale)
-    if page_table is None:
-        kind = {"causal": causal, "packed": True, "padded": False}
-        able = backends_for(q, max_seqlen_k, scale, **kind, training=_wants_gradient(*inputs))
-    chosen = choose_backend("zero_init_attention_varlen", backend, q.device, able, *inputs)
-    packed = (cu_seqlens_q, cu_seqlens_k, page_table, max_seqlen_q, max_seqlen_k)
-    out, lse, _ = attention_op(q, k, v, *prompts, None, None, *packed, causal, scale, chosen)
+    out, lse, _ = attention_op(
+        q, k, v, *prompts, *Prefix(), *bounds, *unpacked, causal, scale, chosen
+    )
     return (out, lse) if return_lse else out
 
 

@@ -11,6 +11,7 @@ from . import reference
 from .layouts import (
     Layout,
     Padded,
+    Prefix,
     Prompts,
     cached_keys,
     from_rows,
@@ -36,10 +37,10 @@ def equations(x: Padded, prompts: Prompts, scale: float) -> tuple[Tensor, Tensor
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, layout: Layout, scale: float
+    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, prefix: Prefix, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result like q, and lse (B,H,T), or (H,total_q) of packed sequences; nothing else."""
-    out, lse = equations(pad(q, k, v, layout), prompts, scale)
+    out, lse = equations(pad(q, k, v, prefix, layout), prompts, scale)
     if layout.cu_seqlens_q is not None:
         lse = pack(lse.mT, layout.cu_seqlens_q, q.shape[0]).t().contiguous()
     return pack(out, layout.cu_seqlens_q, q.shape[0]).to(q.dtype), lse, q.new_empty(0)
@@ -50,6 +51,18 @@ def gradient(rows: Grad, padded: Tensor, cu_seqlens: Tensor | None, like: Tensor
     if rows is None:
         return like.new_empty(0)
     return pack(from_rows(rows, padded), cu_seqlens, like.shape[0]).to(like.dtype)
+
+
+def key_gradients(
+    rows: Grad, padded: Tensor, cu_seqlens: Tensor | None, like: Tensor, prefix: Tensor | None,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradient of keys, and of the prefixes that stand before them; empty if there is none."""
+    if rows is None or prefix is None:
+        return gradient(rows, padded, cu_seqlens, like), like.new_empty(0)
+    both, columns = from_rows(rows, padded), prefix.shape[1]
+    own = pack(both[:, columns:], cu_seqlens, like.shape[0]).to(like.dtype)
+    return own, sum_to(both[:, :columns], prefix, index)
 
 
 def prompt_gradients(
@@ -77,12 +90,13 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     prompts: Prompts,
+    prefix: Prefix,
     layout: Layout,
     scale: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dprompt_k, dprompt_v, dgate. A kernel needs out and lse; the equations do not."""
-    x = pad(q, k, v, layout)
+    """dq, dk, dv, those of prompt_k, prompt_v, gate, prefix_k, prefix_v; nothing of out and lse."""
+    x = pad(q, k, v, prefix, layout)
     groups, cu_q, cu_k = x.k.shape[2], layout.cu_seqlens_q, layout.cu_seqlens_k
 
     def rows(y: Tensor) -> Tensor:
@@ -96,14 +110,19 @@ def attention_backward(
         Segment(to_rows(x.k, groups), to_rows(x.v, groups), x.bias, x.blind),
         prompt_segment(x.q, prompts),
         scale,
-        needs,
+        (needs[0], needs[1] or needs[6], needs[2] or needs[7], *needs[3:6]),
     )
-    return (
+    keys = [
+        key_gradients(rows, padded, cu_k, like, of, prefix.index)
+        for rows, padded, like, of in ((dk, x.k, k, prefix.k), (dv, x.v, v, prefix.v))
+    ]
+    found = (
         gradient(dq, x.q, cu_q, q),
-        gradient(dk, x.k, cu_k, k),
-        gradient(dv, x.v, cu_k, v),
+        *(own for own, _ in keys),
         *prompt_gradients(dprompt_k, dprompt_v, dgate, x.q, prompts),
+        *(before for _, before in keys),
     )
+    return tuple(x if need else x.new_empty(0) for x, need in zip(found, needs, strict=True))
 
 
 def decode(

@@ -36,17 +36,17 @@ def key_bounds(key_starts_ptr, key_lengths_ptr, b, keys):
 
 
 @triton.jit
-def prompt_of(adapter_index_ptr, prompt_lengths_ptr, b, P, A):
-    """Sequence b's row among the prompts, and how many prompt rows count for it."""
+def bank_row(index_ptr, lengths_ptr, b, P, A):
+    """Sequence b's row in a bank (A, P, ...) of prompts or prefixes, and how much of it counts."""
     row = b
     length = P
-    if adapter_index_ptr is not None:
-        row = tl.load(adapter_index_ptr + b)
+    if index_ptr is not None:
+        row = tl.load(index_ptr + b)
         present = (row >= 0) & (row < A)
         row = tl.where(present, row, 0)
         length = tl.where(present, P, 0)
-        if prompt_lengths_ptr is not None:
-            length = tl.minimum(length, tl.load(prompt_lengths_ptr + row))
+        if lengths_ptr is not None:
+            length = tl.minimum(length, tl.load(lengths_ptr + row))
     return row.to(tl.int64), length
 
 

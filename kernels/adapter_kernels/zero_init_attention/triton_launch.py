@@ -8,13 +8,15 @@ from torch import Tensor
 
 from adapter_kernels.arch import capability_of
 
-from .backward_dkv import chunks_of, key_launch, sum_launch
+from .backward_dkv import key_launch
 from .backward_dq import query_launch
+from .backward_prefix import prefix_launch, sequence_chunks
+from .backward_prompt import chunks_of, prompt_backward_launch, sum_launch
 from .configs import TileConfig, tile
 from .decode import decode_launches, splits_of
 from .forward import forward_launch, prompt_forward_launch
 from .kernel_arguments import aligned_rows, batch_of, dense_index, has_many_tiles
-from .layouts import Layout, Prompts
+from .layouts import Layout, Prefix, Prompts
 from .reference import Grad
 
 Partials = tuple[Grad, Grad, Grad]
@@ -28,16 +30,17 @@ def config_of(q: Tensor, direction: str) -> TileConfig:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, layout: Layout, scale: float
+    q: Tensor, k: Tensor, v: Tensor, prompts: Prompts, prefix: Prefix, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result like q, and lse (B,H,T), or (H,total_q) of packed sequences; nothing else."""
     *batch, rows, heads, _ = q.shape
     q, k, v = map(aligned_rows, (q, k, v))
     prompts, layout = readable_prompts(prompts), readable_layout(layout)
+    prefix = readable_prefix(prefix)
     out = q.new_empty(q.shape)
     lse = q.new_empty((*batch, heads, rows), dtype=torch.float32)
     config = config_of(q, "forward")
-    forward_launch(q, k, v, prompts, layout, scale, out, lse, config).run()
+    forward_launch(q, k, v, prompts, prefix, layout, scale, out, lse, config).run()
     return out, lse, q.new_empty(0)
 
 
@@ -51,6 +54,12 @@ def readable_prompts(prompts: Prompts) -> Prompts:
     k, v = (None if x is None else aligned_rows(x) for x in prompts[:2])
     index, lengths = dense_index(prompts.adapter_index), dense_index(prompts.lengths)
     return prompts._replace(k=k, v=v, adapter_index=index, lengths=lengths)
+
+
+def readable_prefix(prefix: Prefix) -> Prefix:
+    """The prefixes as kernels read them."""
+    k, v = (None if x is None else aligned_rows(x) for x in prefix[:2])
+    return Prefix(k, v, dense_index(prefix.index), dense_index(prefix.lengths))
 
 
 def readable_layout(layout: Layout) -> Layout:
@@ -90,8 +99,21 @@ def prompt_statistics(
     return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
 
-def prompt_sums(q: Tensor, partials: Partials, prompts: Prompts) -> tuple[Tensor, ...]:
-    """dprompt_k, dprompt_v and dgate from their partial sums, in the caller's form."""
+def prompt_sums(
+    q: Tensor, prompts: Prompts, cu_seqlens_q: Tensor | None, longest: int, scale: float,
+    dout: Tensor, statistics: tuple[Tensor, Tensor] | None, needs: tuple[bool, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dprompt_k, dprompt_v and dgate, in the caller's form."""
+    one, cu_seqlens_q, longest = as_one_sequence(q, prompts, cu_seqlens_q, longest)
+    if one:
+        q, dout = q[None], dout[None]
+        statistics = None if statistics is None else (statistics[0][None], statistics[1][None])
+    partials = prompt_partials(q, prompts, batch_of(q, cu_seqlens_q), longest, needs)
+    if any(partial is not None for partial in partials):
+        config = config_of(q, "prompt_backward")
+        prompt_backward_launch(
+            q, prompts, cu_seqlens_q, longest, scale, dout, partials, statistics, config
+        ).run()
     sums = []
     for partial, like in zip(partials, prompts[:3], strict=True):
         if partial is None or like is None:
@@ -113,35 +135,45 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     prompts: Prompts,
+    prefix: Prefix,
     layout: Layout,
     scale: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
-    """dq, dk, dv, dprompt_k, dprompt_v, dgate."""
+    """dq, dk, dv, dprompt_k, dprompt_v, dgate, dprefix_k, dprefix_v."""
     q, k, v, out, dout = map(aligned_rows, (q, k, v, out, dout))
     prompts, layout = readable_prompts(prompts), readable_layout(layout)
+    prefix, of_prompt, of_prefix = readable_prefix(prefix), needs[3:6], needs[6:]
     dlse = None if dlse is None else dlse.contiguous()
     dq, dk, dv = (
         x.new_empty(x.shape) if need else None for x, need in zip((q, k, v), needs[:3], strict=True)
     )
-    statistics = prompt_statistics(q, prompts, needs[3:])
+    statistics = prompt_statistics(q, prompts, of_prompt)
     delta, config = None, config_of(q, "backward_dq")
-    if needs[0] or needs[1]:
+    if needs[0] or needs[1] or of_prefix[0]:
         delta = torch.empty_like(lse)
-        tokens = (q, k, v, prompts, layout, scale, out, dout, lse, dlse, delta, dq)
+        tokens = (q, k, v, prompts, prefix, layout, scale, out, dout, lse, dlse, delta, dq)
         query_launch(*tokens, statistics, config).run()
     elif statistics is not None:
-        alone = (q, None, None, prompts, layout, scale, None, dout, None, None, None, None)
+        alone = (q, None, None, prompts, Prefix(), layout, scale, None, dout, *[None] * 4)
         query_launch(*alone, statistics, config).run()
+    config = key_config_of(q, k.shape[-2])
+    if needs[1] or needs[2]:
+        key_launch(q, k, v, layout, scale, dout, lse, delta, dk, dv, config).run()
     longest = q.shape[1] if layout.cu_seqlens_q is None else layout.max_seqlen_q
-    batch = batch_of(q, layout.cu_seqlens_q)
-    partials = prompt_partials(q, prompts, batch, longest, needs[3:])
-    key_launch(
-        q, k, v, prompts, layout, scale, dout, lse, delta, dk, dv, partials, statistics,
-        key_config_of(q, k.shape[-2]),
-    ).run()  # fmt: skip
-    sums = prompt_sums(q, partials, prompts)
-    return *(q.new_empty(0) if x is None else x for x in (dq, dk, dv)), *sums
+    sums = prompt_sums(q, prompts, layout.cu_seqlens_q, longest, scale, dout, statistics, of_prompt)
+    prefix_sums = [q.new_empty(0), q.new_empty(0)]
+    if prefix.k is not None and layout.cu_seqlens_q is not None and any(of_prefix):
+        shape = (sequence_chunks(batch_of(q, layout.cu_seqlens_q)), 1, *prefix.k.shape)
+        k_part, v_part = (
+            q.new_empty(shape, dtype=torch.float32) if need else None for need in of_prefix
+        )
+        prefix_launch(q, prefix, layout, scale, dout, lse, delta, (k_part, v_part), config).run()
+        for i, partial in enumerate((k_part, v_part)):
+            if partial is not None:
+                prefix_sums[i] = prefix.k.new_empty(prefix.k.shape)
+                sum_launch(partial, prefix_sums[i], None, True).run()
+    return *(q.new_empty(0) if x is None else x for x in (dq, dk, dv)), *sums, *prefix_sums
 
 
 def decode(
@@ -234,14 +266,8 @@ def prompt_backward(
     statistics = prompt_statistics(q, prompts, needs[1:])
     if dq is not None or statistics is not None:
         query_launch(
-            q, None, None, prompts, layout, scale, None, dout, None, None, None, dq, statistics,
-            config_of(q, "backward_dq"),
+            q, None, None, prompts, Prefix(), layout, scale, None, dout, None, None, None, dq,
+            statistics, config_of(q, "backward_dq"),
         ).run()  # fmt: skip
-    partials = prompt_partials(q, prompts, batch_of(q, cu_seqlens_q), longest, needs[1:])
-    assert prompts.k is not None, "op.py lets no call without prompts pass"
-    key_launch(
-        q, None, None, prompts, layout, scale, dout, None, None, None, None, partials, statistics,
-        key_config_of(q, prompts.k.shape[-2]),
-    ).run()  # fmt: skip
-    sums = prompt_sums(q, partials, prompts)
+    sums = prompt_sums(q, prompts, cu_seqlens_q, longest, scale, dout, statistics, needs[1:])
     return q.new_empty(0) if result is None else result, *sums

@@ -13,8 +13,10 @@ from adapter_kernels import zero_init_attention, zero_init_attention_varlen
 from adapter_kernels.zero_init_attention.library import attention_op
 
 FORMS = ("none", "shared", "sample", "sample_gates", "bank", "bank_lengths")
-LAYOUTS = ("causal", "bidirectional", "padded", "blind", "packed", "packed_bidirectional")
-NAMES = ("q", "k", "v", "prompt_k", "prompt_v", "gate")
+LAYOUTS = (
+    "causal", "bidirectional", "padded", "blind", "packed", "packed_bidirectional", "packed_prefix",
+)  # fmt: skip
+NAMES = ("q", "k", "v", "prompt_k", "prompt_v", "gate", "prefix_k", "prefix_v")
 # which backend `Case.public` asks for; None is what users get here. Tests of one backend set it.
 BACKEND: str | None = None
 # where every case lies; tests of the kernels set the GPU
@@ -39,6 +41,10 @@ class Case:
     cu_seqlens_k: Tensor | None
     causal: bool
     scale: float
+    prefix_k: Tensor | None = None
+    prefix_v: Tensor | None = None
+    prefix_index: Tensor | None = None
+    prefix_lengths: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -54,6 +60,11 @@ class Case:
     def prompts(self) -> tuple[Tensor | None, ...]:
         """The five prompt arguments in order."""
         return self.prompt_k, self.prompt_v, self.gate, self.adapter_index, self.prompt_lengths
+
+    @property
+    def prefix(self) -> tuple[Tensor | None, ...]:
+        """The four prefix arguments in order."""
+        return self.prefix_k, self.prefix_v, self.prefix_index, self.prefix_lengths
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -82,7 +93,7 @@ class Case:
     def operation(self) -> tuple[Tensor, Tensor]:
         """The reference's torch operation, which takes float64 as well: out and lse."""
         index = (self.key_starts, self.key_lengths, self.cu_seqlens_q, self.cu_seqlens_k, None)
-        leaves = (self.q, self.k, self.v, *self.prompts)
+        leaves = (self.q, self.k, self.v, *self.prompts, *self.prefix)
         plain = (*self.longest(), self.causal, self.scale, "reference")
         return attention_op(*leaves, *index, *plain)[:2]
 
@@ -97,7 +108,7 @@ class Case:
             arguments["max_seqlen_q"], arguments["max_seqlen_k"] = self.longest()
             result = zero_init_attention_varlen(**arguments, return_lse=True)
         else:
-            for name in packing:
+            for name in (*packing, *(name for name in arguments if name.startswith("prefix"))):
                 arguments.pop(name)
             result = zero_init_attention(**arguments, return_lse=True)
         assert isinstance(result, tuple)
@@ -141,10 +152,17 @@ def make_case(form: str, layout: str, *, seed: int = 0, head_dim: int = 8) -> Ca
     if form.startswith("bank"):
         index = int32(2, -1, 2) if form == "bank" else int32(3, 1, 0)
         lengths = int32(1, 3, 3, 2) if form == "bank_lengths" else None
+    prefix: tuple[Tensor, ...] = ()
+    if layout == "packed_prefix":
+        # two sequences share one, the other has none, or one and no key of its own; one is not used
+        bank = [normal(g, 3, 5, groups, head_dim) for _ in "kv"]
+        of = int32(1, 0, 1) if form == "sample_gates" else int32(1, -1, 1)
+        prefix = (bank[0], bank[1], of, int32(5, 3, 4))
     causal = "bidirectional" not in layout
     case = Case(
-        q, k, v, prompt_k, prompt_v, gate, index, lengths, starts, ends, cu_q, cu_k, causal, 0.37
-    )
+        q, k, v, prompt_k, prompt_v, gate, index, lengths, starts, ends, cu_q, cu_k, causal, 0.37,
+        *prefix,
+    )  # fmt: skip
     return case.double()
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from adapter_kernels import launch
 from adapter_kernels.backend import INTERPRETED
-from adapter_kernels.zero_init_attention.layouts import Prompts
 from adapter_kernels.zero_init_attention.library import attention_backward_op, attention_op
 from tests.adapter_kernels.tolerances import (
     GRADIENT_FACTOR,
@@ -22,7 +21,7 @@ from tests.adapter_kernels.tolerances import (
     check_lse,
     largest,
 )
-from tests.adapter_kernels.zero_init_attention.cases import Case
+from tests.adapter_kernels.zero_init_attention.cases import NAMES, Case
 from tests.adapter_kernels.zero_init_attention.checkers import random_like
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -81,8 +80,8 @@ def check_against_reference(case: Case, backend: str, lse_gradient: bool = True)
 
     def run(one: Case, name: str) -> tuple[Tensor, Tensor, Tensor]:
         leaves = tuple(None if x is None else x.detach() for x in (one.q, one.k, one.v))
-        prompts = Prompts(*(None if x is None else x.detach() for x in one.prompts))
-        return attention_op(*leaves, *prompts, *index, *plain, name)
+        others = (None if x is None else x.detach() for x in (*one.prompts, *one.prefix))
+        return attention_op(*leaves, *others, *index, *plain, name)
 
     results = {name: run(one, name) for name, one in ((backend, case), ("reference", eager))}
     true_out, true_lse, _ = run(truth, "reference")
@@ -97,7 +96,7 @@ def check_against_reference(case: Case, backend: str, lse_gradient: bool = True)
     # no gradient may pass a row without keys, so what it is given there is large
     dlse = random_like(lse, 98).masked_fill(blind, 1e6) if lse_gradient else None
     names = list(case.leaves)
-    needs = [name in names for name in ("q", "k", "v", "prompt_k", "prompt_v", "gate")]
+    needs = [name in names for name in NAMES]
     gradients = []
     for one, name, saved, saved_lse in (
         (case, backend, own if own.numel() else out, lse),
@@ -105,7 +104,8 @@ def check_against_reference(case: Case, backend: str, lse_gradient: bool = True)
         (truth, "reference", true_out, true_lse),
     ):
         given = dout.to(one.q.dtype), None if dlse is None else dlse.to(saved_lse.dtype)
-        tensors = (None if x is None else x.detach() for x in (one.q, one.k, one.v, *one.prompts))
+        inputs = (one.q, one.k, one.v, *one.prompts, *one.prefix)
+        tensors = (None if x is None else x.detach() for x in inputs)
         arguments = (*given, saved, saved_lse, *tensors, *index, *plain, name, needs)
         found = attention_backward_op(*arguments)
         gradients.append([g for g, need in zip(found, needs, strict=True) if need])

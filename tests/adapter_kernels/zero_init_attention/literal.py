@@ -48,6 +48,15 @@ def prompt_of(case: Case, b: int, h: int, group: int) -> tuple[Pair | None, Tens
     return (own_k[:, group], own_v[:, group]), g
 
 
+def with_prefix(case: Case, b: int, k: Tensor, v: Tensor) -> Pair:
+    """The keys and values of sequence b behind those of its prefix."""
+    fk, fv, index, lengths = case.prefix
+    if fk is None or fv is None or index is None or lengths is None or int(index[b]) == -1:
+        return k, v
+    f = int(index[b])
+    return torch.cat([fk[f, : lengths[f]], k]), torch.cat([fv[f, : lengths[f]], v])
+
+
 def sequences(case: Case) -> list[tuple[Tensor, Tensor, Tensor, range]]:
     """Per sequence: q (T,H,D), k and v (S,G,D), and the keys that its padding leaves."""
     found = []
@@ -59,7 +68,7 @@ def sequences(case: Case) -> list[tuple[Tensor, Tensor, Tensor, range]]:
         else:
             rows = slice(int(case.cu_seqlens_q[b]), int(case.cu_seqlens_q[b + 1]))
             keys = slice(int(case.cu_seqlens_k[b]), int(case.cu_seqlens_k[b + 1]))
-            q, k, v = case.q[rows], case.k[keys], case.v[keys]
+            q, (k, v) = case.q[rows], with_prefix(case, b, case.k[keys], case.v[keys])
             first, end = 0, len(k)
         found.append((q, k, v, range(first, end)))
     return found

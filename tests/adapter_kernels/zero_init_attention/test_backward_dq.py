@@ -5,7 +5,7 @@ import torch
 
 from adapter_kernels.zero_init_attention import reference_launch
 from adapter_kernels.zero_init_attention.configs import tile
-from adapter_kernels.zero_init_attention.layouts import Layout, Prompts
+from adapter_kernels.zero_init_attention.layouts import Layout, Prefix, Prompts
 from tests.adapter_kernels.tolerances import check_identity, largest
 from tests.adapter_kernels.zero_init_attention.cases import make_case
 from tests.adapter_kernels.zero_init_attention.kernel_runs import DEVICE, needs_kernels, on_device
@@ -26,15 +26,15 @@ def test_delta_and_the_prompts_statistics(many: bool) -> None:
     layout = Layout(None, None, None, None, None, 0, 0, True)
     doubled = Prompts(prompt_k.double(), prompt_v.double(), gate, None, None)
     out, lse, _ = reference_launch.attention(
-        q.double(), k.double(), v.double(), doubled, layout, case.scale
+        q.double(), k.double(), v.double(), doubled, Prefix(), layout, case.scale
     )
     dout, dlse = torch.randn_like(q), torch.randn(3, 6, 5, device=DEVICE)
     delta, dq = torch.full_like(dlse, float("nan")), torch.full_like(q, float("nan"))
     statistics = (torch.full_like(dlse, float("nan")), torch.full_like(dlse, float("nan")))
     config = tile(80, "backward_dq", 8, torch.float32)
     backward_dq.query_launch(
-        q, k, v, prompts, layout, case.scale, out.float(), dout, lse.float(), dlse, delta, dq,
-        statistics if many else None, config,
+        q, k, v, prompts, Prefix(), layout, case.scale, out.float(), dout, lse.float(), dlse, delta,
+        dq, statistics if many else None, config,
     ).run()  # fmt: skip
     own = out - _prompt_out(q, doubled, case.scale)[0]
     expected = torch.einsum("bthd,bthd->bht", dout.double(), own) - dlse

@@ -7,7 +7,7 @@ import torch
 
 from adapter_kernels import gated_prompt_attention
 from adapter_kernels.zero_init_attention.configs import TileConfig
-from adapter_kernels.zero_init_attention.layouts import Layout, Prompts
+from adapter_kernels.zero_init_attention.layouts import Layout, Prefix, Prompts
 from tests.adapter_kernels.tolerances import check_identity, largest
 from tests.adapter_kernels.zero_init_attention.cases import FORMS, make_case
 from tests.adapter_kernels.zero_init_attention.kernel_runs import needs_kernels, on_device
@@ -23,7 +23,7 @@ NOTHING = Prompts(None, None, None, None, None)
 def test_the_kernel_gets_a_positive_scale(scale: float, sign: int, positive: float) -> None:
     q, lse = torch.empty(2, 37, 4, 8), torch.empty(2, 4, 37)
     config = TileConfig(16, 32, 4, 2)
-    launch = forward.forward_launch(q, q, q, NOTHING, DENSE, scale, q, lse, config)
+    launch = forward.forward_launch(q, q, q, NOTHING, Prefix(), DENSE, scale, q, lse, config)
     assert launch.arguments["SIGN"] == sign
     assert math.isclose(launch.arguments["scale_log2"], positive * math.log2(math.e))
     # three tiles of 16 rows, two samples, four heads

@@ -93,7 +93,7 @@ def test_the_library_attends_and_only_where_it_must(
 
 def test_what_is_kept_is_the_tokens_own_output() -> None:
     case = make_case("shared", "causal").cast(FLOAT32)
-    plain = (None, None, None, None, None, 0, 0, True, case.scale, "hybrid")
+    plain = (*[None] * 9, 0, 0, True, case.scale, "hybrid")
     leaves = [x.detach() for x in (case.q, case.k, case.v)]
     nothing = (None,) * 5
     own = attention_op(*leaves, *case.prompts, *plain)[2]

@@ -36,7 +36,7 @@ def detached(case: Case) -> Case:
 def index_arguments(case: Case) -> tuple[Any, ...]:
     """What follows the prompts in the operation's schema, up to the backend."""
     index = (case.key_starts, case.key_lengths, case.cu_seqlens_q, case.cu_seqlens_k, None)
-    return (*index, *case.longest(), case.causal, case.scale)
+    return (*case.prefix, *index, *case.longest(), case.causal, case.scale)
 
 
 def test_every_operation_declares_itself_safe_to_compile() -> None:
@@ -53,8 +53,11 @@ def test_every_operation_declares_itself_safe_to_compile() -> None:
 
 @pytest.mark.parametrize(
     ("form", "layout"),
-    [("shared", "causal"), ("bank_lengths", "padded"), ("none", "blind"), ("sample", "packed")],
-)
+    [
+        ("shared", "causal"), ("bank_lengths", "padded"), ("none", "blind"), ("sample", "packed"),
+        ("shared", "packed_prefix"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("backend", HERE)
 def test_opcheck_of_attention(backend: str, form: str, layout: str) -> None:
     case = make_case(form, layout).cast(FLOAT32)
@@ -63,14 +66,16 @@ def test_opcheck_of_attention(backend: str, form: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "needs", [(True,) * 6, (False, False, False, True, True, True), (True, False) * 3]
+    "needs",
+    [(True,) * 6, (False, False, False, True, True, True), (True, False) * 3],
 )
-@pytest.mark.parametrize("layout", ["causal", "packed"])
+@pytest.mark.parametrize("layout", ["causal", "packed", "packed_prefix"])
 @pytest.mark.parametrize("backend", HERE)
 def test_opcheck_of_attention_backward(backend: str, layout: str, needs: tuple[bool, ...]) -> None:
     case = detached(make_case("bank", layout).cast(torch.float16))
     out, lse = case.operation()
     arguments = (torch.randn_like(out), torch.randn_like(lse), out, lse, case.q, case.k, case.v)
+    needs = (*needs, case.prefix_k is not None, needs[0])
     rest = (*index_arguments(case), backend, list(needs))
     opcheck(library.attention_backward_op, (*arguments, *case.prompts, *rest))
 
@@ -83,6 +88,7 @@ def test_opcheck_of_attention_backward(backend: str, layout: str, needs: tuple[b
         ("shared", "causal"),
         ("bank_lengths", "padded"),
         ("sample", "packed"),
+        ("bank", "packed_prefix"),
         ("none", "blind"),
     ],
 )
@@ -101,7 +107,7 @@ def test_results_lie_as_compiled_code_is_told(
     out, lse, own = found
     kept, dout = own if len(own) else out, turn(torch.randn_like(out))
     for dlse in (None, torch.randn_like(lse)):
-        rest = (*inputs, *index_arguments(case), backend, [True] * 6)
+        rest = (*inputs, *index_arguments(case), backend, [True] * 8)
         found += library.attention_backward_op(dout, dlse, kept, lse, *rest)
     if form != "none":
         alone = "reference" if backend == "hybrid" else backend
@@ -231,7 +237,7 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool) -> N
     case = make_case("bank", "causal").cast(FLOAT32)
 
     def function(*leaves: Tensor) -> Tensor:
-        one = replace(case, **dict(zip(NAMES, leaves, strict=True)))
+        one = replace(case, **dict(zip(case.leaves, leaves, strict=True)))
         return one.public()[0]
 
     expected = torch.autograd.grad(
@@ -289,11 +295,9 @@ def test_gradients_nobody_asked_for_are_not_computed(
     wanted = tuple(name in asked for name in NAMES)
     assert spy.needs == [wanted]
     assert spy.second == [None], "lse was not used, so it has no gradient, not one of zeros"
-    sizes = tuple(
-        x.numel() if need else 0 for x, need in zip(case.leaves.values(), wanted, strict=True)
-    )
+    sizes = tuple(case.leaves[name].numel() if name in asked else 0 for name in NAMES)
     assert spy.sizes == [sizes]
-    assert [x.grad is not None for x in case.leaves.values()] == list(wanted)
+    assert [name for name, x in case.leaves.items() if x.grad is not None] == list(asked)
 
 
 def test_prompt_segment_computes_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

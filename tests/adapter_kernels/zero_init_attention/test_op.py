@@ -350,7 +350,7 @@ def test_index_out_of_range_acts_as_none_without_a_check() -> None:
         (int32(-1, 2, -1), int32(3, 3, 3, 3), int32(7, 7, 7)),
         (int32(4, 2, -9), int32(3, 3, 9, 3), int32(7, 99, 7)),
     ):
-        outs.append(attention_op(*tensors, index, lengths, None, ends, *nothing)[0])
+        outs.append(attention_op(*tensors, index, lengths, *case.prefix, None, ends, *nothing)[0])
     check_bitwise("out", outs[1], outs[0])
     pages, table = case.k.detach().view(3, 7, 2, 8), int32(0, 1, 2).view(3, 1)
     rest = (None, None, None, None, None)
@@ -364,7 +364,7 @@ def test_index_out_of_range_acts_as_none_without_a_check() -> None:
     outs = []
     for third, pages_of in ((14, (0, 1, 2)), (99, (-5, 1, 99))):
         index = (None, None, cu_q, int32(0, 7, 7, third), int32(*pages_of).view(3, 1), 5, 7)
-        out, _, _ = attention_op(q, pages, pages, *rest, *index, True, 0.3, name)
+        out, _, _ = attention_op(q, pages, pages, *rest, *case.prefix, *index, True, 0.3, name)
         outs.append(out)
     check_bitwise("varlen", outs[1], outs[0])
 
@@ -534,7 +534,8 @@ def test_reference_on_cuda_never_waits_and_equals_the_cpu(form: str, layout: str
     leaves = [x.requires_grad_() for x in cuda.leaves.values()]
     dlse = random_like(lse, 98).masked_fill(lse == -torch.inf, 1e6).cuda()
     dout = random_like(out).cuda()
-    index = (cuda.key_starts, cuda.key_lengths, cuda.cu_seqlens_q, cuda.cu_seqlens_k, None)
+    bounds = (cuda.key_starts, cuda.key_lengths, cuda.cu_seqlens_q, cuda.cu_seqlens_k, None)
+    index = (*cuda.prefix, *bounds)
     rest = (*index, *case.longest(), case.causal, case.scale, "reference")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -71,7 +71,10 @@ def test_every_form_and_layout(form: str, layout: str, dtype: torch.dtype) -> No
     check_against_reference(on_device(make_case(form, layout), dtype), "triton")
     ran = launched(before)
     assert {"forward_kernel", "query_kernel", "key_kernel"} <= set(ran)
-    assert ("sum_kernel" in ran) == (form != "none")
+    prefixed = layout == "packed_prefix"
+    assert ("prompt_backward_kernel" in ran) == (form != "none")
+    assert ("prefix_kernel" in ran) == prefixed
+    assert ("sum_kernel" in ran) == (form != "none" or prefixed)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -227,7 +230,7 @@ def test_a_diverged_adapter_spoils_no_row_without_one() -> None:
 
 def prompt_of_raw_index(case: cases.Case) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse below the checks, as a GPU runs with an index that no host looked at."""
-    rest = (None, None, None, None, None, 0, 0, True, case.scale, "triton")
+    rest = (*[None] * 9, 0, 0, True, case.scale, "triton")
     out, lse, _ = library.attention_op(case.q, case.k, case.v, *case.prompts, *rest)
     return out, lse
 

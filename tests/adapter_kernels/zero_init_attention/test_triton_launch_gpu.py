@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adapter_kernels import zero_init_attention
 from adapter_kernels.zero_init_attention import library
-from adapter_kernels.zero_init_attention.backward_dkv import chunks_of
+from adapter_kernels.zero_init_attention.backward_prompt import chunks_of
 from tests.adapter_kernels.tolerances import check_bitwise, check_identity
 from tests.adapter_kernels.zero_init_attention import cases
 from tests.adapter_kernels.zero_init_attention.cases import Case, make_case, sized
@@ -241,6 +241,7 @@ def test_a_captured_graph_follows_its_inputs(backend: str) -> None:
         ("triton", "shared", "causal"),
         ("triton", "bank_lengths", "padded"),
         ("triton", "sample", "packed"),
+        ("triton", "shared", "packed_prefix"),
         # no library of a GPU takes padding or packed sequences
         ("hybrid", "shared", "bidirectional"),
     ],
@@ -248,7 +249,7 @@ def test_a_captured_graph_follows_its_inputs(backend: str) -> None:
 def test_opcheck(backend: str, form: str, layout: str) -> None:
     case = make_case(form, layout).cast(torch.bfloat16)
     index = (case.key_starts, case.key_lengths, case.cu_seqlens_q, case.cu_seqlens_k, None)
-    rest = (*index, *case.longest(), case.causal, case.scale, backend)
+    rest = (*case.prefix, *index, *case.longest(), case.causal, case.scale, backend)
     opcheck(library.attention_op, (case.q, case.k, case.v, *case.prompts, *rest))
 
 

@@ -82,7 +82,7 @@ def test_a_beginning_is_computed_once(tiny_model: Llama) -> None:
     assert len(plain.tokens) - len(shared.tokens) == 4 * len(FIRST) + 1 * len(SECOND)
     assert torch.equal(plain.targets, shared.targets)
     assert plain.counts == shared.counts
-    assert plain.packing.key_rows is None
+    assert plain.packing.shared is None
     with torch.no_grad():
         one, other = (
             tiny_model.hidden_packed(packed.tokens, packed.packing)[packed.rows]
@@ -126,7 +126,7 @@ def test_what_cannot_be_shared_is_not() -> None:
     fine = Example(0, (*FIRST, 3, 4), (*[IGNORE_INDEX] * 8, 4))
     assert prefix_of(fine, ((1, 9), FIRST, SECOND)) == FIRST, "the longest"
     alone_with_it = pack([fine, Example(1, (1, 5, 6), (IGNORE_INDEX, 5, 6))], prefixes=(FIRST,))
-    assert alone_with_it.packing.key_rows is None
+    assert alone_with_it.packing.shared is None
     with pytest.raises(ValueError, match="examples must hold at least one example, got none"):
         pack([])
 

@@ -7,7 +7,7 @@ from tests.adapter_kernels.tolerances import check_bitwise, check_identity
 from tests.adapter_kernels.zero_init_attention.cases import int32
 from tests.adapter_kernels.zero_init_attention.kernel_runs import DEVICE, needs_kernels
 
-backward_dkv = pytest.importorskip("adapter_kernels.zero_init_attention.backward_dkv")
+backward_prompt = pytest.importorskip("adapter_kernels.zero_init_attention.backward_prompt")
 pytestmark = [pytest.mark.kernel, needs_kernels]
 
 
@@ -16,7 +16,7 @@ def summed(
 ) -> torch.Tensor:
     shape = partial.shape[2:] if rows is None else (rows, *partial.shape[2:])
     out = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
-    backward_dkv.sum_launch(partial, out, index, rows is None).run()
+    backward_prompt.sum_launch(partial, out, index, rows is None).run()
     return out
 
 
@@ -39,5 +39,5 @@ def test_sums(dtype: torch.dtype) -> None:
 def test_nothing_sums_to_zero() -> None:
     empty = torch.empty(0, 2, 4, device=DEVICE)
     assert summed(empty, None, None, torch.float32).tolist() == [0.0] * 4
-    assert backward_dkv.chunks_of(0) == 0
-    assert backward_dkv.chunks_of(backward_dkv.PROMPT_ROWS + 1) == 2
+    assert backward_prompt.chunks_of(0) == 0
+    assert backward_prompt.chunks_of(backward_prompt.PROMPT_ROWS + 1) == 2
