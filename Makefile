@@ -8,7 +8,7 @@ PARALLEL ?= 2
 # one torch thread per test process: two processes with two threads each fight for two cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-all lint aot-all gpu gpu-tests gpu-sanitizer gpu-attention gpu-decode gpu-small_ops gpu-generate gpu-dropin gpu-train_step gpu-paper_run gpu-tune clean
+.PHONY: quickstart test test-all lint aot-all gpu gpu-tests gpu-sanitizer gpu-attention gpu-decode gpu-small_ops gpu-generate gpu-dropin gpu-train_step gpu-paper_run gpu-memory gpu-training gpu-tune clean
 
 quickstart: $(INSTALLED)
 	@env -u OMP_NUM_THREADS $(VENV)/bin/llama-adapter quickstart
@@ -35,13 +35,17 @@ lint: $(LINTERS)
 # for a GPU machine without network: uses the machine's own Python and packages, and this folder as it
 # is. Kernels are compiled in processes side by side, by pytest-xdist where it is installed; each part
 # takes under 10 minutes, a benchmark no more than `make gpu MINUTES=2` gives it
-PART ?= tests sanitizer attention decode small_ops generate dropin train_step paper_run
+PART ?= tests sanitizer attention decode small_ops generate dropin train_step paper_run memory
 XDIST = $(shell $(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 MEASURE = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m benchmarks.
 LIMIT = $(if $(MINUTES),--minutes $(MINUTES))
 # without torch's cache of memory every tensor is an allocation of its own, whose ends are guarded
 SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool
 CHECKED = $(PYTHON) -m pytest tests/adapter_kernels/zero_init_attention/test_triton_launch.py
+TRAINING = tests/test_gpu.py tests/llama_adapter tests/benchmarks/test_memory.py \
+	tests/adapter_kernels/test_linear_cross_entropy.py \
+	tests/adapter_kernels/zero_init_attention/test_varlen.py \
+	tests/adapter_kernels/zero_init_attention/test_triton_launch.py
 gpu: $(addprefix gpu-,$(PART))
 HAS_GPU = @$(PYTHON) -c 'import torch; raise SystemExit(not torch.cuda.is_available() and "make gpu: torch sees no GPU here")'
 gpu-tests:
@@ -73,6 +77,14 @@ gpu-train_step:
 gpu-paper_run:
 	$(HAS_GPU)
 	$(MEASURE)paper_run $(LIMIT)
+gpu-memory:
+	$(HAS_GPU)
+	$(MEASURE)memory $(LIMIT)
+# what fine-tuning rests on, each in a shorter form
+gpu-training:
+	$(HAS_GPU)
+	$(PYTHON) -m pytest -v $(XDIST) -m "gpu or kernel" $(TRAINING)
+	for one in train_step paper_run memory; do $(MEASURE)$$one --minutes $(or $(MINUTES),1) || exit; done
 gpu-tune:
 	$(MEASURE)tune --processes 16
 

@@ -33,7 +33,7 @@ KERNEL_TESTS = (
     "tests/adapter_kernels/zero_init_attention/test_tiles.py",
     "tests/adapter_kernels/zero_init_attention/test_forward.py",
     "tests/adapter_kernels/zero_init_attention/test_backward_dq.py",
-    "tests/adapter_kernels/zero_init_attention/test_backward_dkv.py",
+    "tests/adapter_kernels/zero_init_attention/test_backward_prompt.py",
 )
 MODEL_TESTS = (
     "tests/llama_adapter/test_model.py",

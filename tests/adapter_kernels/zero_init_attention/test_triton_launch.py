@@ -16,7 +16,7 @@ import torch
 
 from adapter_kernels import launch
 from adapter_kernels.zero_init_attention import (
-    backward_dkv,
+    backward_prompt,
     configs,
     kernel_arguments,
     library,
@@ -137,7 +137,7 @@ def test_scales(scale: float) -> None:
 
 
 def test_more_query_rows_than_one_prompt_program_sums(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backward_dkv, "PROMPT_ROWS", 128)
+    monkeypatch.setattr(backward_prompt, "PROMPT_ROWS", 128)
     case = sized("sample", queries=300, keys=40, head_dim=8, rows=6, causal=False)
     check_against_reference(on_device(case, FLOAT32), "triton")
 

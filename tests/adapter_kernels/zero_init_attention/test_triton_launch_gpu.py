@@ -91,8 +91,9 @@ def test_one_query_of_many_keys(dtype: torch.dtype) -> None:
     check_against_reference(case.cast(dtype), "triton")
 
 
+@pytest.mark.parametrize("prefixed", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
-def test_packed_sequences_of_real_sizes(dtype: torch.dtype) -> None:
+def test_packed_sequences_of_real_sizes(dtype: torch.dtype, prefixed: bool) -> None:
     lengths = [0, 1, 127, 1024, 3, 511]
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
     g = torch.Generator().manual_seed(3)
@@ -101,6 +102,11 @@ def test_packed_sequences_of_real_sizes(dtype: torch.dtype) -> None:
     case = make_case("none", "packed")
     cu = cases.int32(*ends)
     case = replace(case, q=q, k=k, v=v, cu_seqlens_q=cu, cu_seqlens_k=cu, scale=128**-0.5)
+    if prefixed:
+        bank = [cases.normal(g, 3, 139, 2, 128) for _ in "kv"]
+        index, lengths = cases.int32(1, 0, 1, 2, -1, 1), cases.int32(139, 39, 128)
+        case = replace(case, prefix_k=bank[0], prefix_v=bank[1], prefix_index=index,
+                       prefix_lengths=lengths)  # fmt: skip
     check_against_reference(case.cast(dtype), "triton")
 
 
