@@ -17,11 +17,11 @@ from torch import Tensor
 from .launch import Launch
 
 # A chunk's logits. In bfloat16 128 MiB are 2,048 rows of LLaMA's V = 32,000. With C = 4,096 the
-# two products of such a chunk are 2,000 and 256 tiles of 128 x 256, which fill the 132
-# multiprocessors of an H200 15.2 and 1.94 times (98 % of whole rounds), and each takes 680 us at
-# 790 TFLOP/s, in which its 262 MB of weight are read in 61 us. At the 8,300 tokens of the paper's
-# batch, all of them labelled, 131 MB of logits, 68 MB of dx and at most 34 MB of a chunk's x and dx
-# are there at a time; all logits at once would be 531 MB, and as much again for each step on them.
+# two products of such a chunk are 2,000 and 256 tiles of 128 x 256, in 16 and 2 rounds of the 132
+# multiprocessors of an H200, 95 and 97 % full; each takes 680 us at 790 TFLOP/s, in which its
+# 262 MB of weight are read in 61 us. At the 8,300 tokens of the paper's batch, all of them
+# labelled, 131 MB of logits, 68 MB of dx and at most 34 MB of a chunk's x and dx exist at a time,
+# below 300 MB; all logits at once would be 531 MB, and twice that in float32.
 CHUNK_BYTES = 2**27
 # LLaMA 3's V = 128,256 would leave 522 rows, too few: these are 263 MB in bfloat16
 CHUNK_ROWS = 1024
