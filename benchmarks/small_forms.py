@@ -1,7 +1,7 @@
 """Which forms of the small operations' kernels are compiled for chips that are not here?
 
-Those of rms_norm, apply_rotary, write_cache and swiglu, and of their backward passes, that make
-triton compile them anew, at the widths of LLaMA's models and at odd ones.
+Those of rms_norm, apply_rotary, write_cache, swiglu and linear_cross_entropy, and of their backward
+passes, that make triton compile them anew, at the widths of LLaMA's models and at odd ones.
 """
 
 from dataclasses import astuple, dataclass
@@ -11,6 +11,7 @@ import torch
 
 from adapter_kernels.arch import ARCHS
 from adapter_kernels.launch import Launch
+from adapter_kernels.linear_cross_entropy_kernel import cross_entropy_launch
 from adapter_kernels.rms_norm_kernel import PROGRAMS, rms_norm_backward_launch, rms_norm_launch
 from adapter_kernels.rotary_kernel import rotary_launch
 from adapter_kernels.swiglu_kernel import swiglu_backward_launch, swiglu_launch
@@ -19,7 +20,7 @@ from benchmarks.specialisations import on_meta
 # of a prompt, of a cache and its pages, and the heads of LLaMA 3 with 8 billion parameters
 BATCH, TOKENS, PAGE, HEADS, GROUPS = 8, 2048, 64, 32, 8
 DTYPES = (torch.bfloat16, torch.float32)
-# by operation: its forms, and its widths, an odd one first: C, F, or of a head D
+# by operation: its forms, and its widths, an odd one first: C, F, V, or of a head D
 FORMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "rms_norm": (("alone", "residual"), (67, 4096, 5120, 8192)),
     "rms_norm_backward": (
@@ -42,6 +43,11 @@ FORMS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     ),
     "swiglu": (("plain",), (131, 11008, 14336)),
     "swiglu_backward": (("both", "gate", "up"), (131, 11008, 14336)),
+    # of every row, or of those that have a label
+    "linear_cross_entropy": (
+        tuple(f"{of}, {made}" for of in ("every", "some") for made in ("loss", "dx", "dweight")),
+        (10007, 32000, 128256),
+    ),
 }
 
 
@@ -53,7 +59,7 @@ class SmallForm:
         capability: of the chip, major * 10 + minor.
         operation: of FORMS.
         form: of the operation.
-        width: C, D or F.
+        width: C, D, F or V.
         dtype: of everything but angles and statistics, which are float32.
     """
 
@@ -106,6 +112,13 @@ def small_launch(form: SmallForm) -> Launch:
         x = on_meta((TOKENS, width), dtype)
         places = (x if form.form in ("both", name) else None for name in ("gate", "up"))
         return swiglu_backward_launch(x, x, x, *places)
+    if form.operation == "linear_cross_entropy":
+        of, made = form.form.split(", ")
+        labels, numbers = on_meta((BATCH * TOKENS,), torch.int64), on_meta((TOKENS,), torch.float32)
+        rows = labels[:TOKENS] if of == "some" else None
+        dloss, loss = (numbers, None) if made == "dweight" else (None, numbers)
+        logits = on_meta((TOKENS, width), dtype)
+        return cross_entropy_launch(logits, labels, rows, dloss, loss, made != "loss")
     # the odd width with the fewest heads of keys, and with heads that fill no tile
     heads, groups = (7, 1) if form.odd else (HEADS, GROUPS)
     tokens = TOKENS if form.operation != "write_cache" else 1

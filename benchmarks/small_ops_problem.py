@@ -4,7 +4,8 @@ A mode is an operation in one form. Each has its plain torch formula as a model'
 same through torch.compile, and torch's own operation where there is one. What a model makes once
 for all layers, as angles in its own form and the slots of new tokens, is made before the timing. A
 backward is timed below autograd, from the gradient of the result to those of the inputs, the
-weight's left out.
+weight's left out; the loss of the head, which is no small operation but is made of rows too, with
+the gradient of x by autograd, beside its matrix products alone.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,21 +17,48 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapter_kernels import apply_rotary, rms_norm, swiglu, write_cache
+from adapter_kernels import apply_rotary, linear_cross_entropy, rms_norm, swiglu, write_cache
 from benchmarks import harness
 from benchmarks.baselines import Provider, compiled
 from benchmarks.decode_problem import READS, Memory
 from benchmarks.harness import Expected
-from benchmarks.roofline import DTYPES
+from benchmarks.roofline import DTYPES, Floor
+from benchmarks.small_ops_formulas import (
+    EPS,
+    Formula,
+    Parts,
+    append,
+    complex_backward,
+    complex_formula,
+    halves_formula,
+    loss_dx_formula,
+    loss_dx_products,
+    loss_formula,
+    loss_products,
+    norm_backward_formula,
+    norm_formula,
+    pairs_backward,
+    pairs_formula,
+    swiglu_backward_formula,
+    swiglu_formula,
+    with_dx,
+    with_sum,
+    write_complex,
+    write_pairs,
+)
 
 NORMS = ("rms_norm", "rms_norm_residual")
 ROTARY = ("rotary_halves", "rotary_pairs")
 WRITES = ("write_cache", "write_cache_paged")
+# of a head: its loss alone, and with the gradient of x
+LOSSES = ("linear_cross_entropy", "linear_cross_entropy_dx")
 # of rows of width C, of width F, and of heads
 OF_WIDTH = (*NORMS, "rms_norm_backward")
 OF_HIDDEN = ("swiglu", "swiglu_backward")
 OF_HEADS = (*ROTARY, "rotary_backward", *WRITES)
-MODES = (*OF_WIDTH, *OF_HIDDEN, *OF_HEADS)
+MODES = (*OF_WIDTH, *OF_HIDDEN, *OF_HEADS, *LOSSES)
+# a kind of its own, as the reads are
+PRODUCTS = "products"
 # the inputs that are rows
 ROWS = {
     "rms_norm": ("x",),
@@ -39,13 +67,10 @@ ROWS = {
     "swiglu": ("gate", "up"),
     "swiglu_backward": ("gate", "up", "dout"),
 }
-EPS = 1e-5
 # tokens of a prompt; so many or fewer are of one decoding step
 PROMPT, MOST_SEQUENCES = 2048, 32
 PAGE = 64
-Parts = Mapping[str, Tensor]
 Call = Callable[[], dict[str, Tensor]]
-Formula = Callable[[Parts], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,7 @@ class SmallShape:
         width: C, F, or of a head D.
         dtype: of the inputs.
         heads, groups: H and G of what has heads, else 0.
+        vocabulary: V of a head's loss, else 0.
     """
 
     tokens: int
@@ -64,6 +90,7 @@ class SmallShape:
     dtype: str
     heads: int = 0
     groups: int = 0
+    vocabulary: int = 0
 
     @property
     def batch(self) -> int:
@@ -73,7 +100,9 @@ class SmallShape:
         return self.tokens // PROMPT if self.tokens % PROMPT == 0 else 1
 
     def describe(self) -> str:
-        """`B=1 T=2048 H=32 G=8 D=128 bfloat16`, or `B=1 T=2048 width=4096 bfloat16`."""
+        """`B=1 T=2048 H=32 G=8 D=128 bfloat16`, `B=1 T=2048 width=4096 bfloat16`, or with V."""
+        if self.vocabulary:
+            return f"N={self.tokens} C={self.width} V={self.vocabulary} {self.dtype}"
         rows = f"B={self.batch} T={self.tokens // self.batch}"
         if not self.heads:
             return f"{rows} width={self.width} {self.dtype}"
@@ -91,7 +120,8 @@ class Problem:
             dout, dh and rstd (tokens,1) float32; swiglu: gate, up (tokens,F), of the backward dout;
             with heads: q (B,T,H,D), k (B,T,G,D), of the backward their gradients, cos, sin
             (B,T,D/2) float32, and of write_cache v, k_cache, v_cache (B,S,G,D) or pages, positions
-            (B,T) int32, page_table, and the same places as row and column, int64.
+            (B,T) int32, page_table, and the same places as row and column, int64; of a loss x
+            (tokens,C), weight (V,C), labels (tokens,) int64, all of which count.
         memory: for the bandwidth.
     """
 
@@ -120,6 +150,12 @@ def problem(mode: str, shape: SmallShape, device: torch.device, memory: Memory) 
             rows["weight"] = normal(width)
         if mode == "rms_norm_backward":
             rows["rstd"] = rows["x"].float().square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
+        return Problem(mode, shape, rows, memory)
+    if mode in LOSSES:
+        # logits of a few units
+        weight = normal(shape.vocabulary, width) * 2 * width**-0.5
+        labels = torch.randint(shape.vocabulary, (tokens,), **on)
+        rows = {"x": normal(tokens, width), "weight": weight, "labels": labels}
         return Problem(mode, shape, rows, memory)
     lead = (shape.batch, tokens // shape.batch)
     angle = torch.rand(*lead, width // 2, **on) * 6
@@ -154,105 +190,6 @@ def _cache(
     return {"v": v, **caches, **places, **more}
 
 
-# the formulas as a model's code has them; in float64, on angles in that form, they are the truth
-def norm_formula(parts: Parts) -> dict[str, Tensor]:
-    """LlamaRMSNorm of transformers, after the residual addition where there is one."""
-    h = parts["x"] if "residual" not in parts else parts["x"] + parts["residual"]
-    precise = h.to(_precise(h.dtype))
-    normalised = precise * torch.rsqrt(precise.pow(2).mean(-1, keepdim=True) + EPS)
-    return _with_sum(parts, parts["weight"] * normalised.to(h.dtype), h)
-
-
-def _with_sum(parts: Parts, out: Tensor, h: Tensor) -> dict[str, Tensor]:
-    return {"out": out, "h": h} if "residual" in parts else {"out": out}
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def norm_backward_formula(parts: Parts) -> dict[str, Tensor]:
-    """The gradient of norm_formula's h: what reaches it through out, and then its other uses."""
-    rstd = parts["rstd"]
-    x, dnormalised = parts["x"].to(rstd.dtype), parts["dout"] * parts["weight"]
-    dnormalised = dnormalised.to(rstd.dtype)
-    pull = (dnormalised * x).mean(-1, keepdim=True) * rstd.square()
-    dx = (rstd * (dnormalised - x * pull)).to(parts["x"].dtype)
-    return {"dx": dx + parts["dh"]}
-
-
-def swiglu_formula(parts: Parts) -> dict[str, Tensor]:
-    """The activation of LlamaMLP."""
-    return {"out": F.silu(parts["gate"]) * parts["up"]}
-
-
-def swiglu_backward_formula(parts: Parts) -> dict[str, Tensor]:
-    """The gradients of swiglu_formula, as autograd has them."""
-    gate, up, dout = (parts[name] for name in ROWS["swiglu_backward"])
-    dgate = torch.ops.aten.silu_backward(dout * up, gate)
-    return {"dgate": dgate, "dup": dout * F.silu(gate)}
-
-
-def halves_formula(parts: Parts) -> dict[str, Tensor]:
-    """apply_rotary_pos_emb of transformers: cos and sin (B,T,1,D) in the dtype of q."""
-    found = {}
-    for name in "qk":
-        x = parts[name]
-        a, b = x.chunk(2, -1)
-        found[name] = x * parts["cos"] + torch.cat((-b, a), -1) * parts["sin"]
-    return found
-
-
-def pairs_formula(parts: Parts) -> dict[str, Tensor]:
-    """apply_rotary_emb of gpt-fast: neighbours, in real numbers; cos and sin (B,T,1,D/2)."""
-    found, cos, sin = {}, parts["cos"], parts["sin"]
-    for name in "qk":
-        a, b = parts[name].to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
-        found[name] = turned.to(parts[name].dtype)
-    return found
-
-
-def complex_formula(parts: Parts) -> dict[str, Tensor]:
-    """apply_rotary_emb of Meta: neighbours, as complex numbers; turn (B,T,1,D/2)."""
-    found = {}
-    for name in "qk":
-        x = parts[name]
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-        found[name] = torch.view_as_real(pairs * parts["turn"]).flatten(-2).to(x.dtype)
-    return found
-
-
-def complex_backward(parts: Parts) -> dict[str, Tensor]:
-    """complex_formula by the opposite angles."""
-    return complex_formula({**parts, "turn": parts["turn"].conj()})
-
-
-def pairs_backward(parts: Parts) -> dict[str, Tensor]:
-    """pairs_formula by the opposite angles."""
-    return pairs_formula({**parts, "sin": -parts["sin"]})
-
-
-def append(parts: Parts, k: Tensor) -> dict[str, Tensor]:
-    """Put turned keys, and values, into their places of the caches."""
-    places = (parts["row"], parts["column"])
-    parts["k_cache"].index_put_(places, k)
-    parts["v_cache"].index_put_(places, parts["v"])
-    return {name: parts[name] for name in ("k_cache", "v_cache")}
-
-
-def write_pairs(parts: Parts) -> dict[str, Tensor]:
-    """pairs_formula, and the caches' update of transformers."""
-    turned = pairs_formula(parts)
-    return {"q": turned["q"], **append(parts, turned["k"])}
-
-
-def write_complex(parts: Parts) -> dict[str, Tensor]:
-    """complex_formula, and the caches' update of transformers."""
-    turned = complex_formula(parts)
-    return {"q": turned["q"], **append(parts, turned["k"])}
-
-
 def own_parts(given: Problem) -> dict[str, Tensor]:
     """The inputs with caches of one's own, where nobody else's results lie."""
     return {k: x.clone() if k.endswith("_cache") else x for k, x in given.parts.items()}
@@ -283,7 +220,10 @@ FORMULAS: dict[str, Formula] = {
     "rotary_pairs": complex_formula,
     "rotary_backward": complex_backward,
     **dict.fromkeys(WRITES, write_complex),
+    "linear_cross_entropy": loss_formula,
+    "linear_cross_entropy_dx": loss_dx_formula,
 }
+PRODUCTS_OF: dict[str, Formula] = dict(zip(LOSSES, (loss_products, loss_dx_products), strict=True))
 # of complex numbers torch.compile fuses nothing: the same in real ones
 REAL: dict[Formula, Formula] = {
     complex_formula: pairs_formula,
@@ -307,8 +247,16 @@ def _ours_backward(mode: str, parts: Parts) -> Call:
     return lambda: dict(zip(names, call(), strict=False))
 
 
+def _our_loss(parts: Parts) -> dict[str, Tensor]:
+    given = (parts[name] for name in ("x", "weight", "labels"))
+    return {"loss": linear_cross_entropy(*given, ignore_index=None)}
+
+
 def _ours(given: Problem) -> Call:
     parts = own_parts(given)
+    if given.mode in LOSSES:
+        alone = given.mode == "linear_cross_entropy"
+        return partial(_our_loss, parts) if alone else partial(with_dx, _our_loss, parts)
     if given.mode.endswith("_backward"):
         return _ours_backward(given.mode, parts)
     if given.mode in NORMS:
@@ -343,6 +291,9 @@ def _eager(given: Problem) -> Call:
 
 def _compiled(given: Problem) -> Call:
     formula = FORMULAS[given.mode]
+    if formula is loss_dx_formula:
+        # of the forward, whose backward torch.compile makes with it
+        return partial(with_dx, compiled(loss_formula), model_parts(given))
     return partial(compiled(REAL.get(formula, formula)), model_parts(given))
 
 
@@ -350,7 +301,7 @@ def _torch_norm(given: Problem) -> Call:
     def call(parts: Parts) -> dict[str, Tensor]:
         h = parts["x"] if "residual" not in parts else parts["x"] + parts["residual"]
         out = F.rms_norm(h, (h.shape[-1],), parts["weight"], EPS)
-        return _with_sum(parts, out, h)
+        return with_sum(parts, out, h)
 
     return partial(call, own_parts(given))
 
@@ -363,12 +314,18 @@ def _two_calls(given: Problem) -> Call:
     return partial(call, own_parts(given))
 
 
+def _products(given: Problem) -> Call:
+    return partial(PRODUCTS_OF[given.mode], given.parts)
+
+
 def providers_of(mode: str) -> tuple[Provider, ...]:
-    """What computes a mode, and the reads of the bandwidth."""
+    """What computes a mode, and the reads of the bandwidth, or the products of a loss alone."""
     found = [Provider("ours", mode, _ours), Provider("eager", mode, _eager)]
     found.append(Provider("compiled", mode, _compiled, devices=("cuda",), compiled=True))
     if mode in NORMS:
         found.append(Provider("torch", mode, _torch_norm))
+    if mode in LOSSES:
+        return (*found, Provider(PRODUCTS, PRODUCTS, _products))
     if mode in WRITES:
         found.append(Provider("two_calls", mode, _two_calls))
     return (*found, *READS)
@@ -378,9 +335,24 @@ def expected(given: Problem, kind: str) -> Mapping[str, Expected]:
     """The truth of a provider's results, by the kind of the provider."""
     if kind in given.memory.sums:
         return given.memory.sums[kind]
+    if kind == PRODUCTS:
+        products = PRODUCTS_OF[given.mode]
+        truth = products(model_parts(given, torch.float64))
+        return harness.expect(truth, products(given.parts))
     formula = FORMULAS[given.mode]
     truth = REAL.get(formula, formula)(model_parts(given, torch.float64))
     return harness.expect(truth, _eager(given)())
+
+
+def loss_floor(shape: SmallShape, mode: str) -> Floor:
+    """The least of a loss: its one or two products, x, weight and labels read, the rest written."""
+    products = 1 + LOSSES.index(mode)
+    element = DTYPES[shape.dtype].itemsize
+    flops = 2.0 * products * shape.tokens * shape.width * shape.vocabulary
+    rows = products * shape.tokens * shape.width * element
+    labels = shape.tokens * torch.int64.itemsize
+    size = rows + shape.vocabulary * shape.width * element + labels + torch.float32.itemsize
+    return Floor(mode, flops, size)
 
 
 def bytes_of(given: Problem, kind: str) -> int:
@@ -388,6 +360,8 @@ def bytes_of(given: Problem, kind: str) -> int:
     if kind in given.memory.sums:
         return given.memory.words.nbytes
     parts, mode = given.parts, given.mode
+    if mode in LOSSES:
+        return int(loss_floor(given.shape, mode).bytes)
     if mode in OF_WIDTH:
         more = parts["rstd"].nbytes if mode == "rms_norm_backward" else 0
         passes = 2 if mode == "rms_norm" else 4

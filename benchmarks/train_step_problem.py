@@ -192,12 +192,13 @@ class Problem:
             if name in PACKED:
                 batch = self._pack(name, part)
                 hidden = base.hidden_packed(batch.tokens, batch.packing, prompts)
-                hidden, targets = hidden[batch.rows], batch.targets
+                hidden, targets, ignored = hidden[batch.rows], batch.targets, None
             else:
                 tokens, labels = padded(part, self._length(name, part), self.device)
                 hidden, targets = base.hidden(tokens, prompts)[:, :-1], labels[:, 1:]
+                ignored = IGNORE_INDEX
             loss = linear_cross_entropy(
-                hidden, base.output_weight, targets, ignore_index=IGNORE_INDEX, reduction="sum"
+                hidden, base.output_weight, targets, ignore_index=ignored, reduction="sum"
             )
             loss.backward()
             total += loss.detach()

@@ -21,8 +21,8 @@ OPTIONAL = ("hf", "quant")
 # the oldest GPUs with kernels
 CAPABILITY = (8, 0)
 KERNELS = (
-    "triton and hybrid for attention, triton for rms_norm, apply_rotary, write_cache and swiglu, "
-    "reference for linear_cross_entropy"
+    "triton and hybrid for attention, triton for rms_norm, apply_rotary, write_cache, swiglu and "
+    "linear_cross_entropy"
 )
 
 

@@ -93,7 +93,9 @@ class Trainer:
             # the rows that carry loss alone: logits of the others would be thrown away
             rows, weight = hidden[batch.rows], self.model.output_weight
             if not self.quantized:
-                return linear_cross_entropy(rows, weight, batch.targets, reduction="sum")
+                return linear_cross_entropy(
+                    rows, weight, batch.targets, ignore_index=None, reduction="sum"
+                )
             # torchao multiplies by its weights itself
             logits = self.model.logits(rows).float()
             return torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import LIBRARY, choose_backend, define
+from .backend import LIBRARY, choose_backend, define, runs_kernels
 from .checks import (
     FLOATS,
     check_device,
@@ -21,35 +21,41 @@ from .checks import (
     check_values,
 )
 
-# a chunk's logits fit in a cache, but a product of fewer rows would mostly read the weight
+# on a CPU a chunk's logits fit in a cache, but a product of fewer rows would mostly read the weight
 CHUNK_ELEMENTS = 2**20
 CHUNK_ROWS = 128
 
 
-def _labelled(labels: Tensor, vocabulary: int, ignore_index: int) -> Tensor:
+def _labelled(labels: Tensor, vocabulary: int, ignore_index: int | None) -> Tensor:
     """Mark the rows that count."""
-    return (labels != ignore_index) & (labels >= 0) & (labels < vocabulary)
+    inside = (labels >= 0) & (labels < vocabulary)
+    return inside if ignore_index is None else inside & (labels != ignore_index)
 
 
-def _chunks(labels: Tensor, vocabulary: int, ignore_index: int) -> tuple[Tensor, ...]:
-    """Split the indices of the rows that count; their number is known on the host only."""
-    rows = _labelled(labels, vocabulary, ignore_index).nonzero().squeeze(1)
+def _rows(labels: Tensor, vocabulary: int, ignore_index: int | None) -> Tensor:
+    """The places of the rows that count; their number is known on the host only."""
+    return _labelled(labels, vocabulary, ignore_index).nonzero().squeeze(1)
+
+
+def _chunks(labels: Tensor, vocabulary: int, ignore_index: int | None) -> tuple[Tensor, ...]:
+    """The places of the rows that count, by chunks."""
+    rows = _rows(labels, vocabulary, ignore_index)
     if rows.numel() == 0:
         return ()
     return rows.split(max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary))
 
 
 def linear_cross_entropy_reference(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, need_dx: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (loss, lse, dx) of each row, 0 where its label is ignored.
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (loss, dx) of each row, 0 where its label is ignored.
 
-    With z = x weight^T and lse = log sum exp(z):
-        loss = lse - z[label]        dx = d loss / d x = (exp(z - lse) - onehot(label)) weight
+    With z = x weight^T:
+        loss = log sum exp(z) - z[label]
+        dx = d loss / d x = (softmax(z) - onehot(label)) weight
     The products are in the dtype of x, the rest in at least float32; dx has size 0 if not needed.
     """
     loss = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    lse = torch.zeros_like(loss)
     dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
     for rows in _chunks(labels, weight.shape[0], ignore_index):
         label = labels[rows].unsqueeze(1)
@@ -57,51 +63,76 @@ def linear_cross_entropy_reference(
         picked = logits.gather(1, label)
         peak = logits.amax(1, keepdim=True)
         total = logits.sub_(peak).exp_().sum(1, keepdim=True)
-        chunk_lse = peak + total.log()
-        lse[rows] = chunk_lse.squeeze(1)
-        loss[rows] = (chunk_lse - picked).squeeze(1)
+        # not lse - z: of large logits lse has lost what log(total) adds
+        loss[rows] = (peak - picked + total.log()).squeeze(1)
         if need_dx:
             dlogits = logits.div_(total).scatter_add_(1, label, -torch.ones_like(picked))
             dx[rows] = (dlogits.to(x.dtype) @ weight).to(x.dtype)
-    return loss, lse, dx
+    return loss, dx
 
 
 def linear_cross_entropy_dweight_reference(
-    dloss: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
+    dloss: Tensor, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None
 ) -> Tensor:
-    """Return dweight = (exp(z - lse) - onehot(label))^T (dloss * x), accumulated like lse."""
-    dweight = torch.zeros_like(weight, dtype=lse.dtype)
+    """Return dweight = (softmax(z) - onehot(label))^T (dloss * x), accumulated like dloss."""
+    dweight = torch.zeros_like(weight, dtype=dloss.dtype)
     for rows in _chunks(labels, weight.shape[0], ignore_index):
         chunk, scale = x[rows], dloss[rows].unsqueeze(1)
-        dlogits = (chunk @ weight.t()).to(lse.dtype).sub_(lse[rows].unsqueeze(1)).exp_()
+        dlogits = (chunk @ weight.t()).to(dloss.dtype).softmax(1)
         dlogits.scatter_add_(1, labels[rows].unsqueeze(1), dlogits.new_full(scale.shape, -1.0))
         dweight.addmm_(dlogits.t(), scale * chunk)
     return dweight.to(weight.dtype)
 
 
+def _forward(
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None, need_dx: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernel where it runs, else the reference."""
+    if not runs_kernels(x):
+        return linear_cross_entropy_reference(x, weight, labels, ignore_index, need_dx)
+    from .linear_cross_entropy_kernel import forward
+
+    rows = None if ignore_index is None else _rows(labels, weight.shape[0], ignore_index)
+    return forward(x, weight, labels, rows, need_dx)
+
+
 def _forward_fake(
-    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, need_dx: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None, need_dx: bool
+) -> tuple[Tensor, Tensor]:
     loss = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    return loss, torch.empty_like(loss), torch.empty_like(x) if need_dx else x.new_empty(0)
+    return loss, torch.empty_like(x) if need_dx else x.new_empty(0)
+
+
+def _dweight(
+    dloss: Tensor, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None
+) -> Tensor:
+    """The kernel where it runs, else the reference; contiguous."""
+    if not runs_kernels(x):
+        given = (dloss, x, weight, labels, ignore_index)
+        return linear_cross_entropy_dweight_reference(*given).contiguous()
+    from .linear_cross_entropy_kernel import backward
+
+    counts = _labelled(labels, weight.shape[0], ignore_index)
+    rows = None if ignore_index is None else counts.nonzero().squeeze(1)
+    return backward(dloss.masked_fill(~counts, 0), x, weight, labels, rows)
 
 
 def _dweight_fake(
-    dloss: Tensor, x: Tensor, weight: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
+    dloss: Tensor, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None
 ) -> Tensor:
-    return torch.empty_like(weight)
+    return weight.new_empty(weight.shape)
 
 
 define(
-    "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, int ignore_index, bool need_dx) "
-    "-> (Tensor, Tensor, Tensor)",
-    linear_cross_entropy_reference,
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor labels, int? ignore_index, bool need_dx) "
+    "-> (Tensor, Tensor)",
+    _forward,
     _forward_fake,
 )
 define(
     "linear_cross_entropy_dweight(Tensor dloss, Tensor x, Tensor weight, Tensor labels, "
-    "Tensor lse, int ignore_index) -> Tensor",
-    linear_cross_entropy_dweight_reference,
+    "int? ignore_index) -> Tensor",
+    _dweight,
     _dweight_fake,
 )
 _forward_op = torch.ops.adapter_kernels.linear_cross_entropy.default
@@ -110,24 +141,21 @@ _dweight_op = torch.ops.adapter_kernels.linear_cross_entropy_dweight.default
 
 def _setup_context(
     ctx: Any,
-    inputs: tuple[Tensor, Tensor, Tensor, int, bool],
-    output: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor, int | None, bool],
+    output: tuple[Tensor, Tensor],
 ) -> None:
     x, weight, labels, ignore_index, need_dx = inputs
-    _, lse, dx = output
+    dx = output[1]
     assert need_dx or not x.requires_grad
     frozen = not weight.requires_grad
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse, dx)
-    ctx.save_for_backward(dx, *(() if frozen else (x, weight, labels, lse)))
+    ctx.mark_non_differentiable(dx)
+    ctx.save_for_backward(dx, *(() if frozen else (x, weight, labels)))
     ctx.ignore_index = ignore_index
 
 
 def _backward(
-    ctx: Any,
-    dloss: Tensor | None,
-    _dlse: Tensor | None,
-    _ddx: Tensor | None,
+    ctx: Any, dloss: Tensor | None, _ddx: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -138,8 +166,10 @@ def _backward(
     if dloss is None:
         return None, None, None, None, None
     dweight = _dweight_op(dloss, *rest, ctx.ignore_index) if need_dweight else None
-    dx = (dloss.unsqueeze(1) * dx).to(dx.dtype) if need_dx else None
-    return dx, dweight, None, None, None
+    if need_dx:
+        # rounded as it is written: no tensor of float32 in between
+        dx = torch.mul(dx, dloss.unsqueeze(1), out=torch.empty_like(dx))
+    return dx if need_dx else None, dweight, None, None, None
 
 
 torch.library.register_autograd(
@@ -152,7 +182,7 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
 ) -> Tensor:
     """Cross entropy of labels under softmax(x weight^T), without storing the logits.
@@ -163,13 +193,15 @@ def linear_cross_entropy(
     number of the others. A batch without a single label has the loss 0, with gradients of zero.
     Products are in the dtype of x, everything after them in float32. Differentiable in x and
     weight; no gradient is computed for a frozen one. Where x has a gradient it is computed with
-    the loss, and kept instead of x. At most max(2^20, 128 V) logits exist at a time.
+    the loss, and kept instead of x. At most max(2^20, 128 V) logits exist at a time, on CUDA 1,024
+    rows of them or 128 MiB where that is more.
 
     Args:
         x: (..., C), float16, bfloat16 or float32.
         weight: (V, C), like x.
         labels: (...), int64, from 0 to V - 1, or `ignore_index`.
-        ignore_index: the label of rows that do not count.
+        ignore_index: the label of rows that do not count; None where every row counts. On CUDA
+            the others must be told from them on the host, which waits for the GPU; None does not.
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -192,18 +224,21 @@ def linear_cross_entropy(
     check_device("labels", labels, "x", x)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {reduction!r}')
-    check_integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
-    vocabulary = weight.shape[0]
-    check_values(
-        "labels",
-        labels,
-        f"from 0 to {vocabulary - 1} or ignore_index {ignore_index}",
-        lambda label: ((label >= 0) & (label < vocabulary)) | (label == ignore_index),
-    )
-    choose_backend("linear_cross_entropy", None, x.device, ("reference",), x, weight)
+    vocabulary, ignored = weight.shape[0], ""
+    if ignore_index is not None:
+        check_integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
+        ignored = f" or ignore_index {ignore_index}"
+
+    def accept(label: Tensor) -> Tensor:
+        inside = _labelled(label, vocabulary, None)
+        return inside if ignore_index is None else inside | (label == ignore_index)
+
+    check_values("labels", labels, f"from 0 to {vocabulary - 1}{ignored}", accept)
+    able = ("triton",) if runs_kernels(x) else ("reference",)
+    choose_backend("linear_cross_entropy", None, x.device, able, x, weight)
     need_dx = torch.is_grad_enabled() and x.requires_grad
     rows, flat = x.reshape(labels.numel(), x.shape[-1]), labels.reshape(-1)
-    loss, _, _ = _forward_op(rows, weight, flat, ignore_index, need_dx)
+    loss, _ = _forward_op(rows, weight, flat, ignore_index, need_dx)
     if reduction == "none":
         return loss.view(labels.shape)
     if reduction == "sum":

@@ -155,7 +155,7 @@ def test_computes_no_gradient_that_nobody_asked_for() -> None:
         names = [name for name, _, _ in spy.calls]
         assert names == ["linear_cross_entropy"] + ["linear_cross_entropy_dweight"] * need_dweight
         assert spy.calls[0][1][-1] is need_dx
-        assert spy.calls[0][2][2].numel() == 45 * need_dx
+        assert spy.calls[0][2][1].numel() == 45 * need_dx
         assert [x.grad is not None, weight.grad is not None] == [need_dx, need_dweight]
 
 
@@ -206,6 +206,19 @@ def test_batch_without_a_label_has_loss_zero(reduction: str) -> None:
     assert_equal(gradients((loss,), (x, weight)), (torch.zeros(2, 3, 5), torch.zeros(7, 5)))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_row_may_count(reduction: str) -> None:
+    """No label is the one of rows that do not count, not even -100."""
+    x, weight, labels = draw(3, 5, 7), draw(11, 7), torch.randint(11, (3, 5))
+    results = []
+    for ignore_index in (None, IGNORE):
+        loss = linear_cross_entropy(
+            x, weight, labels, ignore_index=ignore_index, reduction=reduction
+        )
+        results.append((loss, *gradients((loss,), (x, weight))))
+    assert_equal(*results)
+
+
 @pytest.mark.parametrize("ignore_index", [-1, 3])
 def test_any_ignore_index(ignore_index: int) -> None:
     x, weight = draw(13, 5), draw(7, 5)
@@ -251,6 +264,24 @@ def test_large_logits_stay_finite() -> None:
     assert dx.tolist() == [[0, 0], [-1, 1]]
 
 
+def eighths(*shape: int) -> Tensor:
+    """Random multiples of 1/8, whose products float32 holds exactly, beside thousands too."""
+    return torch.randn(shape).mul(8).round().div(8)
+
+
+def test_large_logits_lose_nothing_small() -> None:
+    """Loss and gradients where log sum exp is thousands, and what it adds to the peak is one."""
+    torch.manual_seed(6)
+    x, weight = eighths(7, 5), eighths(11, 5)
+    x[:, 0], weight[:, 0] = torch.tensor([1.0, -1, 2, -2, 1, 1, 1]), 8192
+    labels = torch.randint(11, (7,))
+    assert_as_accurate_as_eager(
+        lambda x, w: (linear_cross_entropy(x, w, labels, reduction="none"),),
+        lambda x, w: (formula(x, w, labels, "none"),),
+        (x.requires_grad_(), weight.requires_grad_()),
+    )
+
+
 def test_runs_under_autocast() -> None:
     torch.manual_seed(5)
     x, weight, labels = draw(9, 16), draw(31, 16), some_labels(9, vocabulary=31)
@@ -277,8 +308,9 @@ def test_opcheck() -> None:
     frozen = (x.detach(), weight.detach())
     for arguments in ((x, weight, labels, IGNORE, True), (*frozen, labels, IGNORE, False)):
         torch.library.opcheck(OPS.linear_cross_entropy.default, arguments)
-    arguments = (torch.rand(5), *frozen, labels, torch.rand(5), IGNORE)
-    torch.library.opcheck(OPS.linear_cross_entropy_dweight.default, arguments)
+    for ignored in (IGNORE, None):
+        arguments = (torch.rand(5), *frozen, labels, ignored)
+        torch.library.opcheck(OPS.linear_cross_entropy_dweight.default, arguments)
 
 
 def test_compiles_in_one_graph() -> None:
@@ -316,10 +348,11 @@ def test_label_out_of_range_is_ignored_where_values_are_not_checked(
     x, weight = draw(4, 5), draw(7, 5)
     wrong, ignored = torch.tensor([1, 7, -3, 2]), torch.tensor([1, IGNORE, IGNORE, 2])
     results = []
-    for labels in (wrong, ignored):
-        loss = linear_cross_entropy(x, weight, labels)
+    for labels, ignore_index in ((wrong, IGNORE), (ignored, IGNORE), (wrong, None)):
+        loss = linear_cross_entropy(x, weight, labels, ignore_index=ignore_index)
         results.append((loss, *torch.autograd.grad(loss, (x, weight))))
-    assert_equal(*results)
+    assert_equal(*results[:2])
+    assert_equal(*results[1:])
 
 
 def test_asks_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +391,11 @@ def test_asks_for_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
             {"labels": torch.tensor([-100, 1]), "ignore_index": -1},
             "labels must be from 0 to 4 or ignore_index -1, got -100",
         ),
+        (
+            {"labels": torch.tensor([-100, 1]), "ignore_index": None},
+            "labels must be from 0 to 4, got -100",
+        ),
+        ({"ignore_index": 1.5}, "ignore_index must be an integer from -9223372036854775808 to"),
         ({"reduction": "max"}, 'reduction must be "mean", "sum" or "none", got \'max\''),
     ],
 )

@@ -200,12 +200,16 @@ def test_small_forms_are_launched_as_they_say() -> None:
             *("v_ptr", "v_out_ptr", "positions_ptr", "page_table_ptr"),
         },
         "interleaved, two": {"v_ptr", "v_out_ptr", "positions_ptr", "page_table_ptr"},
+        "every, loss": {"rows_ptr", "dloss_ptr"},
+        "some, dx": {"dloss_ptr"},
+        "every, dweight": {"rows_ptr", "loss_ptr"},
+        "some, dweight": {"loss_ptr"},
     }
     for form in small_table()[: len(small_table()) // len(ARCHS)]:
         arguments = small_launch(form).arguments
         found = {name for name, value in arguments.items() if value is None}
         assert found == absent.get(form.form, found), form
-        widths = [arguments.get(name) for name in ("C", "F", "HEAD_DIM")]
+        widths = [arguments.get(name) for name in ("C", "F", "V", "HEAD_DIM")]
         assert form.width in widths, form
 
 

@@ -16,20 +16,24 @@ from benchmarks.decode_problem import memory_of
 from benchmarks.decode_report import FLOOR, with_floor
 from benchmarks.harness import FAILED, TIMED, WRONG, DeviceLost, ResultFile, Row, check
 from benchmarks.reporting import MET, MISSED, PENDING, UNDECIDED, cells_of, judge
+from benchmarks.roofline import GPUS
 from benchmarks.small_ops import cells
+from benchmarks.small_ops_formulas import norm_formula, pairs_formula
 from benchmarks.small_ops_problem import (
+    LOSSES,
     MODES,
     NORMS,
     OF_HEADS,
     PAGE,
+    PRODUCTS,
     ROTARY,
     WRITES,
     Problem,
     SmallShape,
     bytes_of,
     expected,
+    loss_floor,
     model_parts,
-    pairs_formula,
     problem,
     providers_of,
 )
@@ -41,12 +45,14 @@ ROWS = SmallShape(7, 24, "float32")
 HEADED = SmallShape(3, 8, "float32", 6, 2)
 ALONE = SmallShape(1, 8, "float32", 3, 1)
 PROMPTED = SmallShape(70, 8, "float32", 2, 2)
+HEAD = SmallShape(7, 24, "float32", vocabulary=53)
 HEADLINE = SmallShape(2048, 4096, "bfloat16")
 READS = ("read_sum", "read_dot")
 TIMED_HERE = {
     (mode, one.name) for mode in MODES for one in providers_of(mode) if "cpu" in one.devices
 }
 AT_BANDWIDTH, AGAINST_COMPILED = (one for one in TARGETS if one.mode == "rms_norm")
+AT_PRODUCTS, _ = (one for one in TARGETS if one.mode == "linear_cross_entropy_dx")
 
 
 def held(folder: Path) -> dict[str, Any]:
@@ -54,7 +60,8 @@ def held(folder: Path) -> dict[str, Any]:
 
 
 def small(mode: str, shape: SmallShape | None = None) -> Problem:
-    return problem(mode, shape or (HEADED if mode in OF_HEADS else ROWS), CPU, memory_of(4096, CPU))
+    own = HEADED if mode in OF_HEADS else HEAD if mode in LOSSES else ROWS
+    return problem(mode, shape or own, CPU, memory_of(4096, CPU))
 
 
 def names_of(rows: Sequence[Row]) -> set[tuple[str, str]]:
@@ -90,7 +97,7 @@ def test_quick_command_times_what_is_right_and_only_that(
         assert 0 < low <= middle <= high
         assert len(row["round_ms"]) == 5
         assert row["bytes"] > 0
-    assert found["read_bandwidth"]["rounds"] == 5 * len(MODES)
+    assert found["read_bandwidth"]["rounds"] == 5 * (len(MODES) - len(LOSSES))
     assert found["environment"]["threads"] == 1
     assert {"commit", "sources", "protocol", "packages"} <= set(found["environment"])
     assert [one["verdict"] for one in found["verdicts"]] == [PENDING] * 2 * len(MODES)
@@ -163,8 +170,8 @@ def test_requests_that_cannot_be_carried_out(
 
 def test_cells_hold_the_targets() -> None:
     core, full = cells("cuda", "core"), cells("cuda", "full")
-    # five modes of one width, five of two numbers of heads
-    assert len(core) == 4 * (5 + 5 * 2)
+    # five modes of one width, five of two numbers of heads, two of one head
+    assert len(core) == 4 * (5 + 5 * 2 + 2)
     assert set(core) <= set(full)
     assert len(full) == len(set(full))
     for mode in MODES:
@@ -174,6 +181,9 @@ def test_cells_hold_the_targets() -> None:
     assert ("rms_norm", HEADLINE) in core
     assert ("swiglu", SmallShape(16384, 11008, "bfloat16")) in core
     assert ("write_cache", SmallShape(32, 128, "bfloat16", 32, 8)) in core
+    for mode in LOSSES:
+        assert (mode, SmallShape(2048, 4096, "bfloat16", vocabulary=32000)) in core
+        assert (mode, SmallShape(2048, 4096, "bfloat16", vocabulary=128256)) in full
     processor = cells("cpu", "full")
     assert set(cells("cpu", "core")) <= set(processor)
     assert not any(large_on_gpu(shape) for _, shape in processor)
@@ -186,6 +196,8 @@ def test_tokens_are_a_step_or_whole_prompts(tokens: int, batch: int) -> None:
     shape = SmallShape(tokens, 128, "bfloat16", 32, 8)
     assert shape.batch == batch
     assert shape.describe() == f"B={batch} T={tokens // batch} H=32 G=8 D=128 bfloat16"
+    head = SmallShape(tokens, 64, "float32", vocabulary=97)
+    assert head.describe() == f"N={tokens} C=64 V=97 float32"
     plain = f"B={batch} T={tokens // batch} width=64 float32"
     assert SmallShape(tokens, 64, "float32").describe() == plain
 
@@ -204,7 +216,7 @@ def test_problem_is_random_and_the_same_again(mode: str) -> None:
         assert torch.equal(table.flatten().sort().values, torch.arange(table.numel()))
 
 
-@pytest.mark.parametrize("name", ["ours", "eager", "compiled", "torch", "two_calls"])
+@pytest.mark.parametrize("name", ["ours", "eager", "compiled", "torch", "two_calls", PRODUCTS])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("headed", [HEADED, ALONE, PROMPTED], ids=lambda s: f"B{s.batch}")
 def test_providers_meet_the_truth(
@@ -215,13 +227,13 @@ def test_providers_meet_the_truth(
     monkeypatch.setattr(small_ops_problem, "compiled", lambda function: function)
     provider = next((one for one in providers_of(mode) if one.name == name), None)
     if provider is None:
-        assert name in ("torch", "two_calls")
+        assert name in ("torch", "two_calls", PRODUCTS)
         return
-    rows = replace(ROWS, tokens=headed.tokens)
+    rows = replace(HEAD if mode in LOSSES else ROWS, tokens=headed.tokens)
     given = small(mode, headed if mode in OF_HEADS else rows)
     before = {key: x.clone() for key, x in given.parts.items()}
     tried = decode.work(provider, given, None)
-    wanted = expected(given, mode)
+    wanted = expected(given, provider.kind)
     errors, wrong = check(tried.run(tried.before()), wanted)
     assert not wrong
     assert max(errors.values()) < 1e-5
@@ -233,6 +245,8 @@ def test_providers_meet_the_truth(
         "rms_norm_residual": {"out", "h"},
         "rms_norm_backward": {"dx"},
         "swiglu_backward": {"dgate", "dup"},
+        "linear_cross_entropy": {"logits"} if name == PRODUCTS else {"loss"},
+        "linear_cross_entropy_dx": {"dx"} if name == PRODUCTS else {"loss", "dx"},
     }
     assert set(wanted) == more.get(mode, results.get(mode.split("_")[0], {"out"}))
 
@@ -272,10 +286,26 @@ def test_the_truth_of_a_backward_is_autograds() -> None:
             torch.testing.assert_close(truth[name].truth, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_the_truth_of_a_loss_is_that_of_its_definition() -> None:
+    """log sum exp minus the label's logit, and its gradient by hand, in float64."""
+    given = small("linear_cross_entropy_dx")
+    x, weight, labels = (given.parts[name] for name in ("x", "weight", "labels"))
+    z = x.double() @ weight.double().t()
+    truth, (rows,) = expected(given, given.mode), labels.shape
+    loss = z.exp().sum(1).log() - z[torch.arange(rows), labels]
+    torch.testing.assert_close(truth["loss"].truth, loss.mean(), rtol=1e-12, atol=0)
+    p = z.softmax(1)
+    p[torch.arange(rows), labels] -= 1
+    dx = p @ weight.double() / rows
+    torch.testing.assert_close(truth["dx"].truth, dx, rtol=1e-10, atol=1e-12)
+    products = expected(given, PRODUCTS)["dx"].truth
+    torch.testing.assert_close(products, z @ weight.double(), rtol=1e-12, atol=1e-12)
+
+
 def test_what_is_left_out_is_wrong() -> None:
     given = small("rms_norm_residual")
     parts = {name: x for name, x in given.parts.items() if name != "residual"}
-    out = small_ops_problem.norm_formula(parts)["out"]
+    out = norm_formula(parts)["out"]
     _, wrong = check({"out": out, "h": parts["x"]}, expected(given, given.mode))
     assert "out is off by" in wrong
     assert "h is off by" in wrong
@@ -303,20 +333,38 @@ def test_bytes_are_those_of_every_input_and_result_once() -> None:
         # keys and values, and the place of each token
         assert bytes_of(small(mode), mode) == 2 * (q + 2 * k) + angles + 3 * 4
     assert [bytes_of(small("swiglu"), read) for read in READS] == [4096, 4096]
+    # a head's weight, the labels, and one number
+    head = 53 * 24 * 4 + 7 * 8 + 4
+    for mode, rows in zip(LOSSES, (x, 2 * x), strict=True):
+        assert bytes_of(small(mode), mode) == bytes_of(small(mode), PRODUCTS) == rows + head
+
+
+def test_the_floor_of_a_loss_is_that_of_its_products() -> None:
+    """At LLaMA's head compute takes the time, of one row memory."""
+    large = SmallShape(2048, 4096, "bfloat16", vocabulary=32000)
+    for products, mode in enumerate(LOSSES, 1):
+        floor = loss_floor(large, mode)
+        assert floor.flops == products * 2 * 2048 * 4096 * 32000
+        h200 = GPUS["H200"]
+        assert floor.ms(h200, "bfloat16") == pytest.approx(floor.flops / 989e9)
+        one = loss_floor(replace(large, tokens=1), mode)
+        assert one.ms(h200, "bfloat16") == pytest.approx(one.bytes / 4.8e9)
 
 
 def timed(middle: float, size: int = 1000) -> Row:
     return {"status": TIMED, "ms": [middle] * 3, "round_ms": [middle] * 5, "bytes": size}
 
 
-def cell(shape: SmallShape = HEADLINE, **times: float | Row) -> dict[Any, dict[str, Row]]:
+def cell(
+    shape: SmallShape = HEADLINE, mode: str = "rms_norm", /, **times: float | Row
+) -> dict[Any, dict[str, Row]]:
     """A cell whose reads move ten times what the others move."""
     rows = {
         name: timed(time, 10_000 if name in READS else 1000) if isinstance(time, int | float)
         else time
         for name, time in times.items()
     }  # fmt: skip
-    return {(shape, "rms_norm"): rows}
+    return {(shape, mode): rows}
 
 
 def verdict(target: Any, found: dict[Any, dict[str, Row]], device: str = "NVIDIA H200") -> Any:
@@ -340,6 +388,23 @@ def test_the_bandwidth_target_compares_rates() -> None:
         assert verdict(AT_BANDWIDTH, cell(ours=1.0, read_sum=9.0), device).verdict == PENDING
 
 
+def test_a_loss_is_held_against_its_products() -> None:
+    shape = SmallShape(2048, 4096, "bfloat16", vocabulary=32000)
+    for time, wanted in ((1.1, MET), (1.2, MISSED)):
+        found = cell(shape, AT_PRODUCTS.mode, ours=time, products=1.0, compiled=1.5)
+        assert verdict(AT_PRODUCTS, found).verdict == wanted
+    found = cell(shape, AT_PRODUCTS.mode, ours=1.25, products=1.0, eager=2.5)
+    text = "\n".join(tables(found, "NVIDIA H200"))
+    # 2 products of 2 x 2,048 x 4,096 x 32,000, beside the peak of 989 TFLOP/s
+    assert f"### {AT_PRODUCTS.mode} N=2048 C=4096 V=32000 bfloat16" in text
+    assert "At least 1085.7 us at the peak rates of H200: 1074 GFLOP, 295.7 MB." in text
+    assert "| provider | us (20 %, 80 %)         | TFLOP/s | of the products | to ours |" in text
+    assert "| ours     | 1250.0 (1250.0, 1250.0) | 859     | 80.0%           | 1.00    |" in text
+    assert "| products | 1000.0 (1000.0, 1000.0) | 1074    | 100.0%          | -       |" in text
+    assert "At least" not in "\n".join(tables(found, "cpu"))
+    assert figures(found)["bandwidth"].startswith(b"\x89PNG")
+
+
 def test_ours_may_be_no_slower_than_what_is_compiled() -> None:
     for time, wanted in ((0.95, MET), (0.949, MISSED)):
         assert verdict(AGAINST_COMPILED, cell(ours=1.0, compiled=time)).verdict == wanted
@@ -357,7 +422,7 @@ def test_ours_may_be_no_slower_than_what_is_compiled() -> None:
 def test_tables_are_in_microseconds_with_the_part_of_the_bandwidth() -> None:
     failed = {"status": FAILED, "reason": "Unsupported"}
     found = cell(ours=0.002, eager=0.004, compiled=failed, read_sum=0.01, read_dot=0.016)
-    text = "\n".join(tables(found))
+    text = "\n".join(tables(found, "NVIDIA H200"))
     assert "### rms_norm B=1 T=2048 width=4096 bfloat16" in text
     assert "| ours     | 2.0 (2.0, 2.0)      | 0.5   | 50.0%             | 1.00    |" in text
     assert "| eager    | 4.0 (4.0, 4.0)      | 0.25  | 25.0%             | 2.00    |" in text
@@ -400,7 +465,9 @@ def test_one_pass_compiles_and_says_what_it_cannot(
 def test_every_provider_is_told_of() -> None:
     for mode in MODES:
         for one in providers_of(mode):
-            if one.name not in READS:
+            if one.name == PRODUCTS:
+                assert f"{one.name}:" in small_ops_report.LEGEND
+            elif one.name not in READS:
                 assert f"{one.name}:" in small_ops_report.LEGEND, one.name
                 assert one.name in small_ops_report.MARKS
 

@@ -15,6 +15,7 @@ from llama_adapter.data.examples import IGNORE_INDEX, Batch, Example
 from llama_adapter.data.packed import pack
 from llama_adapter.model import Llama
 from llama_adapter.trainer import Trainer
+from tests.adapter_kernels.small_ops import Spy
 
 BOTH = ("prompts", "gates")
 
@@ -56,6 +57,22 @@ def test_the_loss_is_the_mean_over_the_labels_of_the_whole_batch(
     assert math.isclose(trainer.validate(batch), total / count, rel_tol=1e-6)
     loss, _ = trainer.step(Batch(batch, BOTH), 0.0)
     assert math.isclose(loss, total / count, rel_tol=1e-6)
+
+
+def test_the_rows_that_carry_loss_are_not_searched_again(
+    tiny_model: Llama, tiny_adapter: Adapter
+) -> None:
+    """Every row that reaches the loss has a label, and is told so: a GPU then waits for nothing."""
+    with Spy() as spy:
+        trainer = Trainer(tiny_model, tiny_adapter, micro_batch_tokens=10**6)
+        trainer.step(Batch(examples(3), BOTH), 0.0)
+    ((x, _, labels, ignore_index, _),) = (
+        arguments for name, arguments, _ in spy.calls if name == "linear_cross_entropy"
+    )
+    carrying = [label for one in examples(3) for label in one.labels[1:] if label != IGNORE_INDEX]
+    assert labels.tolist() == carrying
+    assert len(x) == len(carrying)
+    assert ignore_index is None
 
 
 @pytest.mark.parametrize("most_tokens", [1, 30, 97])
