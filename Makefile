@@ -43,7 +43,7 @@ LIMIT = $(if $(MINUTES),--minutes $(MINUTES))
 SANITIZED = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --tool
 CHECKED = $(PYTHON) -m pytest tests/adapter_kernels/zero_init_attention/test_triton_launch.py
 TRAINING = tests/test_gpu.py tests/llama_adapter tests/benchmarks/test_memory.py \
-	tests/adapter_kernels/test_linear_cross_entropy.py \
+	tests/adapter_kernels/test_linear_cross_entropy_kernel.py \
 	tests/adapter_kernels/zero_init_attention/test_varlen.py \
 	tests/adapter_kernels/zero_init_attention/test_triton_launch.py
 gpu: $(addprefix gpu-,$(PART))

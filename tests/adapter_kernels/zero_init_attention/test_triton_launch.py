@@ -293,7 +293,7 @@ MUTATIONS: dict[str, tuple[str, str, str, list[Check]]] = {
     ),
     "prompt mask ignored": (
         "tiles",
-        "length = tl.minimum(length, tl.load(prompt_lengths_ptr + row))",
+        "length = tl.minimum(length, tl.load(lengths_ptr + row))",
         "length = length + 0",
         [lambda: check("bank_lengths", "causal")],
     ),
@@ -311,8 +311,8 @@ MUTATIONS: dict[str, tuple[str, str, str, list[Check]]] = {
     ),
     "stale index": (
         "tiles",
-        "row = tl.load(adapter_index_ptr + b)",
-        "row = tl.load(adapter_index_ptr)",
+        "row = tl.load(index_ptr + b)",
+        "row = tl.load(index_ptr)",
         [checkers.check_index_is_read_at_every_call],
     ),
 }
