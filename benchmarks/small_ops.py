@@ -47,7 +47,7 @@ from benchmarks.small_ops_report import figures, report
 
 Cell = tuple[str, SmallShape]
 # cells that are compiled together, then measured: about those of one number of tokens
-PORTION = 16
+PORTION = 17
 SOURCES = [Path(adapter_kernels.__file__).parent, Path(__file__)]
 SOURCES += [
     Path(module.__file__ or "")
