@@ -12,6 +12,8 @@ from typing import Any
 from llama_adapter.config import AdapterConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+# formats of the base's weights that pass gradients
+QUANTIZED = ("int8", "nf4")
 # beyond any sensible rate, count or size, and within what torch takes
 _LARGEST = 1e30
 # more ends the process, not the run
@@ -48,7 +50,7 @@ class FinetuneConfig:
     dtype: str | None = _option(None, "dtype of the base; default: the files' own", DTYPES)
     device: str | None = _option(None, "where to compute; default: the GPU, if there is one")
     quantize: str | None = _option(
-        None, "hold the base's linear weights in 8 bits; needs torchao", ("int8",)
+        None, "hold the base's linear weights in 8 or 4 bits; needs torchao", QUANTIZED
     )
     val_data: Path | None = field(
         default=None,
@@ -113,8 +115,8 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.val_data is not None and self.val_size is not None:
             raise ValueError("val_size must be left out where val_data is given")
-        if self.quantize not in (None, "int8"):
-            raise ValueError(f'quantize must be "int8" to train, got {self.quantize!r}')
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            raise ValueError(f"quantize must be one of {QUANTIZED} to train, got {self.quantize!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 

@@ -6,22 +6,32 @@ stay as they are. It happens in place: the weights as read are gone afterwards.
 
 import importlib
 import logging
+import math
 import warnings
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from llama_adapter.model import Linear, Llama
 
 # a format to the dtypes of the bases that it can hold: torchao multiplies int8 by its scale last,
-# so that 516 products of 1 and 127 overflow float16; its int4 kernel is bfloat16's
+# so that 516 products of 1 and 127 overflow float16, where 128 over a small difference of nf4's
+# scales does too; its int4 kernel is bfloat16's
 FORMATS: dict[str, tuple[torch.dtype, ...]] = {
     "int8": (torch.float32, torch.bfloat16),
+    "nf4": (torch.float32, torch.bfloat16),
     "int4": (torch.bfloat16,),
 }
+# the classes of their weights whose products have a gradient
+_TRAINED = ("Int8", "NF4")
 # weights per scale and zero, the smaller file first: 4.25 or 5 bits per weight
 INT4_GROUPS = (128, 32)
+# weights per scale, and scales per scale of theirs: 4 + (8 + 16 / 256) / 64 = 4.126 bits
+NF4_BLOCK, NF4_SCALES = 64, 256
+# one module in which torchao 0.17 and 0.18, between which the class moved, both have it
+_NF4_MODULE = "torchao.prototype._nf4tensor_api"
 # the first with an int4 matrix product on its tensor cores
 INT4_CAPABILITY = (8, 0)
 
@@ -30,11 +40,14 @@ def quantize(model: Llama, name: str) -> None:
     """Replace the weight of every `Linear` of a frozen model, in place.
 
     int8 has one scale per row, w = scale * q with |w - scale * q| <= scale / 2 and
-    scale = max |w| / 127.5. int4 has a scale and a zero per group of 128 or 32 along a row.
+    scale = max |w| / 127.5. int4 has a scale and a zero per group of 128 or 32 along a row. nf4
+    takes the nearest of 16 quantiles of a normal distribution, times the largest |w| of 64 in a
+    row's order; those scales, less their mean, are in 8 bits, with one scale per 256 of them. It
+    is multiplied out for every product (QLoRA: Dettmers et al. 2023, section 3).
 
     Args:
-        model: the base, frozen; in float32 or bfloat16 for int8, in bfloat16 on a GPU for int4.
-        name: "int8" or "int4".
+        model: the base, frozen; in float32 or bfloat16, for int4 in bfloat16 on a GPU.
+        name: "int8", "nf4" or "int4".
 
     Raises:
         ValueError: there is no such format, torchao or GPU, or the model is quantised already, not
@@ -57,6 +70,9 @@ def quantize(model: Llama, name: str) -> None:
             f"{_short(weight.dtype)}: load it with dtype bfloat16"
         )
     torchao = _import_torchao(name)
+    if name == "nf4":
+        _quantize_nf4(torchao, model)
+        return
     config = _config(torchao, name, model)
     torchao.quantize_(model, config, lambda module, _: isinstance(module, Linear))
 
@@ -97,12 +113,12 @@ def is_quantized(model: torch.nn.Module) -> bool:
 
 
 def passes_gradients(model: torch.nn.Module) -> bool:
-    """Whether an adapter can be trained on a model: its weights are plain, or int8.
+    """Whether an adapter can be trained on a model: its weights are plain, int8 or nf4.
 
-    Gradients of int8's products are those of the rounded weights; int4's have none.
+    Their products' gradients are those of the rounded weights; int4's have none.
     """
     return all(
-        type(parameter).__name__.startswith("Int8")
+        type(parameter).__name__.startswith(_TRAINED)
         for parameter in model.parameters()
         if type(parameter).__module__.partition(".")[0] == "torchao"
     )
@@ -115,7 +131,8 @@ def _import_torchao(name: str) -> ModuleType:
         logging.disable(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return importlib.import_module("torchao.quantization")
+            module = _NF4_MODULE if name == "nf4" else "torchao.quantization"
+            return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
             f'quantize "{name}" needs torchao ({error}): '
@@ -123,6 +140,24 @@ def _import_torchao(name: str) -> ModuleType:
         ) from None
     finally:
         logging.disable(disabled)
+
+
+def _quantize_nf4(torchao: ModuleType, model: Llama) -> None:
+    """One weight after the other, so that no two are held twice."""
+    linears = {key: found for key, found in model.named_modules() if isinstance(found, Linear)}
+    for key, module in linears.items():
+        shape = tuple(module.weight.shape)
+        if math.prod(shape) % NF4_BLOCK:
+            raise ValueError(
+                f'quantize "nf4" needs weights of a multiple of {NF4_BLOCK} numbers, got '
+                f"{key}.weight of shape {shape}"
+            )
+    for module in linears.values():
+        weight = module.weight.detach().contiguous()
+        # all scales must make whole groups, which are smaller where a weight is
+        group = math.gcd(weight.numel() // NF4_BLOCK, NF4_SCALES)
+        packed = torchao.NF4Tensor.from_tensor(weight, NF4_BLOCK, group)
+        module.weight = nn.Parameter(packed, requires_grad=False)
 
 
 def _config(torchao: ModuleType, name: str, model: Llama) -> Any:

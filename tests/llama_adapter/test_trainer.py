@@ -147,26 +147,39 @@ def test_the_base_gets_no_gradient_and_keeps_every_bit(
         assert torch.equal(value, before[name]), name
 
 
-def test_a_base_in_int8_gives_the_gradients_of_its_rounded_weights(
-    tiny_model: Llama, tiny_adapter: Adapter
+@pytest.mark.parametrize(("name", "limit"), [("int8", 1e-4), ("nf4", 1e-5)])
+def test_a_quantised_base_gives_the_gradients_of_its_rounded_weights(
+    name: str, limit: float, even_model: Llama, tiny_adapter: Adapter
 ) -> None:
     pytest.importorskip("torchao.quantization")
-    rounded, other, batch = deepcopy(tiny_model), deepcopy(tiny_adapter), Batch(examples(7), BOTH)
-    quantize(tiny_model, "int8")
+    rounded, other, batch = deepcopy(even_model), deepcopy(tiny_adapter), Batch(examples(7), BOTH)
+    quantize(even_model, name)
     with torch.no_grad():
-        for plain, packed in zip(rounded.parameters(), tiny_model.parameters(), strict=True):
-            whole = getattr(packed, "dequantize", None)
-            changed = whole is not None and type(packed).__module__.startswith("torchao")
-            plain.copy_(whole() if whole is not None and changed else packed)
+        for plain, packed in zip(rounded.parameters(), even_model.parameters(), strict=True):
+            whole = {"int8": "dequantize", "nf4": "get_original_weight"}[name]
+            changed = type(packed).__module__.startswith("torchao")
+            plain.copy_(getattr(packed, whole)() if changed else packed)
     losses = [
         Trainer(model, adapter, micro_batch_tokens=60).step(batch, 0.0)[0]
-        for model, adapter in ((tiny_model, tiny_adapter), (rounded, other))
+        for model, adapter in ((even_model, tiny_adapter), (rounded, other))
     ]
     assert math.isclose(losses[0], losses[1], rel_tol=1e-5)
-    for name in BOTH:
-        got, expected = (getattr(adapter, name).grad for adapter in (tiny_adapter, other))
+    for group in BOTH:
+        got, expected = (getattr(adapter, group).grad for adapter in (tiny_adapter, other))
         assert float(expected.abs().max()) > 1e-4
-        assert float((got - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+        assert float((got - expected).abs().max()) <= limit * float(expected.abs().max())
+
+
+def test_training_on_nf4_gains_as_much(even_model: Llama, tiny_adapter: Adapter) -> None:
+    pytest.importorskip("torchao.quantization")
+    packed, gains = deepcopy(even_model), []
+    quantize(packed, "nf4")
+    for model in (even_model, packed):
+        trainer = Trainer(model, deepcopy(tiny_adapter), micro_batch_tokens=60)
+        losses = [trainer.step(Batch(examples(7), BOTH), 0.05)[0] for _ in range(12)]
+        gains.append(losses[0] - losses[-1])
+    assert gains[0] > 0.3
+    assert gains[1] > 0.8 * gains[0]
 
 
 def test_a_base_whose_products_have_no_gradient_is_refused(
@@ -175,7 +188,9 @@ def test_a_base_whose_products_have_no_gradient_is_refused(
     packed = type("Int4Tensor", (torch.nn.Parameter,), {"__module__": "torchao.quantization"})
     weight = tiny_model.layers[0].attention.wq.weight.detach()
     tiny_model.layers[0].attention.wq.weight = packed(weight, requires_grad=False)
-    with pytest.raises(ValueError, match="model must be as it is or in int8 to train on it"):
+    with pytest.raises(
+        ValueError, match="model must be as it is, in int8 or in nf4 to train on it"
+    ):
         Trainer(tiny_model, tiny_adapter, micro_batch_tokens=20)
 
 
