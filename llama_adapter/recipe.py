@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.config import AdapterConfig
+from llama_adapter.recompute import RECOMPUTED
 
 DTYPES = ("float32", "bfloat16", "float16")
 # formats of the base's weights that pass gradients
@@ -69,6 +70,11 @@ class FinetuneConfig:
     micro_batch_tokens: int = _option(
         2048, "tokens per forward pass; changes memory and time, not results"
     )
+    recompute: str | None = _option(
+        None,
+        "part of each layer that is computed again, not kept; changes memory and time, not results",
+        RECOMPUTED,
+    )
     base_lr: float = _recipe(9e-3, "learning rate per 256 records of a batch")
     lr: float | None = _recipe(None, "learning rate; default: base lr * batch size / 256")
     min_lr: float = _recipe(0.0, "learning rate that the cosine ends at")
@@ -117,6 +123,8 @@ class FinetuneConfig:
             raise ValueError("val_size must be left out where val_data is given")
         if self.quantize is not None and self.quantize not in QUANTIZED:
             raise ValueError(f"quantize must be one of {QUANTIZED} to train, got {self.quantize!r}")
+        if self.recompute not in (None, *RECOMPUTED):
+            raise ValueError(f"recompute must be one of {RECOMPUTED}, got {self.recompute!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from llama_adapter.model import Linear, Llama
+from llama_adapter.layers import Linear
+from llama_adapter.model import Llama
 
 # a format to the dtypes of the bases that it can hold: torchao multiplies int8 by its scale last,
 # so that 516 products of 1 and 127 overflow float16, where 128 over a small difference of nf4's

@@ -70,6 +70,7 @@ def test_schedule_with_a_lower_limit_and_without_warmup_or_cosine() -> None:
             {"quantize": "int4"},
             "quantize must be one of ('int8', 'nf4') to train, got 'int4'",
         ),
+        ({"recompute": "all"}, "recompute must be one of ('mlp', 'block'), got 'all'"),
         ({"save_every": 0}, "save_every must be at least 1, got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
         ({"max_length": 1}, "max_length must be at least 2, got 1"),

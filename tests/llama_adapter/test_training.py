@@ -369,3 +369,17 @@ def test_an_adapter_trained_on_a_quantised_base_is_the_whole_bases(
     assert torch.equal(adapter.prompts, small.adapter.prompts)
     with pytest.raises(ValueError, match=f"quantize was '{name}', is now None"):
         finetune(replace(plain, output=plain.output / name), resume=True, progress=False)
+
+
+def test_a_run_that_computes_again_is_the_same_run_and_may_change_that_when_continued(
+    config: Callable[..., FinetuneConfig],
+) -> None:
+    plain = config(epochs=2)
+    expected = finetune(replace(plain, output=plain.output / "plain"))
+    again = replace(plain, output=plain.output / "again", recompute="mlp")
+    finetune(replace(again, max_steps=2))
+    found = finetune(replace(again, recompute="block"), resume=True)
+    assert len(found.losses) > 2
+    assert found.losses == expected.losses
+    # and once more where it stopped
+    assert {**found.val_losses, **expected.val_losses} == found.val_losses

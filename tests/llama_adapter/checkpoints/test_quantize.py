@@ -21,7 +21,8 @@ from llama_adapter.checkpoints.quantize import check_format, is_quantized, quant
 from llama_adapter.config import LlamaConfig
 from llama_adapter.data.template import prompt_text
 from llama_adapter.generation import generate
-from llama_adapter.model import Linear, Llama
+from llama_adapter.layers import Linear
+from llama_adapter.model import Llama
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.tokenizer import Tokenizer
 
