@@ -14,7 +14,7 @@ from llama_adapter.recompute import RECOMPUTED
 
 DTYPES = ("float32", "bfloat16", "float16")
 # formats of the base's weights that pass gradients
-QUANTIZED = ("int8", "nf4")
+QUANTIZED = ("int8", "nf4", "fp8")
 # beyond any sensible rate, count or size, and within what torch takes
 _LARGEST = 1e30
 # more ends the process, not the run
@@ -51,7 +51,9 @@ class FinetuneConfig:
     dtype: str | None = _option(None, "dtype of the base; default: the files' own", DTYPES)
     device: str | None = _option(None, "where to compute; default: the GPU, if there is one")
     quantize: str | None = _option(
-        None, "hold the base's linear weights in 8 or 4 bits; needs torchao", QUANTIZED
+        None,
+        "hold the base's linear weights in 8 or 4 bits, by torchao; fp8 for speed, from sm_89 on",
+        QUANTIZED,
     )
     val_data: Path | None = field(
         default=None,

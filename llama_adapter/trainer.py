@@ -65,8 +65,8 @@ class Trainer:
         """
         if not passes_gradients(model):
             raise ValueError(
-                "model must be as it is, in int8 or in nf4 to train on it: give load_base "
-                'quantize="int8", "nf4" or none'
+                "model must be as it is, in int8, nf4 or fp8 to train on it: give load_base "
+                'quantize="int8", "nf4", "fp8" or none'
             )
         unfrozen = [name for name, value in model.named_parameters() if value.requires_grad]
         if unfrozen:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from llama_adapter.adapter import Adapter
-from llama_adapter.checkpoints.quantize import quantize
+from llama_adapter.checkpoints.quantize import quantize, round_to_float8
 from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.data.examples import IGNORE_INDEX, Batch, Example
 from llama_adapter.data.packed import pack
@@ -173,10 +173,16 @@ def test_a_quantised_base_gives_the_gradients_of_its_rounded_weights(
         assert float((got - expected).abs().max()) <= limit * float(expected.abs().max())
 
 
-def test_training_on_nf4_gains_as_much(even_model: Llama, tiny_adapter: Adapter) -> None:
-    pytest.importorskip("torchao.quantization")
+@pytest.mark.parametrize("name", ["nf4", "fp8"])
+def test_training_on_coarse_weights_gains_as_much(
+    name: str, even_model: Llama, tiny_adapter: Adapter
+) -> None:
     packed, gains = deepcopy(even_model), []
-    quantize(packed, "nf4")
+    if name == "nf4":
+        pytest.importorskip("torchao.quantization")
+        quantize(packed, name)
+    else:
+        round_to_float8(packed)
     for model in (even_model, packed):
         trainer = Trainer(model, deepcopy(tiny_adapter), micro_batch_tokens=60)
         losses = [trainer.step(Batch(examples(7), BOTH), 0.05)[0] for _ in range(12)]
@@ -192,7 +198,7 @@ def test_a_base_whose_products_have_no_gradient_is_refused(
     weight = tiny_model.layers[0].attention.wq.weight.detach()
     tiny_model.layers[0].attention.wq.weight = packed(weight, requires_grad=False)
     with pytest.raises(
-        ValueError, match="model must be as it is, in int8 or in nf4 to train on it"
+        ValueError, match="model must be as it is, in int8, nf4 or fp8 to train on it"
     ):
         Trainer(tiny_model, tiny_adapter, micro_batch_tokens=20)
 
@@ -381,12 +387,14 @@ def test_gate_and_up_are_two_products_more() -> None:
     assert counts["block"] - counts[None] == 2 * tokens * 4 * (attention + mlp)
 
 
-@pytest.mark.parametrize("name", [None, "int8", "nf4"])
+@pytest.mark.parametrize("name", [None, "int8", "nf4", "fp8"])
 def test_computing_again_gives_the_same_gradients(
     name: str | None, even_model: Llama, tiny_adapter: Adapter
 ) -> None:
     """Of packed records that share their beginning, on whatever base."""
-    if name is not None:
+    if name == "fp8":
+        round_to_float8(even_model)
+    elif name is not None:
         pytest.importorskip("torchao.quantization")
         quantize(even_model, name)
     start = (1, 7, 9, 20, 4)

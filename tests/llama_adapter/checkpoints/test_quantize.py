@@ -17,9 +17,15 @@ from llama_adapter.cache import KVCache
 from llama_adapter.checkpoints import Base, load_base
 from llama_adapter.checkpoints.adapter_file import load_adapter, save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
-from llama_adapter.checkpoints.quantize import check_format, is_quantized, quantize
+from llama_adapter.checkpoints.quantize import (
+    check_format,
+    is_quantized,
+    quantize,
+    round_to_float8,
+)
 from llama_adapter.config import LlamaConfig
 from llama_adapter.data.template import prompt_text
+from llama_adapter.float8 import Float8Weight
 from llama_adapter.generation import generate
 from llama_adapter.layers import Linear
 from llama_adapter.model import Llama
@@ -321,6 +327,44 @@ def test_nf4_keeps_rows_of_zeros(even_model: Llama) -> None:
     assert float(whole[354:].abs().max()) < 0.01 * float(whole.abs().max())
 
 
+@torch.no_grad()
+def test_a_base_in_fp8_is_near_and_answers(
+    even_model: Llama,
+    tiny_tokenizer: Tokenizer,
+    tiny_adapter: Adapter,
+    tokens: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU that has the products: torch's, on this processor."""
+    monkeypatch.setattr("llama_adapter.checkpoints.quantize.check_format", lambda *_: None)
+    with pytest.raises(ValueError, match=r"fp8.* a base in bfloat16, got float32: load it with dt"):
+        twin(even_model, "fp8")
+    even_model.bfloat16()
+    model = Llama(even_model.config).bfloat16()
+    model.load_state_dict(even_model.state_dict())
+    quantize(model.requires_grad_(False).eval(), "fp8")
+    assert is_quantized(model)
+    for name, module in linears(model).items():
+        assert isinstance(module.weight, Float8Weight)
+        assert module.weight.dtype == torch.bfloat16
+        assert 0.01 < deviation(module.weight.dequantize(), linears(even_model)[name].weight) < 0.04
+    wanted, got = (one(tokens, one.project(tiny_adapter)) for one in (even_model, model))
+    assert 0.02 < deviation(got.float(), wanted.float()) < 0.3
+    greedy = SamplingConfig(max_new_tokens=12, temperature=0)
+    asked = ["the first answer", "seven birds follow the quiet river"]
+    prompts = model.project(tiny_adapter)
+    together = generate(model, tiny_tokenizer, asked, greedy, prompts=prompts)
+    assert all(completion.tokens for completion in together)
+    assert together != generate(model, tiny_tokenizer, asked, greedy)
+
+
+def test_fp8_needs_widths_in_sixteens(tiny_model: Llama) -> None:
+    message = r'"fp8" needs widths that are multiples of 16, got output.weight of shape \(353, 48\)'
+    with pytest.raises(ValueError, match=message):
+        round_to_float8(tiny_model)
+    assert not is_quantized(tiny_model)
+
+
 def test_float16_would_overflow() -> None:
     """1,024 products of 1 and 127, before the scale: what the refusal of float16 prevents."""
     linear = nn.Linear(1024, 4, bias=False, dtype=torch.float16).requires_grad_(False)
@@ -332,8 +376,9 @@ def test_float16_would_overflow() -> None:
 @pytest.mark.parametrize(
     ("change", "name", "message"),
     [
-        ("", "int2", r"""quantize must be "int8" or "nf4" or "int4", got 'int2'"""),
+        ("", "int2", r"""quantize must be "int8" or "nf4" or "fp8" or "int4", got 'int2'"""),
         ("", "int4", r'"int4" needs an NVIDIA GPU of sm_80 or newer, got device cpu; "int8" runs'),
+        ("", "fp8", r'"fp8" needs an NVIDIA GPU of sm_89 or newer, got device cpu; "int8" runs'),
         ("quantised", "int8", r'hold the weights as read for quantize "int8", got quantised'),
         ("trained", "int8", r'frozen for quantize "int8", tok_embeddings.weight requires a grad'),
         ("half", "int8", r"a base in float32 or bfloat16, got float16: load it with dtype bfloat"),
@@ -392,7 +437,9 @@ def test_int4_needs_bfloat16_and_groups_along_the_rows(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "limit"), [("int8", 0.03), ("nf4", 0.25), ("int4", 0.25)])
+@pytest.mark.parametrize(
+    ("name", "limit"), [("int8", 0.03), ("nf4", 0.25), ("fp8", 0.15), ("int4", 0.25)]
+)
 def test_the_bundled_base_on_a_gpu(name: str, limit: float) -> None:
     """Rounded alike on a CPU, int8 deviates by 0.010 here and int4 in groups of 32 by 0.088."""
     plain = load_base(assets.BASE, dtype=torch.bfloat16, device="cuda")
