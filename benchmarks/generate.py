@@ -66,7 +66,8 @@ SOURCES += [
 SOURCES += [
     MODEL / f"{name}.py"
     for name in (
-        "adapter", "adapter_bank", "cache", "completion", "decoder", "engine", "model", "sampling"
+        "adapter", "adapter_bank", "cache", "completion", "decoder", "engine", "layers", "model",
+        "sampling",
     )
 ]  # fmt: skip
 PROVIDERS = (

@@ -38,7 +38,7 @@ PROTOCOL = Protocol(rounds=500, warmup=5, round_ms=0.0)
 QUICK_PROTOCOL = Protocol(rounds=6, warmup=1, round_ms=0.0)
 HERE, MODEL = Path(__file__).parent, Path(llama_adapter.__path__[0])
 SOURCES = [Path(adapter_kernels.__file__).parent, Path(__file__), MODEL / "data" / "packed.py"]
-SOURCES += [MODEL / f"{name}.py" for name in ("adapter", "model", "packing", "trainer")]
+SOURCES += [MODEL / f"{name}.py" for name in ("adapter", "layers", "model", "packing", "trainer")]
 SOURCES += [Path(one.__file__ or "") for one in (generate_models, harness, train_step_problem)]
 LEGEND = (
     "One process, one GPU: forward, backward and AdamW's step of prompts and gates in float32 on a "

@@ -31,7 +31,7 @@ QUICK_PROTOCOL = Protocol(rounds=5, warmup=1, round_ms=0.0)
 HERE, MODEL = Path(__file__).parent, Path(llama_adapter.__path__[0])
 SOURCES = [Path(adapter_kernels.__file__).parent, Path(__file__), HERE / "train_step_problem.py"]
 SOURCES += [HERE / "generate_theirs.py", MODEL / "data" / "packed.py"]
-SOURCES += [MODEL / f"{name}.py" for name in ("adapter", "model", "packing")]
+SOURCES += [MODEL / f"{name}.py" for name in ("adapter", "layers", "model", "packing")]
 SOURCES += [Path(module.__file__ or "") for module in (generate_models, harness)]
 
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from adapter_kernels import (
     apply_rotary,
     linear,
-    rms_norm,
-    swiglu,
     write_cache,
     zero_init_attention,
     zero_init_attention_decode,
@@ -24,7 +22,9 @@ from adapter_kernels import (
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
 from llama_adapter.cache import KVCache, PagePool, Span
 from llama_adapter.config import LlamaConfig
+from llama_adapter.layers import FeedForward, Linear, RMSNorm
 from llama_adapter.packing import Packing
+from llama_adapter.recompute import call
 from llama_adapter.rotary_angles import rotary_angles
 from llama_adapter.tuned_modules import tune
 
@@ -38,6 +38,7 @@ class Step:
         prompts: projected prompts, or None for the base model.
         pool, span: where keys and values go and which are seen; None attends to the call's own.
         packing: where sequences lie in the call's one row; None takes a row for each.
+        recompute: what of each layer the backward computes again, "mlp" or "block".
     """
 
     cos: Tensor
@@ -46,40 +47,7 @@ class Step:
     pool: PagePool | None = None
     span: Span | None = None
     packing: Packing | None = None
-
-
-class Linear(nn.Linear):
-    """The model's one linear map, y = W x; every projection of tokens and prompts passes here.
-
-    Where an adapter has biases and scales, a `TunedLinear` of the same weight takes its place.
-    """
-
-    def __init__(self, n_in: int, n_out: int) -> None:
-        super().__init__(n_in, n_out, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Leave the weight as allocated: `Llama` initialises or a checkpoint assigns it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (..., n_in) to (..., n_out)."""
-        return linear(input, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise (..., C)."""
-        return rms_norm(x, self.weight, eps=self.eps)
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise x + residual; returns the norm and the sum."""
-        return rms_norm(x, self.weight, eps=self.eps, residual=residual)
+    recompute: str | None = None
 
 
 class Attention(nn.Module):
@@ -175,20 +143,6 @@ class Attention(nn.Module):
         return out.view(q.shape)
 
 
-class FeedForward(nn.Module):
-    """w2(silu(w1 x) * w3 x)."""
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.w1 = Linear(config.dim, config.hidden_dim)
-        self.w2 = Linear(config.hidden_dim, config.dim)
-        self.w3 = Linear(config.dim, config.hidden_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, C) to (B, T, C)."""
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
-
-
 class Block(nn.Module):
     """One transformer layer: attention, then feed-forward, each on a normed residual stream."""
 
@@ -202,6 +156,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Map the residual stream (B, T, C) to the next one."""
         attended = self.attention(self.attention_norm(x), step)
+        return call(step.recompute == "mlp", self._feed, attended, x)
+
+    def _feed(self, attended: Tensor, x: Tensor) -> Tensor:
         normed, x = self.ffn_norm.add(attended, x)
         return x + self.feed_forward(normed)
 
@@ -303,19 +260,26 @@ class Llama(nn.Module):
         return hidden
 
     def hidden_packed(
-        self, tokens: Tensor, packing: Packing, prompts: Prompts | None = None
+        self,
+        tokens: Tensor,
+        packing: Packing,
+        prompts: Prompts | None = None,
+        *,
+        recompute: str | None = None,
     ) -> Tensor:
         """Final normed hidden states of sequences without padding, one after the other.
 
         Args:
             tokens: (total,) int64, of sequences that lie as `packing` says.
             packing, prompts: prompts are of one adapter, or None for the base model.
+            recompute: "mlp" or "block", what the backward computes again instead of keeping it.
 
         Returns:
             (total, C): for every sequence what `hidden` gives it alone.
         """
         angles = rotary_angles(self.config, packing.positions)
-        return self.run(tokens[None], Step(*angles, prompts, packing=packing))[0]
+        step = Step(*angles, prompts, packing=packing, recompute=recompute)
+        return self.run(tokens[None], step)[0]
 
     def run(self, tokens: Tensor, step: Step) -> Tensor:
         """Final normed hidden states (B, T, C) of tokens (B, T), wherever `step` puts their keys.
@@ -326,7 +290,7 @@ class Llama(nn.Module):
         layers, norm = (self.layers, self.norm) if tuned is None else (tuned.layers, tuned.norm)
         x = self.tok_embeddings(tokens)
         for layer in layers:
-            x = layer(x, step)
+            x = call(step.recompute == "block", layer, x, step)
         return norm(x)
 
     def logits(self, hidden: Tensor, prompts: Prompts | None = None) -> Tensor:

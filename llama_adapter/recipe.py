@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.config import AdapterConfig
+from llama_adapter.recompute import RECOMPUTED
 
 DTYPES = ("float32", "bfloat16", "float16")
+# formats of the base's weights that pass gradients
+QUANTIZED = ("int8", "nf4", "fp8")
 # beyond any sensible rate, count or size, and within what torch takes
 _LARGEST = 1e30
 # more ends the process, not the run
@@ -48,7 +51,9 @@ class FinetuneConfig:
     dtype: str | None = _option(None, "dtype of the base; default: the files' own", DTYPES)
     device: str | None = _option(None, "where to compute; default: the GPU, if there is one")
     quantize: str | None = _option(
-        None, "hold the base's linear weights in 8 bits; needs torchao", ("int8",)
+        None,
+        "hold the base's linear weights in 8 or 4 bits, by torchao; fp8 for speed, from sm_89 on",
+        QUANTIZED,
     )
     val_data: Path | None = field(
         default=None,
@@ -66,6 +71,11 @@ class FinetuneConfig:
     batch_size: int = _recipe(64, "records per optimiser step")
     micro_batch_tokens: int = _option(
         2048, "tokens per forward pass; changes memory and time, not results"
+    )
+    recompute: str | None = _option(
+        None,
+        "part of each layer that is computed again, not kept; changes memory and time, not results",
+        RECOMPUTED,
     )
     base_lr: float = _recipe(9e-3, "learning rate per 256 records of a batch")
     lr: float | None = _recipe(None, "learning rate; default: base lr * batch size / 256")
@@ -113,8 +123,10 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.val_data is not None and self.val_size is not None:
             raise ValueError("val_size must be left out where val_data is given")
-        if self.quantize not in (None, "int8"):
-            raise ValueError(f'quantize must be "int8" to train, got {self.quantize!r}')
+        if self.quantize is not None and self.quantize not in QUANTIZED:
+            raise ValueError(f"quantize must be one of {QUANTIZED} to train, got {self.quantize!r}")
+        if self.recompute not in (None, *RECOMPUTED):
+            raise ValueError(f"recompute must be one of {RECOMPUTED}, got {self.recompute!r}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 

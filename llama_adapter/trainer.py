@@ -16,6 +16,7 @@ from llama_adapter.checkpoints.quantize import is_quantized, passes_gradients
 from llama_adapter.data.examples import Batch, Example
 from llama_adapter.data.packed import PackedBatch, Prefix, micro_batches, pack
 from llama_adapter.model import Llama
+from llama_adapter.recompute import RECOMPUTED
 from llama_adapter.step_profile import phase
 from llama_adapter.world import World
 
@@ -38,6 +39,7 @@ class Trainer:
         weight_decay: float = 0.02,
         betas: tuple[float, float] = (0.9, 0.95),
         clip: float | None = None,
+        recompute: str | None = None,
         world: World | None = None,
     ) -> None:
         """Prepare to train.
@@ -51,17 +53,20 @@ class Trainer:
                 recipe.
             betas: AdamW's.
             clip: largest norm of the gradient of all groups of a batch together, or None.
+            recompute: "mlp" or "block", what of each layer the backward computes again instead of
+                keeping it; changes memory and time, not results.
             world: the processes that train together, of which each computes a share of every batch
                 and takes the same step; None is this one alone.
 
         Raises:
             ValueError: the base is in int4 or not frozen, a parameter of the adapter is not
-                float32, or it has biases, scales or norms, which run but are not trained yet.
+                float32, it has biases, scales or norms, which run but are not trained yet, or
+                recompute is unknown.
         """
         if not passes_gradients(model):
             raise ValueError(
-                'model must be as it is or in int8 to train on it: give load_base quantize="int8", '
-                "or none"
+                "model must be as it is, in int8, nf4 or fp8 to train on it: give load_base "
+                'quantize="int8", "nf4", "fp8" or none'
             )
         unfrozen = [name for name, value in model.named_parameters() if value.requires_grad]
         if unfrozen:
@@ -75,7 +80,10 @@ class Trainer:
             raise ValueError(
                 f"adapter must have prompts and gates alone to be trained, got {groups}"
             )
+        if recompute not in (None, *RECOMPUTED):
+            raise ValueError(f"recompute must be one of {RECOMPUTED} or None, got {recompute!r}")
         self.model, self.adapter, self.world = model, adapter, world or World()
+        self.recompute = recompute
         self.quantized = is_quantized(model)
         self.micro_batch_tokens, self.prefixes, self.clip = micro_batch_tokens, prefixes, clip
         self.groups = adapter.groups()
@@ -102,8 +110,9 @@ class Trainer:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Final hidden states (total, C) of packed examples, differentiable in the adapter."""
+        prompts = self.model.project(self.adapter)
         return self.model.hidden_packed(
-            batch.tokens, batch.packing, self.model.project(self.adapter)
+            batch.tokens, batch.packing, prompts, recompute=self.recompute
         )
 
     def step(self, batch: Batch, lr: float) -> tuple[float, float]:

@@ -168,6 +168,7 @@ def _finetune(
             weight_decay=config.weight_decay,
             betas=config.betas,
             clip=config.clip,
+            recompute=config.recompute,
             world=world,
         )
         known = base.fingerprint or fingerprint(base.model, base.name)

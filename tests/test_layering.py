@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 # top-level modules of llama_adapter, lowest first; a module may import from lower rows only
 LAYERS = (
-    {"config", "assets", "options", "world"},
-    {"recipe", "tuned_modules"},
+    {"config", "assets", "float8", "options", "recompute", "world"},
+    {"layers", "recipe", "tuned_modules"},
     {"adapter", "cache", "packing", "rotary_angles", "tokenizer", "sampling"},
     {"completion"},
     {"model"},

@@ -69,8 +69,9 @@ def load_base(
             model_config.yaml and such a tokenizer.
         dtype: of the loaded weights, a floating one; None keeps the files' own.
         device: where the weights go; it must hold all of them as read, even to be quantised.
-        quantize: "int8" or "int4", the format that the weights of the linear maps are brought into
-            once they are read; None leaves them. Such a base answers, and is not trained on.
+        quantize: "int8", "nf4", "fp8" or "int4", the format that the weights of the linear maps are
+            brought into once they are read; None leaves them. All answer, and an adapter can be
+            trained on all but int4.
 
     Returns:
         The base, frozen and in evaluation mode.

@@ -68,7 +68,7 @@ class LeanLM(TemplateLM):
             base: folder of the base model.
             adapter: adapter file; None is the base alone.
             dtype: of the weights, as "bfloat16"; None keeps the files' own.
-            quantize: "int8" or "int4", or None.
+            quantize: "int8", "nf4", "fp8" or "int4", or None.
             device: "cpu" or "cuda"; None, or a GPU that is not there, is the best that is.
             batch_size: requests that are computed together, a number.
             max_batch_size: at most so many.

@@ -5,6 +5,7 @@ the logits to differ clearly from token to token, which the N(0, 0.02) of a fres
 """
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,18 @@ def tiny_model(tiny_config: LlamaConfig) -> Llama:
         else:
             nn.init.uniform_(parameter, 0.5, 1.5, generator=generator)
     nn.init.normal_(model.tok_embeddings.weight, generator=generator)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def even_model(tiny_model: Llama) -> Llama:
+    """`tiny_model` with 384 words: every weight is whole blocks of 64 numbers."""
+    model = Llama(replace(tiny_model.config, vocab_size=384))
+    state, generator = tiny_model.state_dict(), torch.Generator().manual_seed(17)
+    for name in ("tok_embeddings.weight", "output.weight"):
+        more = torch.randn(384 - VOCAB_SIZE, tiny_model.config.dim, generator=generator)
+        state[name] = torch.cat([state[name], more * state[name].std()])
+    model.load_state_dict(state)
     return model.requires_grad_(False).eval()
 
 

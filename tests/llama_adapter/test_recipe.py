@@ -66,7 +66,11 @@ def test_schedule_with_a_lower_limit_and_without_warmup_or_cosine() -> None:
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"batch_size": -3}, "batch_size must be at least 1, got -3"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, got 0"),
-        ({"quantize": "int4"}, "quantize must be \"int8\" to train, got 'int4'"),
+        (
+            {"quantize": "int4"},
+            "quantize must be one of ('int8', 'nf4', 'fp8') to train, got 'int4'",
+        ),
+        ({"recompute": "all"}, "recompute must be one of ('mlp', 'block'), got 'all'"),
         ({"save_every": 0}, "save_every must be at least 1, got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
         ({"max_length": 1}, "max_length must be at least 2, got 1"),

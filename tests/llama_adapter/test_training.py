@@ -353,18 +353,33 @@ def test_the_base_is_read_from_its_folder_in_the_dtype_asked_for(
         assert math.isclose(a, b, rel_tol=0.02)
 
 
-def test_an_adapter_trained_on_an_int8_base_is_the_whole_bases(
-    config: Callable[..., FinetuneConfig],
+@pytest.mark.parametrize(("name", "near"), [("int8", 0.01), ("nf4", 0.1)])
+def test_an_adapter_trained_on_a_quantised_base_is_the_whole_bases(
+    name: str, near: float, config: Callable[..., FinetuneConfig]
 ) -> None:
     pytest.importorskip("torchao.quantization")
     plain = config(base=None, data=assets.FOLLOW_TRAIN, max_steps=3, batch_size=16, val_size=4)
     whole = finetune(replace(plain, output=plain.output / "whole"), progress=False)
-    small = finetune(replace(plain, output=plain.output / "int8", quantize="int8"), progress=False)
+    small = finetune(replace(plain, output=plain.output / name, quantize=name), progress=False)
     for one, other in zip(whole.losses, small.losses, strict=True):
         assert one != other
-        assert math.isclose(one, other, rel_tol=0.01)
+        assert math.isclose(one, other, rel_tol=near)
     loaded = load_base(assets.BASE)
     adapter = load_adapter(small.adapter_path, loaded.model, loaded.name)
     assert torch.equal(adapter.prompts, small.adapter.prompts)
-    with pytest.raises(ValueError, match="quantize was 'int8', is now None"):
-        finetune(replace(plain, output=plain.output / "int8"), resume=True, progress=False)
+    with pytest.raises(ValueError, match=f"quantize was '{name}', is now None"):
+        finetune(replace(plain, output=plain.output / name), resume=True, progress=False)
+
+
+def test_a_run_that_computes_again_is_the_same_run_and_may_change_that_when_continued(
+    config: Callable[..., FinetuneConfig],
+) -> None:
+    plain = config(epochs=2)
+    expected = finetune(replace(plain, output=plain.output / "plain"))
+    again = replace(plain, output=plain.output / "again", recompute="mlp")
+    finetune(replace(again, max_steps=2))
+    found = finetune(replace(again, recompute="block"), resume=True)
+    assert len(found.losses) > 2
+    assert found.losses == expected.losses
+    # and once more where it stopped
+    assert {**found.val_losses, **expected.val_losses} == found.val_losses
