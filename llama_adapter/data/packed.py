@@ -4,10 +4,11 @@ A micro-batch is as many examples as fit a number of tokens. What is computed do
 a batch is cut: losses and gradients are sums over its examples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from llama_adapter.packing import Packing, Shared
 from llama_adapter.tokenizer import Tokenizer
 
 Prefix = tuple[int, ...]
+# numbers of 8 bytes: as far apart as tensors of their own would be
+_ALIGNMENT = 32
 # instructions that begin with every kind of character, so that none is taken for the template's
 _BEGINNINGS = ("Write", "a", "9", "\n", " ", "é", "#", "\u4e2d", '"')
 
@@ -63,6 +66,64 @@ def prefix_of(example: Example, prefixes: Sequence[Prefix]) -> Prefix:
     return max(fitting, key=len, default=())
 
 
+@dataclass(frozen=True)
+class Collated:
+    """Examples packed in the host's memory, to be copied to a device at once.
+
+    Attributes:
+        examples: at least one.
+        buffer: int64, all the numbers; pinned where the device is a GPU.
+        sizes: of its parts: tokens, rows, targets, positions, cu_seqlens_q and _k, then, if any are
+            shared, key_rows, own and the places of each shared beginning.
+        longest_q, longest_k: of the packing.
+        shared: start and length of each shared beginning.
+        counts: labels of each example.
+    """
+
+    examples: tuple[Example, ...]
+    buffer: Tensor
+    sizes: tuple[int, ...]
+    longest_q: int
+    longest_k: int
+    shared: tuple[tuple[int, int], ...]
+    counts: tuple[int, ...]
+
+    @property
+    def computed(self) -> tuple[int, int]:
+        """Rows that the model computes, and those of them that become logits."""
+        return self.sizes[0], self.sizes[1]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on a device, in one copy, which the host does not wait for."""
+        whole = self.buffer.to(device, non_blocking=True)
+        parts, at = [], 0
+        for size in self.sizes:
+            parts.append(whole[at : at + size])
+            at += _padded(size)
+        tokens, rows, targets, positions, *ends = parts[:6]
+        ends_q, ends_k = (part.view(torch.int32)[: part.numel()] for part in ends)
+        key_rows, own, *places = parts[6:] or (None, None)
+        packing = Packing(
+            positions=positions,
+            cu_seqlens_q=ends_q,
+            cu_seqlens_k=ends_k,
+            longest_q=self.longest_q,
+            longest_k=self.longest_k,
+            key_rows=key_rows,
+            own=own,
+            shared=tuple(
+                Shared(start, length, place.view(-1, length))
+                for (start, length), place in zip(self.shared, places, strict=True)
+            ),
+        )
+        return PackedBatch(tokens, packing, rows, targets, self.counts)
+
+
+def _padded(size: int) -> int:
+    """Numbers from the start of a part to that of the next: kernels count on aligned tensors."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 def pack(
     examples: Sequence[Example],
     device: torch.device | str = "cpu",
@@ -74,6 +135,22 @@ def pack(
         examples: at least one.
         device: where the tensors go.
         prefixes: beginnings that may be shared, such as those of the prompt template.
+
+    Raises:
+        ValueError: examples is empty.
+    """
+    return collate(examples, prefixes).to(device)
+
+
+def collate(
+    examples: Sequence[Example], prefixes: Sequence[Prefix] = (), pinned: bool = False
+) -> Collated:
+    """What `pack` does before a device takes part.
+
+    Args:
+        examples: at least one.
+        prefixes: beginnings that may be shared.
+        pinned: whether to use memory that a GPU copies from by itself.
 
     Raises:
         ValueError: examples is empty.
@@ -120,43 +197,54 @@ def pack(
         targets.extend(example.labels[i + 1] for i in carrying)
         counts.append(len(carrying))
 
-    def whole(values: Sequence[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
-    packing = Packing(
-        positions=whole(positions),
-        cu_seqlens_q=whole(ends_q, torch.int32),
-        cu_seqlens_k=whole(ends_k, torch.int32),
+    columns: list[Sequence[int]] = [tokens, rows, targets, positions, ends_q, ends_k]
+    if starts:
+        columns += [keys, own]
+        columns += [[i for place in places[prefix] for i in place] for prefix in starts]
+    sizes = tuple(len(column) for column in columns)
+    total = sum(_padded(size) for size in sizes)
+    buffer = torch.empty(total, dtype=torch.int64, pin_memory=pinned)
+    numbers, at = buffer.numpy(), 0
+    for column in columns:
+        part = numbers[at : at + len(column)]
+        # where sequences end is int32, at the beginning of its part
+        part = part.view(np.int32)[: len(column)] if column is ends_q or column is ends_k else part
+        part[:] = column
+        at += _padded(len(column))
+    return Collated(
+        examples=tuple(examples),
+        buffer=buffer,
+        sizes=sizes,
         longest_q=max(b - a for a, b in pairwise(ends_q)),
         longest_k=max(b - a for a, b in pairwise(ends_k)),
-        key_rows=whole(keys) if starts else None,
-        own=whole(own) if starts else None,
-        shared=tuple(
-            Shared(start, len(prefix), whole(places[prefix])) for prefix, start in starts.items()
-        ),
+        shared=tuple((start, len(prefix)) for prefix, start in starts.items()),
+        counts=tuple(counts),
     )
-    return PackedBatch(whole(tokens), packing, whole(rows), whole(targets), tuple(counts))
 
 
 def micro_batches(
-    examples: Sequence[Example], most_tokens: int, prefixes: Sequence[Prefix] = ()
-) -> list[list[Example]]:
+    examples: Iterable[Example], most_tokens: int, prefixes: Sequence[Prefix] = ()
+) -> Iterator[list[Example]]:
     """Cut a batch, in its order, into parts of so many computed tokens; a longer example is alone.
 
     Args:
         examples: of one batch.
         most_tokens: of a part, shared beginnings counted once.
         prefixes: as `pack` takes them.
+
+    Returns:
+        The parts, each as soon as it is full.
     """
-    parts: list[list[Example]] = []
+    part: list[Example] = []
     size, shared = 0, set[Prefix]()
     for example in examples:
         prefix = prefix_of(example, prefixes)
         cost = len(example.tokens) - (len(prefix) if prefix in shared else 0)
-        if not parts or size + cost > most_tokens:
-            parts.append([])
-            size, shared, cost = 0, set(), len(example.tokens)
-        parts[-1].append(example)
+        if part and size + cost > most_tokens:
+            yield part
+            part, size, shared, cost = [], 0, set(), len(example.tokens)
+        part.append(example)
         shared.add(prefix)
         size += cost
-    return parts
+    if part:
+        yield part
