@@ -32,13 +32,14 @@ from llama_adapter.checkpoints import Base, load_base
 from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.config import AdapterConfig
-from llama_adapter.data.examples import Dataset, Example, load_dataset
+from llama_adapter.data.dataset import Dataset, load_dataset
+from llama_adapter.data.examples import Example
+from llama_adapter.data.feed import EpochBatches
 from llama_adapter.data.packed import PackedBatch, pack
 from llama_adapter.model import Llama
 from llama_adapter.quickstart import bundled_config
 from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.trainer import Trainer
-from llama_adapter.training import epoch_batches
 
 METHODS = ("zero_init", "gate_one", "joint", "lora", "full", "timing")
 TIMED = ("zero_init", "lora", "full")
@@ -286,7 +287,7 @@ def train(lab: Laboratory, run: Run, trainer: Trainer) -> tuple[list[float], str
     per_epoch = math.ceil(len(examples) / config.batch_size)
     losses: list[float] = []
     for epoch in range(run.epochs):
-        batches = epoch_batches(examples, config.batch_size, run.seed, epoch, tuple(trainer.groups))
+        batches = EpochBatches(examples, config.batch_size, run.seed, epoch, tuple(trainer.groups))
         for position, batch in enumerate(batches):
             try:
                 loss, _ = trainer.step(batch, learning_rate(config, epoch + position / per_epoch))
@@ -303,7 +304,7 @@ def time_steps(lab: Laboratory, run: Run) -> Row:
     """
     trainers = {method: make_trainer(lab, replace(run, method=method)) for method in TIMED}
     spent: dict[str, list[float]] = {method: [] for method in TIMED}
-    batches = epoch_batches(lab.records(run), lab.recipe.batch_size, run.seed, 0, ())
+    batches = EpochBatches(lab.records(run), lab.recipe.batch_size, run.seed, 0, ())
     for batch in batches:
         for method, trainer in trainers.items():
             start = time.process_time()

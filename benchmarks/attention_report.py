@@ -18,7 +18,8 @@ from benchmarks.reporting import (
     timed,
     verdicts_of,
 )
-from benchmarks.roofline import GPUS, MODES, Shape, gpu_of, useful_flops
+from benchmarks.roofline import GPUS, MODES, Shape, useful_flops
+from llama_adapter.utilisation import gpu_of
 
 OURS = ("ours", "fused", "hybrid", "reference", "ours_plain", "fused_plain", "ours_block")
 WITHOUT_PROMPT = ("ours_plain", "fused_plain", "sdpa", "flash", "cudnn")

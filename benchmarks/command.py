@@ -23,10 +23,10 @@ import torch
 from adapter_kernels import load_native
 from benchmarks import harness
 from benchmarks.harness import Candidate, DeviceLost, Protocol, ResultFile, Row
-from benchmarks.roofline import gpu_of
 from benchmarks.workers import WorkerLost, side_by_side
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
+from llama_adapter.utilisation import gpu_of
 
 RESULTS = Path(__file__).parent / "results"
 QUICK_RESULTS = Path("runs")

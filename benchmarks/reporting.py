@@ -13,7 +13,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.harness import TIMED, Row, ratio
-from benchmarks.roofline import Shape, gpu_of
+from benchmarks.roofline import Shape
+from llama_adapter.utilisation import gpu_of
 
 MET, MISSED, PENDING, UNDECIDED = "met", "MISSED", "pending", "undecided"
 # by shape and mode; a shape is what `describe` tells of: a Shape, or a benchmark's own class

@@ -6,7 +6,6 @@ H query heads, G key heads, D head width, P prompt rows.
 """
 
 import argparse
-import re
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 from adapter_kernels.zero_init_attention.configs import prompt_tile
+from llama_adapter import utilisation
 from llama_adapter.options import Parser
+from llama_adapter.utilisation import Gpu
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODES = ("forward", "backward", "both")
@@ -28,45 +29,12 @@ LIBRARY_TILE = 64
 LSE_BYTES = 4
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Peak rates of one GPU.
-
-    Attributes:
-        tflops: dense bfloat16 and float16 products with float32 sums, 1e12 per second.
-        tflops_float32: the same in float32, outside of the tensor cores.
-        tbytes: memory rate, 1e12 bytes per second.
-        pattern: what the driver's name of the device matches.
-        source: where the figures come from.
-    """
-
-    tflops: float
-    tflops_float32: float
-    tbytes: float
-    pattern: str
-    source: str
-
-    def peak(self, dtype: str) -> float:
-        """TFLOP/s of products in a dtype."""
-        return self.tflops_float32 if dtype == "float32" else self.tflops
-
-
-# the first row whose pattern matches a name counts
 GPUS = {
-    "A100-40GB": Gpu(312, 19.5, 1.555, r"A100.*40GB", "NVIDIA A100 data sheet, 40 GB"),
-    "A100-PCIe": Gpu(312, 19.5, 1.935, r"A100.*PCIe", "NVIDIA A100 data sheet, 80 GB PCIe"),
-    "A100": Gpu(312, 19.5, 2.039, r"A100", "NVIDIA A100 data sheet, 80 GB SXM"),
-    "H100": Gpu(989, 67, 3.35, r"H100 80GB HBM3", "NVIDIA H100 data sheet, SXM"),
-    "H200": Gpu(989, 67, 4.8, r"H200", "NVIDIA H200 data sheet, SXM"),
+    **utilisation.GPUS,
     "H200-measured": Gpu(
         790, 67, 4.3, r"(?!)", "large matrix product and copy, as measured on one H200"
     ),
 }
-
-
-def gpu_of(device_name: str) -> str | None:
-    """The row of GPUS for a device's name as torch gives it; None where there is none."""
-    return next((name for name, gpu in GPUS.items() if re.search(gpu.pattern, device_name)), None)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from benchmarks.generate_models import CONFIGS, SETTINGS, THEIRS, random_model
 from benchmarks.harness import Expected, expect
 from benchmarks.roofline import DTYPES
 from llama_adapter.adapter import Adapter
-from llama_adapter.config import LlamaConfig
 from llama_adapter.data.examples import IGNORE_INDEX, Example
 from llama_adapter.data.packed import PackedBatch, Prefix, micro_batches, pack
+from llama_adapter.utilisation import linear_flops
 
 Call = Callable[[], Mapping[str, Tensor]]
 # Alpaca's records in LLaMA's tokens: a log-normal length, and the template's constant beginnings
@@ -88,22 +88,6 @@ def padded(examples: Sequence[Example], length: int, device: torch.device) -> tu
     return tokens.to(device), labels.to(device)
 
 
-def linear_flops(config: LlamaConfig, tokens: int, rows: int, adapted: int) -> float:
-    """Executed by the linear maps of a step on a frozen base, forward and back to the prompts.
-
-    Args:
-        config: of the model.
-        tokens: computed.
-        rows: of logits.
-        adapted: layers with a prompt, the topmost; nothing flows back below the lowest of them.
-    """
-    attention = config.dim * config.head_dim * (config.n_heads + 2 * config.kv_heads)
-    rest = config.n_heads * config.head_dim * config.dim + 3 * config.dim * config.hidden_dim
-    forward = config.n_layers * (attention + rest)
-    backward = (adapted - 1) * (attention + rest) + rest
-    return 2.0 * (tokens * (forward + backward) + 2 * rows * config.dim * config.vocab_size)
-
-
 class Problem:
     """The models, the batch, and every provider's step.
 
@@ -163,7 +147,7 @@ class Problem:
     def _parts(self, name: str) -> list[list[Example]]:
         if name in PACKED:
             starts = self.starts if name == "shared_prefix" else ()
-            return micro_batches(self.examples, self.setting.micro_tokens, starts)
+            return list(micro_batches(self.examples, self.setting.micro_tokens, starts))
         size = self.setting.micro_records
         return [self.examples[at : at + size] for at in range(0, len(self.examples), size)]
 

@@ -15,8 +15,8 @@ from benchmarks.reporting import (
     times_as_long,
     verdicts_of,
 )
-from benchmarks.roofline import GPUS, gpu_of
 from benchmarks.train_step_problem import OTHERS, OURS, Setting
+from llama_adapter.utilisation import GPUS, gpu_of
 
 MODE = "step"
 # ours with everything

@@ -59,8 +59,9 @@ RESULTS = {
 }
 RESULTS["backward_dkv_grouped"] = RESULTS["backward_dkv"]
 RESULTS["decode"] = ("partial_ptr", "lse_ptr")
-ROWS = dict.fromkeys(("prompt_forward", "prompt_backward", "backward_dkv"), (16, 32, 64, 128))
-KEYS = dict.fromkeys(("prompt_forward", "prompt_backward"), (16,))
+ROWS = {"prompt_forward": (16, 32, 64, 128), "backward_dkv": (16, 32, 64, 128)}
+ROWS["prompt_backward"] = ROWS["prompt_forward"]
+KEYS = {"prompt_forward": (16,), "prompt_backward": (16,)}
 # what the numbers of a tile are
 FIELDS = "block_m, block_n, num_warps, num_stages"
 # roundings by which tiles may differ: they sum in another order

@@ -26,7 +26,7 @@ from llama_adapter.checkpoints.adapter_file import load_adapter
 from llama_adapter.checkpoints.adapter_formats import adapter_path
 from llama_adapter.checkpoints.quantize import FORMATS
 from llama_adapter.convert import add_arguments, convert, describe_adapter
-from llama_adapter.data.records import read_items
+from llama_adapter.data.items import read_items
 from llama_adapter.data.template import prompt_text
 from llama_adapter.generation import stream
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
@@ -121,6 +121,8 @@ def _finetune(options: argparse.Namespace) -> int:
     print(f"trained     {len(data.train)} records, {len(data.held_out)} held out", end="")
     print(f", {len(losses)} steps", end="")
     print(f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
+    if result.speed is not None:
+        print(f"speed       {result.speed}, the median of a step")
     print(f"adapter     {result.adapter_path}")
     print(f"loss curve  {result.curve_path}")
     return 0

@@ -86,6 +86,14 @@ class FinetuneConfig:
     seed: int = _option(0, "of the prompts' initial values, the held-out choice and the order")
     save_every: int = _option(50, "optimiser steps between checkpoints")
     keep_checkpoints: int = _option(2, "checkpoints kept")
+    token_cache: Path | None = field(
+        default=None,
+        metadata={
+            "help": "folder that keeps data as tokens; default: $LLAMA_ADAPTER_CACHE/tokens, or "
+            "among the user's caches",
+            "recipe": False,
+        },
+    )
     threads: int | None = _option(None, "CPU threads; default: torch's choice")
     profile: bool = _option(False, "write a trace and a table of where a few steps' time goes")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

@@ -20,7 +20,10 @@ _PREFIX = "step: "
 
 
 def phase(name: str) -> record_function:
-    """A context that is a line of the table: pack, forward, backward, reduce or optimiser."""
+    """A context that is a line of the table: pack, forward, backward, reduce or optimiser.
+
+    "pack" is what a step waits for the packing of its records, and their copy to the device.
+    """
     return record_function(_PREFIX + name)
 
 

@@ -5,6 +5,7 @@ Beginning and end marks are added only where asked for, and marks spelled out in
 
 import base64
 import binascii
+import hashlib
 import importlib
 import json
 import re
@@ -47,6 +48,7 @@ class Tokenizer:
         vocab_size: number of token ids.
         bos_id, eos_id: beginning and end of a text.
         end_ids: every id that ends an answer: eos_id, and the ends of a turn in chat models.
+        digest: SHA-256 of what decides the ids of a text: the file and the two marks.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -74,6 +76,8 @@ class Tokenizer:
         for name, value in (("beginning", self.bos_id), ("end", self.eos_id)):
             if not 0 <= value < self.vocab_size:
                 raise ValueError(f"tokenizer {self.path} must have a mark for the {name} of a text")
+        kind = f"{type(self._codec).__name__} {self.bos_id} {self.eos_id} "
+        self.digest: str = hashlib.sha256(kind.encode() + data).hexdigest()
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of `text`, between the beginning and end marks that are asked for.

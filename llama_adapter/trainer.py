@@ -5,7 +5,9 @@ all of them can be taken out by name and put back.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,13 +16,35 @@ from adapter_kernels import linear_cross_entropy
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.quantize import is_quantized, passes_gradients
 from llama_adapter.data.examples import Batch, Example
-from llama_adapter.data.packed import PackedBatch, Prefix, micro_batches, pack
+from llama_adapter.data.feed import ahead
+from llama_adapter.data.packed import Collated, PackedBatch, Prefix, collate, micro_batches
 from llama_adapter.model import Llama
 from llama_adapter.recompute import RECOMPUTED
 from llama_adapter.step_profile import phase
 from llama_adapter.world import World
 
 _NAMED_RECORDS = 8
+# examples of a validation that processes divide among them, which is also how many are in memory
+_SHARED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch, ready to be computed.
+
+    Attributes:
+        batch: the whole of it.
+        parts: one per forward pass of this process.
+    """
+
+    batch: Batch
+    parts: tuple[Collated, ...]
+
+    @property
+    def computed(self) -> tuple[int, int]:
+        """Rows that the model computes in this process, and those of them that become logits."""
+        sizes = [part.computed for part in self.parts]
+        return sum(size[0] for size in sizes), sum(size[1] for size in sizes)
 
 
 class Trainer:
@@ -92,10 +116,20 @@ class Trainer:
             for name, parameters in self.groups.items()
         }
 
-    def loss_sum(self, examples: Sequence[Example]) -> Tensor:
+    def prepare(self, batch: Batch) -> Prepared:
+        """What this process computes of a batch, packed in the host's memory, by any thread."""
+        own = self.world.share(batch.examples)
+        parts = micro_batches(own, self.micro_batch_tokens, self.prefixes)
+        return Prepared(batch, tuple(self.collate(part) for part in parts))
+
+    def collate(self, examples: Sequence[Example]) -> Collated:
+        """The examples of one forward pass, packed for the model's device."""
+        return collate(examples, self.prefixes, self.model.output_weight.is_cuda)
+
+    def loss_sum(self, part: Collated) -> Tensor:
         """Cross entropy in nats summed over the examples' labels, differentiable in the adapter."""
         with phase("pack"):
-            batch = pack(examples, self.model.output_weight.device, self.prefixes)
+            batch = part.to(self.model.output_weight.device)
         with phase("forward"):
             hidden = self.hidden(batch)
             # the rows that carry loss alone: logits of the others would be thrown away
@@ -115,7 +149,7 @@ class Trainer:
             batch.tokens, batch.packing, prompts, recompute=self.recompute
         )
 
-    def step(self, batch: Batch, lr: float) -> tuple[float, float]:
+    def step(self, work: Batch | Prepared, lr: float) -> tuple[float, float]:
         """Take one optimiser step.
 
         The loss is the mean over all labels of the batch, however it is cut into micro-batches, so
@@ -123,7 +157,7 @@ class Trainer:
         a label by the company it is in.) A batch without any label has the loss 0.
 
         Args:
-            batch: examples, and the groups that they train.
+            work: examples, and the groups that they train; or what `prepare` made of them.
             lr: learning rate of those groups.
 
         Returns:
@@ -133,6 +167,7 @@ class Trainer:
             ValueError: the batch names no group, or one that the adapter does not have.
             FloatingPointError: the loss or the gradient is not finite; nothing was changed.
         """
+        batch = work if isinstance(work, Batch) else work.batch
         unknown = [name for name in batch.train_groups if name not in self.groups]
         if unknown or not batch.train_groups:
             raise ValueError(
@@ -143,11 +178,10 @@ class Trainer:
                 parameter.requires_grad_(name in batch.train_groups)
                 parameter.grad = None
         losses = []
-        own = self.world.share(batch.examples)
-        parts = micro_batches(own, self.micro_batch_tokens, self.prefixes)
-        for examples in parts:
+        parts = (self.prepare(work) if isinstance(work, Batch) else work).parts
+        for part in parts:
             # gradients of the sum, divided afterwards: a mean's could vanish in float16
-            loss = self.loss_sum(examples)
+            loss = self.loss_sum(part)
             with phase("backward"):
                 loss.backward()
             losses.append(loss.detach())
@@ -163,7 +197,7 @@ class Trainer:
         loss = total / count
         if not math.isfinite(loss):
             wrong = [part for part, own in zip(parts, losses, strict=True) if not own.isfinite()]
-            where = _name(wrong[0]) if wrong else "the share of another process"
+            where = _name(wrong[0].examples) if wrong else "the share of another process"
             raise FloatingPointError(f"the loss is {loss} in {where}")
         if not math.isfinite(float(norm)):
             raise FloatingPointError(f"the gradient is not finite in {_name(batch.examples)}")
@@ -196,10 +230,20 @@ class Trainer:
     @torch.no_grad()
     def validate(self, examples: Sequence[Example]) -> float:
         """Loss in nats per label over all `examples`, at least one of which has labels."""
-        own = self.world.share(examples)
-        parts = micro_batches(own, self.micro_batch_tokens, self.prefixes)
-        total = self._total([self.loss_sum(part) for part in parts])
-        return total / sum(example.n_labels for example in examples)
+        labels = 0
+
+        def own() -> Iterator[Example]:
+            """This process's share, a few examples in memory at a time."""
+            nonlocal labels
+            for start in range(0, len(examples), _SHARED_AT_ONCE):
+                some = examples[start : start + _SHARED_AT_ONCE]
+                labels += sum(example.n_labels for example in some)
+                yield from self.world.share(some)
+
+        parts = micro_batches(own(), self.micro_batch_tokens, self.prefixes)
+        with closing(ahead(parts, self.collate)) as made:
+            total = self._total([self.loss_sum(part) for part in made])
+        return total / labels
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, optimiser state by group name, and random states, by name."""

@@ -4,11 +4,10 @@ The options and their defaults, the papers', are in recipe.py, one step of a run
 """
 
 import math
-import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,38 +20,19 @@ from llama_adapter.checkpoints import Base, default_device, load_base
 from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint
 from llama_adapter.checkpoints.train_state import TrainState, load_latest, save_train_state
-from llama_adapter.data.examples import Batch, Dataset, Example, load_dataset
+from llama_adapter.data.dataset import Dataset, load_dataset
+from llama_adapter.data.examples import Batch
+from llama_adapter.data.feed import EpochBatches, ahead
 from llama_adapter.data.packed import template_prefixes
 from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.run_folder import Row, RunFolder, describe_environment
-from llama_adapter.step_profile import profiled
-from llama_adapter.trainer import Trainer
+from llama_adapter.step_profile import phase, profiled
+from llama_adapter.trainer import Prepared, Trainer
+from llama_adapter.utilisation import Speed, linear_flops, speed_of
 from llama_adapter.world import World, join
 
 # the papers' recipe takes thousands of steps; with fewer than this the gates hardly leave zero
 FEW_STEPS = 50
-
-
-def epoch_batches(
-    examples: Sequence[Example], batch_size: int, seed: int, epoch: int, groups: tuple[str, ...]
-) -> list[Batch]:
-    """One epoch's batches: a permutation that depends on the seed and the epoch alone.
-
-    Args:
-        examples: the training examples.
-        batch_size: examples per batch; the last batch takes what is left.
-        seed: of the run.
-        epoch: from 0.
-        groups: the parameter groups that the batches train.
-
-    Returns:
-        Every example exactly once.
-    """
-    order = list(range(len(examples)))
-    # a string seeds by its hash, which does not change between Python versions
-    random.Random(f"order {seed} {epoch}").shuffle(order)
-    parts = (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-    return [Batch(tuple(examples[i] for i in part), groups) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -63,11 +43,13 @@ class FinetuneResult:
         adapter: the final adapter, as in the folder's adapter.safetensors.
         folder: the run folder.
         dataset: what was trained on, held out and set aside.
+        speed: of the steps that this call took; None where it took none.
     """
 
     adapter: Adapter
     folder: RunFolder
     dataset: Dataset
+    speed: Speed | None
 
     @property
     def adapter_path(self) -> Path:
@@ -136,7 +118,8 @@ def _finetune(
     world: World,
 ) -> FinetuneResult:
     # a run can be continued from anywhere
-    files = {"data": config.data, "val_data": config.val_data, "base": config.base}
+    names = ("data", "val_data", "base", "token_cache")
+    files: dict[str, Path | None] = {name: getattr(config, name) for name in names}
     config = replace(config, **{name: path and path.absolute() for name, path in files.items()})
     folder = RunFolder(config.output, asdict(config), resume, follows=world.rank > 0)
     if base is None:
@@ -153,6 +136,8 @@ def _finetune(
         val_fraction=config.val_fraction,
         seed=config.seed,
         strict=config.strict,
+        token_cache=config.token_cache,
+        progress=False if folder.follows else progress,
     )
     for line in dataset.warnings if not folder.follows else ():
         warnings.warn(line, stacklevel=3)
@@ -189,10 +174,10 @@ def _finetune(
         try:
             folder.open(run.step, describe_environment(device))
             folder.write_skipped(dataset.skipped_lines())
-            run.train(False if folder.follows else progress, on_step)
+            speed = run.train(False if folder.follows else progress, on_step)
         finally:
             folder.close()
-    return FinetuneResult(adapter.requires_grad_(True), folder, dataset)
+    return FinetuneResult(adapter.requires_grad_(True), folder, dataset, speed)
 
 
 @contextmanager
@@ -261,8 +246,9 @@ class _Run:
         save_train_state(self.folder.checkpoints, state, self.config.keep_checkpoints)
         self.saved = self.step
 
-    def train(self, progress: bool | None, on_step: Callable[[Row], None] | None) -> None:
+    def train(self, progress: bool | None, on_step: Callable[[Row], None] | None) -> Speed | None:
         """Run all steps that are left, then write the adapter and the loss curve."""
+        before = len(self.folder.rows)
         total = self.config.epochs * self.per_epoch
         if self.config.max_steps is not None:
             total = min(total, self.config.max_steps)
@@ -271,8 +257,11 @@ class _Run:
         try:
             writes = self.config.profile and not self.folder.follows
             device = self.trainer.model.output_weight.device
-            with profiled(self.folder.path if writes else None, device) as advance:
-                for row in self._rows(total):
+            with (
+                profiled(self.folder.path if writes else None, device) as advance,
+                closing(self._rows(total)) as rows,
+            ):
+                for row in rows:
                     self.folder.log(row)
                     if "loss" in row:
                         advance()
@@ -291,29 +280,43 @@ class _Run:
         if not self.folder.follows:
             save_adapter(self.folder.adapter, self.trainer.adapter, self.base)
         self.folder.draw_curve()
+        dtype = self.trainer.model.tok_embeddings.weight.dtype
+        return speed_of(self.folder.rows[before:], device, dtype)
 
-    def _rows(self, total: int) -> Iterator[Row]:
-        """Take the steps; what a row is followed by happens once the row is written."""
-        config = self.config
-        groups = tuple(self.trainer.groups)
-        batches: list[Batch] = []
-        if self.step == 0:
-            yield from self._validation()
-        while self.step < total:
-            epoch, position = divmod(self.step, self.per_epoch)
-            if not batches or position == 0:
-                batches = epoch_batches(
+    def _batches(self, first: int, total: int) -> Iterator[Batch]:
+        """Those of the steps from `first` on."""
+        config, groups = self.config, tuple(self.trainer.groups)
+        batches: EpochBatches | None = None
+        for step in range(first, total):
+            epoch, position = divmod(step, self.per_epoch)
+            if batches is None or position == 0:
+                batches = EpochBatches(
                     self.dataset.train, config.batch_size, config.seed, epoch, groups
                 )
-            batch, lr = batches[position], learning_rate(config, self.step / self.per_epoch)
+            yield batches[position]
+
+    def _rows(self, total: int) -> Generator[Row, None, None]:
+        """Take the steps; what a row is followed by happens once the row is written."""
+        if self.step == 0:
+            yield from self._validation()
+        with closing(ahead(self._batches(self.step, total), self.trainer.prepare)) as feed:
+            yield from self._steps(total, feed)
+
+    def _steps(self, total: int, feed: Iterator[Prepared]) -> Iterator[Row]:
+        config, model = self.config, self.trainer.model
+        while self.step < total:
+            lr = learning_rate(config, self.step / self.per_epoch)
             started = time.perf_counter()
+            with phase("pack"):
+                work = next(feed)
             try:
-                loss, norm = self.trainer.step(batch, lr)
+                loss, norm = self.trainer.step(work, lr)
             except FloatingPointError as error:
                 where = f"step {self.step + 1}, learning rate {lr:g}"
                 raise FloatingPointError(f"{where}: {error}") from None
-            tokens = sum(len(example.tokens) for example in batch.examples)
             seconds = time.perf_counter() - started
+            tokens = sum(len(example.tokens) for example in work.batch.examples)
+            flops = linear_flops(model.config, *work.computed, len(self.trainer.adapter.layers))
             self.step += 1
             yield {
                 "step": self.step,
@@ -322,6 +325,7 @@ class _Run:
                 "lr": lr,
                 "grad_norm": norm,
                 "tokens_per_second": round(tokens / seconds, 1),
+                "tflops": float(f"{flops / seconds / 1e12:.4g}"),
             }
             if self.step % self.per_epoch == 0 or self.step == total:
                 yield from self._validation()

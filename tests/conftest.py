@@ -1,6 +1,6 @@
-"""For every test: one torch thread, poisoned memory under operations, a skip without a GPU."""
+"""For every test: one torch thread, own caches, poisoned memory, a skip without a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,6 +33,14 @@ def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
 
     return wrapper
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test, and no process that one starts, reads or fills the caches of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LLAMA_ADAPTER_CACHE", str(tmp_path_factory.mktemp("caches")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,10 @@ is synced. A kill can leave a temporary file behind; it is never mistaken for th
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
 # characters of a name, of up to four bytes each: the temporary one stays within 255 bytes
@@ -24,14 +27,30 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         FileNotFoundError: the folder does not exist.
         OSError: the system refused to write; the old file is untouched.
     """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of the one at `path` when the block ends well.
+
+    Args:
+        path: the file to create or replace; its folder must exist.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        OSError: the system refused to write; the old file is untouched, as after any other error.
+    """
     path = Path(path)
     folder = path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"folder {folder} does not exist: cannot write {path.name} into it")
-    temporary = folder / f".{path.name[:_SHOWN]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    name = f"{temporary_prefix(path)}{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    temporary = folder / name
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -41,6 +60,11 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(folder)
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the names of a file's temporary ones begin, which a kill leaves behind."""
+    return f".{path.name[:_SHOWN]}."
 
 
 def _sync_folder(folder: Path) -> None:

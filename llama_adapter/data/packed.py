@@ -4,10 +4,11 @@ A micro-batch is as many examples as fit a number of tokens. What is computed do
 a batch is cut: losses and gradients are sums over its examples.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from llama_adapter.packing import Packing, Shared
 from llama_adapter.tokenizer import Tokenizer
 
 Prefix = tuple[int, ...]
+# numbers of 8 bytes: as far apart as tensors of their own would be
+_ALIGNMENT = 32
 # instructions that begin with every kind of character, so that none is taken for the template's
 _BEGINNINGS = ("Write", "a", "9", "\n", " ", "é", "#", "\u4e2d", '"')
 
@@ -63,6 +66,59 @@ def prefix_of(example: Example, prefixes: Sequence[Prefix]) -> Prefix:
     return max(fitting, key=len, default=())
 
 
+@dataclass(frozen=True)
+class Collated:
+    """Examples packed in the host's memory, to be copied to a device at once.
+
+    Attributes:
+        examples: at least one.
+        buffer: int64, all the numbers; pinned where the device is a GPU.
+        sizes: of its parts: tokens, rows, targets, positions, cu_seqlens, then, if any beginnings
+            are shared, their rows, and the index and the lengths of `Shared`.
+        longest: of the packing.
+        spans: first row and length of each shared beginning.
+        counts: labels of each example.
+    """
+
+    examples: tuple[Example, ...]
+    buffer: Tensor
+    sizes: tuple[int, ...]
+    longest: int
+    spans: tuple[tuple[int, int], ...]
+    counts: tuple[int, ...]
+
+    @property
+    def computed(self) -> tuple[int, int]:
+        """Rows that the model computes, and those of them that become logits."""
+        return self.sizes[0], self.sizes[1]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch on a device, in one copy, which the host does not wait for."""
+        whole = self.buffer.to(device, non_blocking=True)
+        parts, at = [], 0
+        for size in self.sizes:
+            parts.append(whole[at : at + size])
+            at += _padded(size)
+        tokens, rows, targets, positions, ends, *shared = parts
+        packing = Packing(positions, _narrow(ends), self.longest)
+        if shared:
+            bank, index, lengths = shared
+            bank = bank.view(len(self.spans), -1)
+            shared = Shared(self.spans, bank, _narrow(index), _narrow(lengths))
+            packing = replace(packing, shared=shared)
+        return PackedBatch(tokens, packing, rows, targets, self.counts)
+
+
+def _narrow(part: Tensor) -> Tensor:
+    """A part that holds int32 at its beginning."""
+    return part.view(torch.int32)[: part.numel()]
+
+
+def _padded(size: int) -> int:
+    """Numbers from the start of a part to that of the next: kernels count on aligned tensors."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
 def pack(
     examples: Sequence[Example],
     device: torch.device | str = "cpu",
@@ -74,6 +130,22 @@ def pack(
         examples: at least one.
         device: where the tensors go.
         prefixes: beginnings that may be shared, such as those of the prompt template.
+
+    Raises:
+        ValueError: examples is empty.
+    """
+    return collate(examples, prefixes).to(device)
+
+
+def collate(
+    examples: Sequence[Example], prefixes: Sequence[Prefix] = (), pinned: bool = False
+) -> Collated:
+    """What `pack` does before a device takes part.
+
+    Args:
+        examples: at least one.
+        prefixes: beginnings that may be shared.
+        pinned: whether to use memory that a GPU copies from by itself.
 
     Raises:
         ValueError: examples is empty.
@@ -109,47 +181,58 @@ def pack(
         targets.extend(example.labels[i + 1] for i in carrying)
         counts.append(len(carrying))
 
-    def whole(values: Sequence[int] | list[list[int]], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
-    shared = None
+    # of each column the numbers, and whether they are int32
+    columns: list[tuple[Sequence[int], bool]] = [
+        (tokens, False), (rows, False), (targets, False), (positions, False), (ends, True),
+    ]  # fmt: skip
     if alike:
         most = max(map(len, alike))
+        bank = [start + min(i, size - 1) for start, size in spans for i in range(most)]
         index = [-1] * len(alike) + [alike.index(p) if p else -1 for p in begins]
-        shared = Shared(
-            spans,
-            whole([[start + min(i, size - 1) for i in range(most)] for start, size in spans]),
-            whole(index, torch.int32),
-            whole([size for _, size in spans], torch.int32),
-        )
-    packing = Packing(
-        positions=whole(positions),
-        cu_seqlens=whole(ends, torch.int32),
+        columns += [(bank, False), (index, True), ([size for _, size in spans], True)]
+    sizes = tuple(len(column) for column, _ in columns)
+    total = sum(_padded(size) for size in sizes)
+    buffer = torch.empty(total, dtype=torch.int64, pin_memory=pinned)
+    numbers, at = buffer.numpy(), 0
+    for column, narrow in columns:
+        part = numbers[at : at + len(column)]
+        # int32 lies at the beginning of its part
+        part = part.view(np.int32)[: len(column)] if narrow else part
+        part[:] = column
+        at += _padded(len(column))
+    return Collated(
+        examples=tuple(examples),
+        buffer=buffer,
+        sizes=sizes,
         longest=max(b - a for a, b in pairwise(ends)),
-        shared=shared,
+        spans=spans,
+        counts=tuple(counts),
     )
-    return PackedBatch(whole(tokens), packing, whole(rows), whole(targets), tuple(counts))
 
 
 def micro_batches(
-    examples: Sequence[Example], most_tokens: int, prefixes: Sequence[Prefix] = ()
-) -> list[list[Example]]:
+    examples: Iterable[Example], most_tokens: int, prefixes: Sequence[Prefix] = ()
+) -> Iterator[list[Example]]:
     """Cut a batch, in its order, into parts of so many computed tokens; a longer example is alone.
 
     Args:
         examples: of one batch.
         most_tokens: of a part, shared beginnings counted once.
         prefixes: as `pack` takes them.
+
+    Returns:
+        The parts, each as soon as it is full.
     """
-    parts: list[list[Example]] = []
+    part: list[Example] = []
     size, shared = 0, set[Prefix]()
     for example in examples:
         prefix = prefix_of(example, prefixes)
         cost = len(example.tokens) - (len(prefix) if prefix in shared else 0)
-        if not parts or size + cost > most_tokens:
-            parts.append([])
-            size, shared, cost = 0, set(), len(example.tokens)
-        parts[-1].append(example)
+        if part and size + cost > most_tokens:
+            yield part
+            part, size, shared, cost = [], 0, set(), len(example.tokens)
+        part.append(example)
         shared.add(prefix)
         size += cost
-    return parts
+    if part:
+        yield part

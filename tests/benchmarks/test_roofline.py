@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import roofline
-from benchmarks.roofline import GPUS, Shape, floors, gpu_of, useful_flops
+from benchmarks.roofline import GPUS, Shape, floors, useful_flops
 
 SHAPE = Shape(4, 2048, 2048, 32, 32, 128, 10, True, "bfloat16")
 # milliseconds of products and of memory, on an A100 and at the rates measured on an H200; the
@@ -76,22 +76,6 @@ def test_float32_has_its_own_rate() -> None:
     floor, gpu = floors(replace(SHAPE, dtype="float32"))[0], GPUS["A100"]
     assert floor.compute_ms(gpu, "float32") == pytest.approx(floor.flops / 19.5e12 * 1e3)
     assert floor.bytes == pytest.approx(2 * floors(SHAPE)[0].bytes, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("name", "row"),
-    [
-        ("NVIDIA A100-SXM4-80GB", "A100"),
-        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
-        ("NVIDIA A100 80GB PCIe", "A100-PCIe"),
-        ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H100 PCIe", None),
-        ("NVIDIA H200", "H200"),
-        ("cpu", None),
-    ],
-)
-def test_a_gpu_is_found_by_its_name(name: str, row: str | None) -> None:
-    assert gpu_of(name) == row
 
 
 def test_shapes_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def test_finetune_then_generate_and_info(
     assert str(out / "adapter.safetensors") in shown
     assert str(out / "loss.png") in shown
     assert "trained     22 records, 2 held out, 3 steps, loss " in shown
+    assert re.search(r"^speed       [\d,]+ record tokens/s, the median of a step$", shown, re.M)
 
     words = ("generate", "the first of green river", "--base", base, "--max-new-tokens", 6)
     assert run(*words, "--temperature", 0, "--adapter", out / "adapter.safetensors") == 0
@@ -106,7 +108,12 @@ def test_a_run_continues_from_its_folder_alone(
     assert run("finetune", "--output", parted, "--resume", "--max-steps", 100) == 0
     one, two = (folder / "adapter.safetensors" for folder in (whole, parted))
     assert one.read_bytes() == two.read_bytes()
-    capsys.readouterr()
+    # and so is the folder that keeps its data as tokens
+    cache = tmp_path / "cache"
+    assert run("finetune", "--output", parted, "--resume", "--token-cache", cache) == 0
+    assert [path.suffix for path in cache.iterdir() if path.name[0] != "."] == [".tokens"]
+    # a run that had nothing left to do tells no speed
+    assert "speed" not in capsys.readouterr().out.rpartition("trained ")[2]
     assert run("finetune", "--output", parted, "--resume", "--seed", 6) == 2
     assert "seed was 5, is now 6" in capsys.readouterr().err
     assert run("finetune", "--output", tmp_path / "absent", "--resume") == 2
@@ -304,6 +311,10 @@ BAD = {
     "no data": ("finetune --output OUT", "--data is required"),
     "no output": ("finetune --data DATA", "--output is required"),
     "missing data": ("finetune --data absent.json --output OUT", "absent.json: no such file"),
+    "token cache in a file": (
+        "finetune --base BASE --data DATA --output OUT --token-cache config.json",
+        "tokens cannot be cached in",
+    ),
     "misspelt option": ("finetune --epoch 3", "unknown argument --epoch, did you mean --epochs?"),
     "bad value": (
         "finetune --data DATA --output OUT --epochs 0",

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from llama_adapter import assets
+from llama_adapter import assets, trainer, training
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints import Base, load_base
 from llama_adapter.checkpoints.adapter_file import load_adapter, read_adapter
 from llama_adapter.checkpoints.train_state import list_checkpoints
 from llama_adapter.config import AdapterConfig, LlamaConfig
-from llama_adapter.data.examples import Example, encode_record
-from llama_adapter.data.records import Record
+from llama_adapter.data.dataset import Dataset, load_dataset
+from llama_adapter.data.examples import Batch, encode_record
+from llama_adapter.data.records import Record, load_records
 from llama_adapter.model import Llama
 from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.tokenizer import Tokenizer
-from llama_adapter.trainer import Trainer
-from llama_adapter.training import epoch_batches, finetune
+from llama_adapter.trainer import Prepared, Trainer
+from llama_adapter.training import finetune
 
 # runs here are as short as they can be
 pytestmark = pytest.mark.filterwarnings("ignore:.*too few to learn much")
@@ -91,21 +93,6 @@ def config(tmp_path: Path) -> Callable[..., FinetuneConfig]:
     return make
 
 
-def test_an_epoch_is_a_permutation_of_its_own() -> None:
-    examples = [Example(i, (1, 2), (-100, 2)) for i in range(23)]
-    orders = []
-    for epoch in range(3):
-        batches = epoch_batches(examples, 5, 7, epoch, ("gates",))
-        assert [len(batch.examples) for batch in batches] == [5, 5, 5, 5, 3]
-        assert {batch.train_groups for batch in batches} == {("gates",)}
-        orders.append([example.index for batch in batches for example in batch.examples])
-        assert sorted(orders[-1]) == list(range(23))
-        again = epoch_batches(examples, 23, 7, epoch, ())[0].examples
-        assert [example.index for example in again] == orders[-1]
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-    assert [e.index for e in epoch_batches(examples, 23, 8, 0, ())[0].examples] != orders[0]
-
-
 def test_a_run_memorises_a_tiny_task(
     tiny_model: Llama, tiny_tokenizer: Tokenizer, config: Callable[..., FinetuneConfig]
 ) -> None:
@@ -155,6 +142,7 @@ def test_a_run_leaves_config_metrics_checkpoints_adapter_and_curve(
         assert row["lr"] == learning_rate(run, (row["step"] - 1) / 3)
         assert math.isfinite(row["grad_norm"])
         assert row["tokens_per_second"] > 0
+        assert row["tflops"] > 0
     validations = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
     assert list(validations) == [0, 3, 6, 9]
     assert validations == result.val_losses
@@ -227,6 +215,56 @@ def test_the_same_seed_gives_the_same_run_and_the_callers_random_state_is_kept(
     assert first.losses == second.losses
     assert first.losses != other.losses
     assert torch.equal(first.adapter.prompts, second.adapter.prompts)
+
+
+def test_neither_the_cache_nor_the_thread_changes_a_bit(
+    base: Base, config: Callable[..., FinetuneConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config(epochs=2)
+    cold = finetune(replace(run, output=run.output / "a", token_cache=run.output / "c"), base=base)
+    warm = finetune(replace(run, output=run.output / "b", token_cache=run.output / "c"), base=base)
+    assert len(list((run.output / "c").glob("*.tokens"))) == 1
+
+    def directly(*arguments: Any, **more: Any) -> Dataset:
+        found = load_dataset(*arguments, **more)
+        records = load_records(run.data)[0]
+        made = {r.index: encode_record(r, base.tokenizer, 128) for r in records}
+        parts = [
+            [made[example.index] for example in part] for part in (found.train, found.held_out)
+        ]
+        return replace(found, train=parts[0], held_out=parts[1])
+
+    def at_once(items: Iterable[Any], make: Callable[[Any], Any]) -> Iterator[Any]:
+        yield from map(make, items)
+
+    monkeypatch.setattr(training, "load_dataset", directly)
+    monkeypatch.setattr(training, "ahead", at_once)
+    monkeypatch.setattr(trainer, "ahead", at_once)
+    plain = finetune(replace(run, output=run.output / "d"), base=base)
+    assert cold.losses == warm.losses == plain.losses
+    assert cold.val_losses == warm.val_losses == plain.val_losses
+    assert torch.equal(cold.adapter.prompts, plain.adapter.prompts)
+    assert torch.equal(cold.adapter.gates, plain.adapter.gates)
+
+
+def test_an_error_of_the_packing_thread_comes_at_its_step_and_no_thread_is_left(
+    base: Base, config: Callable[..., FinetuneConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = config()
+    prepare, calls = Trainer.prepare, []
+
+    def failing(self: Trainer, batch: Batch) -> Prepared:
+        calls.append(threading.current_thread().name)
+        if len(calls) == 4:
+            raise ValueError("this batch cannot be packed")
+        return prepare(self, batch)
+
+    monkeypatch.setattr(Trainer, "prepare", failing)
+    with pytest.raises(ValueError, match="this batch cannot be packed"):
+        finetune(run, base=base)
+    assert [row["step"] for row in read_metrics(run.output) if "loss" in row] == [1, 2, 3]
+    assert {name[:5] for name in calls} == {"ahead"}
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 def test_unusable_records_are_warned_of_listed_and_never_a_nan(
@@ -319,6 +357,7 @@ def test_an_interrupt_says_how_to_go_on_and_leaves_whole_files(
         "continues from step 4"
     )
     assert [row["step"] for row in read_metrics(run.output)] == [0, 1, 2, 3, 3, 4, 5]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
     assert not list(run.output.rglob("*.tmp"))
     finished = finetune(run, base=base, resume=True)
     assert finished.losses == finetune(

@@ -88,7 +88,7 @@ _PROMPT_FORWARD = [
 _PROMPT_BACKWARD = [
     TileConfig(64, 16, 4, 2),
     TileConfig(64, 16, 4, 2),
-    TileConfig(64, 16, 4, 2),
+    TileConfig(64, 16, 8, 2),
     TileConfig(64, 16, 8, 2),
     TileConfig(32, 16, 8, 2),
 ]
@@ -240,7 +240,7 @@ _FLOAT32: Rows = _rows(
     dkv=[
         TileConfig(32, 64, 8, 2),
         TileConfig(32, 32, 8, 2),
-        TileConfig(32, 32, 8, 2),
+        TileConfig(32, 32, 8, 1),
         TileConfig(16, 32, 8, 1),
         TileConfig(16, 16, 8, 1),
     ],
@@ -261,7 +261,7 @@ _FLOAT32: Rows = _rows(
     },
     "prompt_backward": {
         16: TileConfig(32, 16, 4, 2),
-        32: TileConfig(32, 16, 4, 2),
+        32: TileConfig(32, 16, 8, 2),
         64: TileConfig(32, 16, 8, 2),
         128: TileConfig(16, 16, 8, 1),
         256: TileConfig(16, 16, 8, 1),
@@ -282,7 +282,7 @@ _UNFILLED = {
     (80, "backward_dq", 128): TileConfig(128, 32, 8, 3),
     (86, "backward_dq", 128): TileConfig(128, 32, 8, 3),
     (89, "backward_dq", 128): TileConfig(128, 32, 8, 3),
-    (120, "forward", 128): TileConfig(128, 32, 8, 2, reload_q=True),
+    (120, "forward", 128): TileConfig(128, 32, 8, 1, reload_q=True),
     (120, "backward_dq", 128): TileConfig(64, 64, 8, 2),
 }
 

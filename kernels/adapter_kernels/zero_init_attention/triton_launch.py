@@ -155,8 +155,10 @@ def attention_backward(
         tokens = (q, k, v, prompts, prefix, layout, scale, out, dout, lse, dlse, delta, dq)
         query_launch(*tokens, statistics, config).run()
     elif statistics is not None:
-        alone = (q, None, None, prompts, Prefix(), layout, scale, None, dout, *[None] * 4)
-        query_launch(*alone, statistics, config).run()
+        query_launch(
+            q, None, None, prompts, Prefix(), layout, scale, None, dout, None, None, None, None,
+            statistics, config,
+        ).run()  # fmt: skip
     config = key_config_of(q, k.shape[-2])
     if needs[1] or needs[2]:
         key_launch(q, k, v, layout, scale, dout, lse, delta, dk, dv, config).run()

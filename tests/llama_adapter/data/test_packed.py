@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from llama_adapter.adapter import Adapter
 from llama_adapter.data.examples import IGNORE_INDEX, Example, encode_record
 from llama_adapter.data.packed import (
+    PackedBatch,
     Prefix,
+    collate,
     micro_batches,
     pack,
     prefix_of,
@@ -131,6 +133,43 @@ def test_what_cannot_be_shared_is_not() -> None:
         pack([])
 
 
+def parts_of(packed: PackedBatch) -> list[Tensor]:
+    """Every tensor of a batch that shares beginnings."""
+    packing = packed.packing
+    assert packing.key_rows is not None
+    assert packing.own is not None
+    places = [one.places for one in packing.shared]
+    found = [packed.tokens, packed.rows, packed.targets, packing.positions]
+    ends = [packing.cu_seqlens_q, packing.cu_seqlens_k]
+    return [*found, *ends, packing.key_rows, packing.own, *places]
+
+
+def test_a_batch_is_one_buffer_of_aligned_parts() -> None:
+    """One copy takes it to a device, where kernels count on tensors as aligned as others are."""
+    made = collate(examples(), (FIRST, SECOND))
+    parts = parts_of(made.to("cpu"))
+    begins = [part.data_ptr() - made.buffer.data_ptr() for part in parts]
+    assert begins == sorted(begins)
+    assert all(begin % 256 == 0 for begin in begins)
+    assert begins[-1] + parts[-1].numel() * 8 <= made.buffer.numel() * 8
+    assert [part.dtype for part in parts] == [torch.int64] * 4 + [torch.int32] * 2 + [
+        torch.int64
+    ] * (len(parts) - 6)
+    assert made.computed == (len(parts[0]), len(parts[1]))
+    assert all(part.is_contiguous() for part in parts)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_what_the_host_made() -> None:
+    made = collate(examples(), (FIRST, SECOND), pinned=True)
+    assert made.buffer.is_pinned()
+    there, here = parts_of(made.to("cuda")), parts_of(made.to("cpu"))
+    for one, other in zip(there, here, strict=True):
+        assert one.is_cuda
+        assert one.data_ptr() % 256 == 0
+        assert torch.equal(one.cpu(), other)
+
+
 def test_the_templates_beginnings_hold_for_any_instruction(tiny_tokenizer: Tokenizer) -> None:
     plain, paired = template_prefixes(tiny_tokenizer)
     assert len(plain) > 10
@@ -153,10 +192,10 @@ def test_the_templates_beginnings_hold_for_any_instruction(tiny_tokenizer: Token
 def test_micro_batches_hold_so_many_computed_tokens_and_keep_the_order() -> None:
     batch = examples()
     for most in (1, 30, 60, 10**6):
-        parts = micro_batches(batch, most, (FIRST, SECOND))
+        parts = list(micro_batches(batch, most, (FIRST, SECOND)))
         assert [one for part in parts for one in part] == batch
         for part in parts:
             size = len(pack(part, prefixes=(FIRST, SECOND)).tokens)
             assert size <= most or len(part) == 1
-    assert len(micro_batches(batch, 1)) == len(batch)
-    assert len(micro_batches(batch, 10**6)) == 1
+    assert len(list(micro_batches(batch, 1))) == len(batch)
+    assert len(list(micro_batches(batch, 10**6))) == 1

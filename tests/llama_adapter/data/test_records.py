@@ -1,4 +1,4 @@
-"""Every unusable record and file has its message, and nothing held out is trained on."""
+"""Every unusable record and file has its message."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,6 @@ from llama_adapter.data.records import (
     Problem,
     Record,
     load_records,
-    remove_held_out,
-    split_records,
     summarise,
 )
 
@@ -21,10 +19,6 @@ GOOD = {"instruction": "Name it.", "input": "", "output": "stone"}
 def write(path: Path, items: Any) -> Path:
     path.write_text(json.dumps(items), encoding="utf-8")
     return path
-
-
-def records_of(questions: list[tuple[str, str]]) -> list[Record]:
-    return [Record(i, *question, f"answer {i}") for i, question in enumerate(questions)]
 
 
 def test_records_keep_their_text_and_their_place_in_the_file(tmp_path: Path) -> None:
@@ -120,55 +114,3 @@ def test_a_summary_shows_the_first_three_and_counts_the_rest() -> None:
         "a.json: 5 of 12 records cannot be used (numbered from 0): record 2: output is empty; "
         "record 3: output is empty; record 5: output is empty; and 2 more"
     )
-
-
-def test_the_split_is_disjoint_complete_and_fixed_by_its_seed() -> None:
-    records = records_of([(f"question {i}", "") for i in range(101)])
-    train, held_out = split_records(records, 17, seed=3)
-    assert len(held_out) == 17
-    assert sorted([*train, *held_out], key=lambda record: record.index) == records
-    assert split_records(records, 17, seed=3) == (train, held_out)
-    others = [split_records(records, 17, seed=seed)[1] for seed in range(4, 9)]
-    assert all(other != held_out for other in others)
-
-
-def test_duplicate_questions_never_straddle_the_split() -> None:
-    # every question up to seven times, with other answers and other outer blanks
-    questions = [(f"question {i % 29}", f"input {i % 3}" + " " * (i % 2)) for i in range(523)]
-    records = records_of(questions)
-    for seed in range(12):
-        train, held_out = split_records(records, 100, seed)
-        assert 90 < len(held_out) <= 100
-        assert not {r.question for r in train} & {r.question for r in held_out}
-        assert len(train) + len(held_out) == len(records)
-
-
-def test_the_same_instruction_with_another_input_is_another_question() -> None:
-    records = records_of([("Reverse.", f"input {i}") for i in range(10)])
-    train, held_out = split_records(records, 5, seed=0)
-    assert (len(train), len(held_out)) == (5, 5)
-
-
-@pytest.mark.parametrize("size", [-1, 4, 5])
-def test_a_split_leaves_records_on_both_sides(size: int) -> None:
-    records = records_of([(f"question {i}", "") for i in range(4)])
-    with pytest.raises(ValueError, match=f"val_size must be from 0 to 3, got {size}"):
-        split_records(records, size, seed=0)
-
-
-def test_a_split_of_nothing_but_duplicates_is_refused() -> None:
-    records = records_of([("same", "")] * 5)
-    message = "val_size = 2 is too small: every question has more duplicates"
-    with pytest.raises(ValueError, match=message):
-        split_records(records, 2, seed=0)
-
-
-def test_what_a_held_out_file_asks_is_taken_out_of_the_training_records() -> None:
-    train = records_of([("a", ""), ("b", "x"), ("b", "y"), ("c ", "")])
-    held_out = records_of([("z", ""), ("b", "y"), ("c", "")])
-    kept, problems = remove_held_out(train, held_out)
-    assert [record.index for record in kept] == [0, 1]
-    assert [str(problem) for problem in problems] == [
-        "record 2: asks the same as held-out record 1",
-        "record 3: asks the same as held-out record 2",
-    ]
