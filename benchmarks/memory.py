@@ -116,7 +116,7 @@ def computed_tokens(config: LlamaConfig, adapted: int, cap: float, weights: int)
 def first_pass(tokens: int, vocab_size: int) -> tuple[list[Example], list[tuple[int, ...]]]:
     """As many records as fit one pass of so many tokens, and their beginnings."""
     examples, starts = alpaca_like(max(2, tokens // 40), vocab_size)
-    return micro_batches(examples, tokens, starts)[0], starts
+    return next(iter(micro_batches(examples, tokens, starts))), starts
 
 
 class Problem:

@@ -25,7 +25,6 @@ from benchmarks.reporting import (
     timed,
     verdicts_of,
 )
-from benchmarks.roofline import GPUS, gpu_of
 from benchmarks.small_ops_problem import (
     LOSSES,
     MODES,
@@ -34,6 +33,7 @@ from benchmarks.small_ops_problem import (
     SmallShape,
     loss_floor,
 )
+from llama_adapter.utilisation import GPUS, gpu_of
 
 # what is measured beside the providers, to hold them against
 YARDSTICKS = (*READ_NAMES, PRODUCTS)

@@ -12,7 +12,8 @@ CONTRACT = {
     "return_lse=False, backend=None)",
     "zero_init_attention_varlen": "(q, k, v, prompt_k=None, prompt_v=None, gate=None, *, "
     "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=True, scale=None, "
-    "adapter_index=None, prompt_lengths=None, page_table=None, return_lse=False, backend=None)",
+    "adapter_index=None, prompt_lengths=None, page_table=None, prefix_k=None, prefix_v=None, "
+    "prefix_index=None, prefix_lengths=None, return_lse=False, backend=None)",
     "zero_init_attention_decode": "(q, k_cache, v_cache, prompt_k=None, prompt_v=None, gate=None, "
     "*, cache_lengths, page_table=None, scale=None, adapter_index=None, prompt_lengths=None, "
     "k_scale=None, v_scale=None, backend=None)",

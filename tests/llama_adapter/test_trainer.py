@@ -375,6 +375,7 @@ def test_a_step_keeps_what_the_formulas_need_and_nothing_below_the_adapter(
         return x
 
     batch = pack(examples(13))
+    known.add(batch.tokens.untyped_storage().data_ptr())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden = trainer.hidden(batch)
     storages = [x.untyped_storage() for x in (ref() for ref in saved) if x is not None]
