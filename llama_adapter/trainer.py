@@ -24,6 +24,9 @@ from llama_adapter.step_profile import phase
 from llama_adapter.world import World
 
 _NAMED_RECORDS = 8
+# a GPU's matrix library prepares kernels for every new number of rows, which takes as long as a
+# step; of 64 records there are few multiples of this, filled up by half of it on average
+GPU_ROWS = 64
 # examples of a validation that processes divide among them, which is also how many are in memory
 _SHARED_AT_ONCE = 1024
 
@@ -124,7 +127,8 @@ class Trainer:
 
     def collate(self, examples: Sequence[Example]) -> Collated:
         """The examples of one forward pass, packed for the model's device."""
-        return collate(examples, self.prefixes, self.model.output_weight.is_cuda)
+        on_gpu = self.model.output_weight.is_cuda
+        return collate(examples, self.prefixes, on_gpu, GPU_ROWS if on_gpu else 1)
 
     def loss_sum(self, part: Collated) -> Tensor:
         """Cross entropy in nats summed over the examples' labels, differentiable in the adapter."""

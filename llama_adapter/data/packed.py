@@ -138,7 +138,10 @@ def pack(
 
 
 def collate(
-    examples: Sequence[Example], prefixes: Sequence[Prefix] = (), pinned: bool = False
+    examples: Sequence[Example],
+    prefixes: Sequence[Prefix] = (),
+    pinned: bool = False,
+    multiple: int = 1,
 ) -> Collated:
     """What `pack` does before a device takes part.
 
@@ -146,6 +149,8 @@ def collate(
         examples: at least one.
         prefixes: beginnings that may be shared.
         pinned: whether to use memory that a GPU copies from by itself.
+        multiple: of which there are so many rows, and rows with loss: a sequence of its own that
+            carries no loss fills them up, and labels that are ignored.
 
     Raises:
         ValueError: examples is empty.
@@ -180,7 +185,10 @@ def collate(
         rows.extend(behind + i for i in carrying)
         targets.extend(example.labels[i + 1] for i in carrying)
         counts.append(len(carrying))
-
+    if multiple > 1:
+        add([0] * (-len(tokens) % multiple), 0)
+        targets.extend([IGNORE_INDEX] * (-len(rows) % multiple))
+        rows.extend([0] * (-len(rows) % multiple))
     # of each column the numbers, and whether they are int32
     columns: list[tuple[Sequence[int], bool]] = [
         (tokens, False), (rows, False), (targets, False), (positions, False), (ends, True),
@@ -189,6 +197,7 @@ def collate(
         most = max(map(len, alike))
         bank = [start + min(i, size - 1) for start, size in spans for i in range(most)]
         index = [-1] * len(alike) + [alike.index(p) if p else -1 for p in begins]
+        index += [-1] * (multiple > 1)
         columns += [(bank, False), (index, True), ([size for _, size in spans], True)]
     sizes = tuple(len(column) for column, _ in columns)
     total = sum(_padded(size) for size in sizes)

@@ -29,10 +29,10 @@ def test_gradients_of_keys(layout: str, asked: tuple[bool, bool]) -> None:
     delta = (dout.double() * out).sum(-1).transpose(-1, -2).float().contiguous()
     needs = (False, *asked, *[False] * 5)
     _, *expected = reference_launch.attention_backward(dout.double(), None, out, lse, *wide, needs)
-    filled = [
+    dk, dv = (
         torch.full_like(x, float("nan")) if one else None
         for x, one in zip((k, v), asked, strict=True)
-    ]
+    )
     lse, config = lse.float(), tile(80, "backward_dkv_grouped", 8, torch.float32)
     backward_dkv.key_launch(
         q, k, v, given, case.scale, dout, lse, delta if asked[0] else None, dk, dv, config

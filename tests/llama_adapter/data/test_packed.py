@@ -155,6 +155,20 @@ def test_a_batch_is_one_buffer_of_aligned_parts() -> None:
     assert all(part.is_contiguous() for part in parts)
 
 
+def test_rows_are_filled_up_to_a_multiple(tiny_model: Llama) -> None:
+    plain, filled = (collate(examples(), (FIRST, SECOND), multiple=m).to("cpu") for m in (1, 64))
+    assert len(plain.tokens) % 64
+    assert len(filled.tokens) % 64 == len(filled.rows) % 64 == 0
+    assert filled.counts == plain.counts
+    count = len(plain.rows)
+    assert torch.equal(filled.rows[:count], plain.rows)
+    assert torch.equal(filled.targets[:count], plain.targets)
+    assert set(filled.targets[count:].tolist()) == {IGNORE_INDEX}
+    with torch.no_grad():
+        one, other = (tiny_model.hidden_packed(x.tokens, x.packing) for x in (plain, filled))
+    torch.testing.assert_close(other[: len(one)], one, rtol=0, atol=1e-6)
+
+
 @pytest.mark.gpu
 def test_a_gpu_gets_what_the_host_made() -> None:
     made = collate(examples(), (FIRST, SECOND), pinned=True)
