@@ -50,6 +50,9 @@ class FinetuneConfig:
     quantize: str | None = _option(
         None, "hold the base's linear weights in 8 bits; needs torchao", ("int8",)
     )
+    shard: bool = _option(
+        False, "split the base over torchrun's processes, by FSDP2: none of them holds all of it"
+    )
     val_data: Path | None = field(
         default=None,
         metadata={"help": "file to validate on, in place of part of the data", "recipe": False},
@@ -115,6 +118,11 @@ class FinetuneConfig:
             raise ValueError("val_size must be left out where val_data is given")
         if self.quantize not in (None, "int8"):
             raise ValueError(f'quantize must be "int8" to train, got {self.quantize!r}')
+        if self.shard and self.quantize is not None:
+            raise ValueError(
+                f"quantize must be left out with shard, got {self.quantize!r}: torchao's weights "
+                "cannot be split over processes"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PACKAGES = ("llama-adapter-kernels", "torch", "triton", "numpy", "safetensors", "sentencepiece")
 LOCK = ".lock"
 # fields that may differ between a run and its continuation: none of them changes a step's numbers
-FREE_FIELDS = ("output", "max_steps", "save_every", "keep_checkpoints", "profile")
+FREE_FIELDS = ("output", "max_steps", "save_every", "keep_checkpoints", "profile", "shard")
 
 Row = dict[str, Any]
 

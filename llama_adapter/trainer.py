@@ -16,6 +16,7 @@ from llama_adapter.checkpoints.quantize import is_quantized, passes_gradients
 from llama_adapter.data.examples import Batch, Example
 from llama_adapter.data.packed import PackedBatch, Prefix, micro_batches, pack
 from llama_adapter.model import Llama
+from llama_adapter.sharding import is_sharded, project_in_place
 from llama_adapter.step_profile import phase
 from llama_adapter.world import World
 
@@ -76,7 +77,7 @@ class Trainer:
                 f"adapter must have prompts and gates alone to be trained, got {groups}"
             )
         self.model, self.adapter, self.world = model, adapter, world or World()
-        self.quantized = is_quantized(model)
+        self.quantized, self.sharded = is_quantized(model), is_sharded(model)
         self.micro_batch_tokens, self.prefixes, self.clip = micro_batch_tokens, prefixes, clip
         self.groups = adapter.groups()
         self.optimisers = {
@@ -100,9 +101,9 @@ class Trainer:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Final hidden states (total, C) of packed examples, differentiable in the adapter."""
-        return self.model.hidden_packed(
-            batch.tokens, batch.packing, self.model.project(self.adapter)
-        )
+        project = project_in_place if self.sharded else Llama.project
+        prompts = project(self.model, self.adapter)
+        return self.model.hidden_packed(batch.tokens, batch.packing, prompts)
 
     def step(self, batch: Batch, lr: float) -> tuple[float, float]:
         """Take one optimiser step.
@@ -132,14 +133,15 @@ class Trainer:
                 parameter.requires_grad_(name in batch.train_groups)
                 parameter.grad = None
         losses = []
-        own = self.world.share(batch.examples)
-        parts = micro_batches(own, self.micro_batch_tokens, self.prefixes)
+        parts, idle = self._parts(batch.examples)
         for examples in parts:
             # gradients of the sum, divided afterwards: a mean's could vanish in float16
             loss = self.loss_sum(examples)
             with phase("backward"):
                 loss.backward()
             losses.append(loss.detach())
+        for examples in idle:
+            (self.loss_sum(examples) * 0).backward()
         trained = [p for name in batch.train_groups for p in self.groups[name]]
         count = max(1, sum(example.n_labels for example in batch.examples))
         with phase("reduce"):
@@ -165,6 +167,19 @@ class Trainer:
                 self.optimisers[name].step()
         return loss, float(norm)
 
+    def _parts(
+        self, examples: Sequence[Example]
+    ) -> tuple[list[list[Example]], list[list[Example]]]:
+        """This process's micro-batches, and passes that count for nothing.
+
+        Each pass over a sharded base is one of all processes, which bring its weights together:
+        who has fewer micro-batches than another takes part with the shortest example.
+        """
+        own = self.world.share(examples)
+        parts = micro_batches(own, self.micro_batch_tokens, self.prefixes)
+        idle = self.world.most(len(parts)) - len(parts) if self.sharded else 0
+        return parts, [[min(examples, key=lambda example: len(example.tokens))]] * idle
+
     def _total(self, losses: Sequence[Tensor]) -> float:
         """The sum of losses over all micro-batches of all processes."""
         device = self.model.output_weight.device
@@ -185,9 +200,10 @@ class Trainer:
     @torch.no_grad()
     def validate(self, examples: Sequence[Example]) -> float:
         """Loss in nats per label over all `examples`, at least one of which has labels."""
-        own = self.world.share(examples)
-        parts = micro_batches(own, self.micro_batch_tokens, self.prefixes)
+        parts, idle = self._parts(examples)
         total = self._total([self.loss_sum(part) for part in parts])
+        for part in idle:
+            self.loss_sum(part)
         return total / sum(example.n_labels for example in examples)
 
     def tensors(self) -> dict[str, Tensor]:
