@@ -201,9 +201,8 @@ class Trainer:
     def validate(self, examples: Sequence[Example]) -> float:
         """Loss in nats per label over all `examples`, at least one of which has labels."""
         parts, idle = self._parts(examples)
-        total = self._total([self.loss_sum(part) for part in parts])
-        for part in idle:
-            self.loss_sum(part)
+        losses = [self.loss_sum(part) for part in (*parts, *idle)]
+        total = self._total(losses[: len(parts)])
         return total / sum(example.n_labels for example in examples)
 
     def tensors(self) -> dict[str, Tensor]:
