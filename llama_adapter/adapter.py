@@ -6,6 +6,7 @@ layers take; whoever calls the model owns the result, so training projects anew 
 inference once per adapter.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class Prompts:
             None leaves the model's own.
     """
 
-    layers: dict[int, LayerPrompt]
+    layers: Mapping[int, LayerPrompt]
     adapter_index: Tensor | None = None
     prompt_lengths: Tensor | None = None
     tuned: TunedModules | None = None

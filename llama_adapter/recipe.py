@@ -55,6 +55,9 @@ class FinetuneConfig:
         "hold the base's linear weights in 8 or 4 bits, by torchao; fp8 for speed, from sm_89 on",
         QUANTIZED,
     )
+    shard: bool = _option(
+        False, "split the base over torchrun's processes, by FSDP2: none of them holds all of it"
+    )
     val_data: Path | None = field(
         default=None,
         metadata={"help": "file to validate on, in place of part of the data", "recipe": False},
@@ -135,6 +138,16 @@ class FinetuneConfig:
             raise ValueError(f"quantize must be one of {QUANTIZED} to train, got {self.quantize!r}")
         if self.recompute not in (None, *RECOMPUTED):
             raise ValueError(f"recompute must be one of {RECOMPUTED}, got {self.recompute!r}")
+        if self.shard and self.quantize is not None:
+            raise ValueError(
+                f"quantize must be left out with shard, got {self.quantize!r}: such weights cannot "
+                "be split over processes"
+            )
+        if self.shard and self.recompute is not None:
+            raise ValueError(
+                f"recompute must be left out with shard, got {self.recompute!r}: a layer's weights "
+                "are gathered for one forward pass and one backward pass alone"
+            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 

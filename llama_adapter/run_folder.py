@@ -31,6 +31,7 @@ LOCK = ".lock"
 # fields that may differ between a run and its continuation: none of them changes a step's numbers
 FREE_FIELDS = (
     "output", "max_steps", "save_every", "keep_checkpoints", "profile", "recompute", "token_cache",
+    "shard",
 )  # fmt: skip
 
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ all of them can be taken out by name and put back.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from llama_adapter.data.feed import ahead
 from llama_adapter.data.packed import Collated, PackedBatch, Prefix, collate, micro_batches
 from llama_adapter.model import Llama
 from llama_adapter.recompute import RECOMPUTED
+from llama_adapter.sharding import is_sharded, project_in_place
 from llama_adapter.step_profile import phase
 from llama_adapter.world import World
 
@@ -111,7 +112,7 @@ class Trainer:
             raise ValueError(f"recompute must be one of {RECOMPUTED} or None, got {recompute!r}")
         self.model, self.adapter, self.world = model, adapter, world or World()
         self.recompute = recompute
-        self.quantized = is_quantized(model)
+        self.quantized, self.sharded = is_quantized(model), is_sharded(model)
         self.micro_batch_tokens, self.prefixes, self.clip = micro_batch_tokens, prefixes, clip
         self.groups = adapter.groups()
         self.optimisers = {
@@ -148,7 +149,8 @@ class Trainer:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Final hidden states (total, C) of packed examples, differentiable in the adapter."""
-        prompts = self.model.project(self.adapter)
+        project = project_in_place if self.sharded else Llama.project
+        prompts = project(self.model, self.adapter)
         return self.model.hidden_packed(
             batch.tokens, batch.packing, prompts, recompute=self.recompute
         )
@@ -183,12 +185,15 @@ class Trainer:
                 parameter.grad = None
         losses = []
         parts = (self.prepare(work) if isinstance(work, Batch) else work).parts
+        idle = self._idle(len(parts), batch.examples)
         for part in parts:
             # gradients of the sum, divided afterwards: a mean's could vanish in float16
             loss = self.loss_sum(part)
             with phase("backward"):
                 loss.backward()
             losses.append(loss.detach())
+        for part in idle:
+            (self.loss_sum(part) * 0).backward()
         trained = [p for name in batch.train_groups for p in self.groups[name]]
         count = max(1, sum(example.n_labels for example in batch.examples))
         with phase("reduce"):
@@ -213,6 +218,15 @@ class Trainer:
                     options["lr"] = lr
                 self.optimisers[name].step()
         return loss, float(norm)
+
+    def _idle(self, passes: int, examples: Sequence[Example]) -> list[Collated]:
+        """Passes that count for nothing, of a process that has so many of its own.
+
+        Each pass over a sharded base is one of all processes, which bring its weights together:
+        who has fewer than another takes part with the first example.
+        """
+        missing = self.world.most(passes) - passes if self.sharded else 0
+        return [self.collate(examples[:1])] * missing if missing else []
 
     def _total(self, losses: Sequence[Tensor]) -> float:
         """The sum of losses over all micro-batches of all processes."""
@@ -244,10 +258,17 @@ class Trainer:
                 labels += sum(example.n_labels for example in some)
                 yield from self.world.share(some)
 
-        parts = micro_batches(own(), self.micro_batch_tokens, self.prefixes)
+        parts: Iterable[list[Example]]
+        parts, idle = micro_batches(own(), self.micro_batch_tokens, self.prefixes), []
+        if self.sharded:
+            # counted before the first pass, of which every process must take as many
+            parts = list(parts)
+            idle = self._idle(len(parts), examples)
         with closing(ahead(parts, self.collate)) as made:
-            total = self._total([self.loss_sum(part) for part in made])
-        return total / labels
+            losses = [self.loss_sum(part) for part in made]
+        for part in idle:
+            self.loss_sum(part)
+        return self._total(losses) / labels
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, optimiser state by group name, and random states, by name."""

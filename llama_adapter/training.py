@@ -89,7 +89,7 @@ def finetune(
 
     Args:
         config: the recipe, the data and the run folder.
-        base: a loaded base, frozen, in place of config.base, dtype and device.
+        base: a loaded base, frozen, in place of config.base, dtype, device, quantize and shard.
         resume: continue what config.output holds; on the CPU, with as many threads, the losses are
             bitwise those of an uninterrupted run. An empty or absent folder starts a new run.
         progress: show the progress bar on stderr; None shows it on a terminal.
@@ -126,7 +126,13 @@ def _finetune(
         device = world.device or default_device() if config.device is None else config.device
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         where = config.base or BASE
-        base = load_base(where, dtype=dtype, device=device, quantize=config.quantize)
+        base = load_base(
+            where,
+            dtype=dtype,
+            device=device,
+            quantize=config.quantize,
+            shard=world if config.shard else None,
+        )
     dataset = load_dataset(
         config.data,
         base.tokenizer,

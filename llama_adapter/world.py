@@ -67,12 +67,23 @@ class World:
         if self.size == 1 or not tensors:
             return
         whole = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        try:
+        with _reaching_others():
             distributed.all_reduce(whole)
-        except RuntimeError as error:
-            raise ConnectionError(f"{GONE} ({error})") from error
         for tensor, part in zip(tensors, whole.split([x.numel() for x in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+    def most(self, count: int) -> int:
+        """The largest count of any process.
+
+        Raises:
+            ConnectionError: another process is gone.
+        """
+        if self.size == 1:
+            return count
+        counts = torch.tensor([count], device=self.device)
+        with _reaching_others():
+            distributed.all_reduce(counts, distributed.ReduceOp.MAX)
+        return int(counts)
 
     def same(self, value: Shared) -> Shared:
         """What rank 0 gave, in every process.
@@ -84,11 +95,17 @@ class World:
             return value
         values = [value]
         device = None if self.device is None else torch.device(self.device)
-        try:
+        with _reaching_others():
             distributed.broadcast_object_list(values, src=0, device=device)
-        except RuntimeError as error:
-            raise ConnectionError(f"{GONE} ({error})") from error
         return values[0]
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(f"{GONE} ({error})") from error
 
 
 @contextmanager
@@ -96,7 +113,7 @@ def join() -> Iterator[World]:
     """Meet the other processes that torchrun has started, until the block is left.
 
     Raises:
-        ConnectionError: they cannot be reached.
+        ConnectionError: they cannot be reached, or one is gone.
     """
     if not distributed.is_available() or not distributed.is_torchelastic_launched():
         yield World()
@@ -113,5 +130,10 @@ def join() -> Iterator[World]:
     try:
         rank, size = distributed.get_rank(), distributed.get_world_size()
         yield World(rank, size, f"cuda:{local}" if cuda else None)
+    except RuntimeError as error:
+        # torch itself gathers the weights of a sharded base; gloo's errors have no class of theirs
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise ConnectionError(f"{GONE} ({error})") from error
     finally:
         distributed.destroy_process_group()

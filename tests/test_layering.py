@@ -16,7 +16,7 @@ LAYERS = (
     {"adapter", "cache", "packing", "rotary_angles", "tokenizer", "sampling"},
     {"completion"},
     {"model"},
-    {"adapter_bank", "decoder"},
+    {"adapter_bank", "decoder", "sharding"},
     {"checkpoints", "multimodal"},
     {"step_profile"},
     {"hosts"},

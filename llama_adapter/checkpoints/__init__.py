@@ -17,7 +17,9 @@ from llama_adapter.checkpoints.meta import is_meta, read_meta
 from llama_adapter.checkpoints.quantize import check_format
 from llama_adapter.checkpoints.quantize import quantize as quantize_weights
 from llama_adapter.model import Llama
+from llama_adapter.sharding import check_launched
 from llama_adapter.tokenizer import Tokenizer
+from llama_adapter.world import World
 
 __all__ = ["Base", "load_base"]
 
@@ -58,6 +60,7 @@ def load_base(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantize: str | None = None,
+    shard: World | None = None,
 ) -> Base:
     """Read a base model from a folder in Meta's, Hugging Face's or litgpt's format.
 
@@ -72,6 +75,8 @@ def load_base(
         quantize: "int8", "nf4", "fp8" or "int4", the format that the weights of the linear maps are
             brought into once they are read; None leaves them. All answer, and an adapter can be
             trained on all but int4.
+        shard: the processes that share the weights out, each reading its own rows alone; None
+            gives this one all of them. Such a base is trained on, and does not answer.
 
     Returns:
         The base, frozen and in evaluation mode.
@@ -79,7 +84,7 @@ def load_base(
     Raises:
         FileNotFoundError: the folder or a file in it does not exist.
         ValueError: the folder is of another kind, a file is damaged or does not fit the others,
-            the device is not there, or the base cannot be quantised so.
+            the device is not there, or the base cannot be quantised or sharded so.
     """
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise ValueError(f"dtype must be a torch.dtype, as torch.bfloat16, got {dtype!r}")
@@ -101,10 +106,17 @@ def load_base(
         raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} is not available: torch {torch.__version__} sees no GPU")
+    if shard is not None:
+        check_launched()
+        if quantize is not None:
+            raise ValueError(
+                f"quantize must be left out where the base is sharded, got {quantize!r}: such "
+                "weights cannot be split over processes"
+            )
     if quantize is not None:
         # before the weights are read: that takes minutes
         check_format(quantize, device)
-    model, tokenizer = read(folder, dtype=dtype, device=device)
+    model, tokenizer = read(folder, dtype=dtype, device=device, world=shard)
     name = folder.resolve().name
     if quantize is None:
         return Base(model, tokenizer, name)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from torch import Tensor
 from llama_adapter.checkpoints.fingerprint import shape_of
 from llama_adapter.config import LlamaConfig, RopeScaling
 from llama_adapter.model import Llama
+from llama_adapter.sharding import as_part, own_rows, shard
 from llama_adapter.tokenizer import Tokenizer
+from llama_adapter.world import World
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
@@ -130,6 +132,41 @@ def is_positive(value: object) -> bool:
     return 0 < value < 1e30
 
 
+class Rows(Protocol):
+    """A tensor, or what a file would give of one: its rows are read by slices."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        """Some of its rows."""
+        ...
+
+
+def copy_rows(source: Rows, out: Tensor, start: int, per_head: int | None = None) -> None:
+    """Copy a tensor's rows from `start` on into `out`, as many as it has; no others are read.
+
+    Args:
+        source: (N, ...), with rows of one head after the other where `per_head` is given.
+        out: (n, ...), n <= N - start.
+        start: the first row.
+        per_head: D of query or key rows that are halves of each head, and go to Meta's
+            neighbouring pairs; whole heads are read of them.
+    """
+    stop = start + len(out)
+    if len(out) == 0:
+        return
+    if per_head is None:
+        out.copy_(source[start:stop])
+        return
+    first, last = start // per_head, -(-stop // per_head)
+    heads = source[first * per_head : last * per_head]
+    if len(heads) == len(out):
+        halves_to_pairs(heads, out, last - first)
+        return
+    # a part ends within a head
+    pairs = torch.empty_like(heads)
+    halves_to_pairs(heads, pairs, last - first)
+    out.copy_(pairs[start - first * per_head :][: len(out)])
+
+
 def halves_to_pairs(rows: Tensor, out: Tensor, heads: int) -> None:
     """Copy query or key rows (H*D, C), kept as halves of each head, to Meta's neighbouring pairs.
 
@@ -168,14 +205,14 @@ def check_names(present: Collection[str], expected: Iterable[str], where: Path, 
             raise ValueError(f"{where} {problem} tensors: {listed}{more}; {hint}")
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], where: Path) -> None:
+def check_shape(name: str, got: Iterable[int], shape: tuple[int, ...], where: Path) -> None:
     """Refuse a tensor of another shape.
 
     Raises:
         ValueError: it has another one.
     """
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{where}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tuple(got) != shape:
+        raise ValueError(f"{where}: {name} must have shape {shape}, got {tuple(got)}")
 
 
 def common_dtype(
@@ -207,16 +244,19 @@ def common_dtype(
 
 def assemble(
     config: LlamaConfig,
-    write: Callable[[str, Tensor], None],
+    write: Callable[[str, Tensor, int], None],
     dtype: torch.dtype,
     device: torch.device | str,
+    world: World | None = None,
 ) -> Llama:
     """A model whose tensors are allocated and filled one after the other.
 
     Args:
         config: the model's.
-        write: fills the tensor of a name; called once for each, in the model's order.
+        write: fills a tensor's rows, given its name, the memory and the first of them; called once
+            for each tensor that has rows here, in the model's order.
         dtype, device: of the weights.
+        world: the processes that share the weights out; None leaves all of them to this one.
 
     Returns:
         The model, frozen and in evaluation mode.
@@ -224,15 +264,21 @@ def assemble(
     Raises:
         ValueError: a tensor cannot be allocated.
     """
-    model = _bare(config).requires_grad_(False)
+    model = _bare(config).to(dtype).requires_grad_(False)
+    if world is not None:
+        shard(model, world, device)
     state = {}
     for name, value in model.state_dict().items():
+        rank, size = (0, 1) if world is None else (world.rank, world.size)
+        rows = own_rows(value.shape[0], rank, size)
         try:
-            state[name] = torch.empty(value.shape, dtype=dtype, device=device)
+            own = torch.empty((len(rows), *value.shape[1:]), dtype=dtype, device=device)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{name} of shape {tuple(value.shape)}: {reason}") from None
-        write(name, state[name])
+        if rows:
+            write(name, own, rows.start)
+        state[name] = own if world is None else as_part(own, value)
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from llama_adapter.checkpoints.quantize import is_quantized
 from llama_adapter.config import SHAPE_FIELDS, shape_of
 from llama_adapter.model import Llama
+from llama_adapter.sharding import columns, elements
 
 # relative difference between the same weight in two dtypes: bf16 keeps 8 bits, an error of 0.4 %
 RELATIVE_TOLERANCE = 0.01
@@ -144,11 +145,11 @@ def _positions(size: int, count: int) -> list[int]:
 
 def _weights(tensor: Tensor, count: int) -> list[float]:
     index = torch.tensor(_positions(tensor.numel(), count), device=tensor.device)
-    return tensor.reshape(-1)[index].float().tolist()
+    return elements(tensor, index).float().tolist()
 
 
 def _columns(tensor: Tensor, count: int) -> list[float]:
     index = torch.tensor(_positions(tensor.shape[1], count), device=tensor.device)
     # sorted: sums of the same numbers in another order would round differently
-    squares = tensor[:, index].float().square().sort(0).values
+    squares = columns(tensor, index).float().square().sort(0).values
     return squares.mean(0).sqrt().tolist()

@@ -7,7 +7,8 @@ is no difference, so a model that has one gets it as its longest context.
 
 import json
 import re
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from llama_adapter.checkpoints.assemble import (
     check_shape,
     check_vocabulary,
     common_dtype,
+    copy_rows,
     expected_shapes,
-    halves_to_pairs,
     is_copy,
     is_positive,
     make_config,
@@ -35,6 +36,7 @@ from llama_adapter.checkpoints.assemble import (
 from llama_adapter.config import LlamaConfig, width_of
 from llama_adapter.model import Llama
 from llama_adapter.tokenizer import Tokenizer, find_tokenizer
+from llama_adapter.world import World
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -94,7 +96,11 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 def read_hugging_face(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    world: World | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """Read a model and its tokenizer.
 
@@ -103,6 +109,7 @@ def read_hugging_face(
             tokenizer.model or tokenizer.json.
         dtype: of the loaded weights; None keeps the files' own.
         device: where the weights go.
+        world: the processes that share the weights out; None leaves all to this one.
 
     Returns:
         The model, frozen and in evaluation mode, and its tokenizer.
@@ -123,27 +130,17 @@ def read_hugging_face(
         found = [(path, name, _dtype(files[path], name, path)) for name, path in owners.items()]
         dtype = common_dtype(found, dtype)
 
-        def read(name: str) -> tuple[Tensor, Path]:
-            path = owners[name]
-            try:
-                return files[path].get_tensor(name), path
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: {name} cannot be read: {_line(error)}") from None
-
-        def write(name: str, out: Tensor) -> None:
-            tensor, path = read(theirs[name])
-            check_shape(theirs[name], tensor, expected[name], path)
-            heads = {"wq.weight": config.n_heads, "wk.weight": config.kv_heads}.get(
-                name.rpartition("attention.")[2]
-            )
-            if heads is None:
-                out.copy_(tensor)
-            else:
-                halves_to_pairs(tensor, out, heads)
+        def write(name: str, out: Tensor, start: int) -> None:
+            path = owners[theirs[name]]
+            with _reading(theirs[name], path):
+                rows = files[path].get_slice(theirs[name])
+                check_shape(theirs[name], rows.get_shape(), expected[name], path)
+                halves = name.endswith(("attention.wq.weight", "attention.wk.weight"))
+                copy_rows(rows, out, start, config.head_dim if halves else None)
 
         if config.tied_embeddings and MODEL_TENSORS[OUTPUT] in owners:
-            _check_tied(*(read(MODEL_TENSORS[name]) for name in (OUTPUT, EMBEDDING)))
-        model = assemble(config, write, dtype, device)
+            _check_tied(files, owners)
+        model = assemble(config, write, dtype, device, world)
     return model, tokenizer
 
 
@@ -310,10 +307,23 @@ def _dtype(file: Any, name: str, path: Path) -> Any:
     return DTYPE_NAMES.get(found, found)
 
 
-def _check_tied(output: tuple[Tensor, Path], embedding: tuple[Tensor, Path]) -> None:
-    if not is_copy(output[0], embedding[0]):
+@contextmanager
+def _reading(name: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: {name} cannot be read: {_line(error)}") from None
+
+
+def _check_tied(files: dict[Path, Any], owners: dict[str, Path]) -> None:
+    tensors: list[Tensor] = []
+    names = (MODEL_TENSORS[OUTPUT], MODEL_TENSORS[EMBEDDING])
+    for name in names:
+        with _reading(name, owners[name]):
+            tensors.append(files[owners[name]].get_tensor(name))
+    if not is_copy(*tensors):
         raise ValueError(
-            f"{output[1]}: {MODEL_TENSORS[OUTPUT]} must be the embedding, because config.json has "
+            f"{owners[names[0]]}: {names[0]} must be the embedding, because config.json has "
             "tie_word_embeddings, but it differs"
         )
 

@@ -20,8 +20,8 @@ from llama_adapter.checkpoints.assemble import (
     check_shape,
     check_vocabulary,
     common_dtype,
+    copy_rows,
     expected_shapes,
-    halves_to_pairs,
     is_copy,
     is_positive,
     make_config,
@@ -33,6 +33,7 @@ from llama_adapter.checkpoints.torch_file import check_tensors, read_torch_file
 from llama_adapter.config import LlamaConfig, width_of
 from llama_adapter.model import Llama
 from llama_adapter.tokenizer import Tokenizer, find_tokenizer
+from llama_adapter.world import World
 
 WEIGHTS, CONFIGS = "lit_model.pth", ("model_config.yaml", "lit_config.json")
 TIED = ("transformer.wte.weight", "lm_head.weight")
@@ -94,7 +95,11 @@ def is_litgpt(folder: Path) -> bool:
 
 
 def read_litgpt(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    world: World | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """Read a model and its tokenizer.
 
@@ -103,6 +108,7 @@ def read_litgpt(
             tokenizer.json.
         dtype: of the loaded weights; None keeps the files' own.
         device: where the weights go.
+        world: the processes that share the weights out; None leaves all to this one.
 
     Returns:
         The model, frozen and in evaluation mode, and its tokenizer.
@@ -118,7 +124,7 @@ def read_litgpt(
     tokenizer = find_tokenizer(folder)
     check_vocabulary(config, tokenizer, path)
     weights = folder / WEIGHTS
-    tensors = _read_weights(weights)
+    tensors = _read_weights(weights, whole=world is None)
     config = replace(config, tied_embeddings=is_copy(*(tensors.get(name) for name in TIED)))
     if config.tied_embeddings:
         del tensors[TIED[1]]
@@ -131,20 +137,17 @@ def read_litgpt(
     rows = {"q": config.n_heads, "k": config.kv_heads, "v": config.kv_heads}
     sizes = [heads * config.head_dim for heads in rows.values()]
 
-    def write(name: str, out: Tensor) -> None:
+    def write(name: str, out: Tensor, start: int) -> None:
         tensor = tensors[theirs[name]]
         part = name.removesuffix(".weight").rpartition("attention.w")[2]
         if part in rows:
-            check_shape(theirs[name], tensor, (sum(sizes), config.dim), weights)
+            check_shape(theirs[name], tensor.shape, (sum(sizes), config.dim), weights)
             tensor = dict(zip(rows, tensor.split(sizes), strict=True))[part]
         else:
-            check_shape(theirs[name], tensor, expected[name], weights)
-        if part in ("q", "k"):
-            halves_to_pairs(tensor, out, rows[part])
-        else:
-            out.copy_(tensor)
+            check_shape(theirs[name], tensor.shape, expected[name], weights)
+        copy_rows(tensor, out, start, config.head_dim if part in ("q", "k") else None)
 
-    return assemble(config, write, dtype, device), tokenizer
+    return assemble(config, write, dtype, device, world), tokenizer
 
 
 def read_config(path: Path) -> LlamaConfig:
@@ -209,8 +212,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    content = read_torch_file(path)
+def _read_weights(path: Path, whole: bool) -> dict[str, Tensor]:
+    content = read_torch_file(path, whole=whole)
     if set(content) == {"model"} and isinstance(content["model"], dict):
         # as litgpt's training saves it
         content = content["model"]

@@ -18,6 +18,7 @@ from llama_adapter.checkpoints.assemble import (
     check_names,
     check_shape,
     common_dtype,
+    copy_rows,
     expected_shapes,
     is_copy,
 )
@@ -26,6 +27,7 @@ from llama_adapter.checkpoints.torch_file import check_tensors, read_torch_file
 from llama_adapter.config import LlamaConfig
 from llama_adapter.model import Llama
 from llama_adapter.tokenizer import Tokenizer
+from llama_adapter.world import World
 
 # dimension along which shards are joined; None: every shard holds the whole tensor
 LAYER_TENSORS: dict[str, int | None] = {
@@ -61,7 +63,11 @@ def is_meta(folder: Path) -> bool:
 
 
 def read_meta(
-    folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    world: World | None = None,
 ) -> tuple[Llama, Tokenizer]:
     """Read a model and its tokenizer.
 
@@ -69,6 +75,7 @@ def read_meta(
         folder: holds consolidated.00.pth and so on, params.json and tokenizer.model.
         dtype: of the loaded weights; None keeps the files' own.
         device: where the weights go.
+        world: the processes that share the weights out; None leaves all to this one.
 
     Returns:
         The model, frozen and in evaluation mode, and its tokenizer.
@@ -86,9 +93,9 @@ def read_meta(
     paths = shard_paths(folder)
     tokenizer = Tokenizer(folder / "tokenizer.model")
     config = read_params(folder / "params.json", tokenizer.vocab_size)
-    shards = [_open_shard(path) for path in paths]
+    shards = [_open_shard(path, whole=world is None) for path in paths]
     config = replace(config, tied_embeddings=_is_tied(shards))
-    model = _assemble(config, shards, dtype, torch.device(device))
+    model = _assemble(config, shards, dtype, torch.device(device), world)
     return model, tokenizer
 
 
@@ -112,8 +119,8 @@ def shard_paths(folder: Path) -> list[Path]:
     return [numbered[number] for number in sorted(numbered)]
 
 
-def _open_shard(path: Path) -> Shard:
-    content = check_tensors(read_torch_file(path), path, tied=(EMBEDDING, OUTPUT))
+def _open_shard(path: Path, whole: bool) -> Shard:
+    content = check_tensors(read_torch_file(path, whole=whole), path, tied=(EMBEDDING, OUTPUT))
     tensors = {name: value for name, value in content.items() if not IGNORED_TENSOR.match(name)}
     return Shard(path, tensors)
 
@@ -134,7 +141,11 @@ def _is_tied(shards: list[Shard]) -> bool:
 
 
 def _assemble(
-    config: LlamaConfig, shards: list[Shard], dtype: torch.dtype | None, device: torch.device
+    config: LlamaConfig,
+    shards: list[Shard],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    world: World | None,
 ) -> Llama:
     expected = expected_shapes(config)
     for shard in shards:
@@ -144,10 +155,11 @@ def _assemble(
         (shard.path, name, value.dtype) for shard in shards for name, value in shard.tensors.items()
     ]
 
-    def write(name: str, out: Tensor) -> None:
-        _join(name, out, [shard.tensors.pop(name) for shard in shards], shards)
+    def write(name: str, out: Tensor, start: int) -> None:
+        pieces = [shard.tensors.pop(name) for shard in shards]
+        _join(name, expected[name], out, start, pieces, shards)
 
-    return assemble(config, write, common_dtype(found, dtype), device)
+    return assemble(config, write, common_dtype(found, dtype), device, world)
 
 
 def _check_shard_count(expected: dict[str, tuple[int, ...]], shards: list[Shard]) -> None:
@@ -163,23 +175,38 @@ def _check_shard_count(expected: dict[str, tuple[int, ...]], shards: list[Shard]
         )
 
 
-def _join(name: str, joined: Tensor, pieces: list[Tensor], shards: list[Shard]) -> None:
-    """Fill one tensor of the model piece by piece."""
-    short, shape = re.sub(r"^layers\.\d+\.", "", name), tuple(joined.shape)
+def _join(
+    name: str,
+    shape: tuple[int, ...],
+    out: Tensor,
+    start: int,
+    pieces: list[Tensor],
+    shards: list[Shard],
+) -> None:
+    """Fill rows of one tensor of the model, from `start` on, piece by piece."""
+    short = re.sub(r"^layers\.\d+\.", "", name)
     # LLaMA 1 and 2 split the embedding by column, LLaMA 3 by row: the shapes tell which
     dims = (0, 1) if name == EMBEDDING else ((MODEL_TENSORS | LAYER_TENSORS)[short],)
     for dim in dims:
         if dim is None and all(tuple(piece.shape) == shape for piece in pieces):
-            joined.copy_(pieces[0])
+            copy_rows(pieces[0], out, start)
             return
-        if dim is not None and _fits(shape, pieces, dim):
+        if dim == 1 and _fits(shape, pieces, dim):
             for part, piece in zip(
-                joined.split([piece.shape[dim] for piece in pieces], dim), pieces, strict=True
+                out.split([piece.shape[1] for piece in pieces], 1), pieces, strict=True
             ):
-                part.copy_(piece)
+                copy_rows(piece, part, start)
+            return
+        if dim == 0 and _fits(shape, pieces, dim):
+            for piece in pieces:
+                # the rows wanted that this piece has, counted from its own first one
+                first, last = max(start, 0), min(start + len(out), len(piece))
+                if first < last:
+                    copy_rows(piece, out[first - start : last - start], first)
+                start -= len(piece)
             return
     if len(pieces) == 1:
-        check_shape(name, pieces[0], shape, shards[0].path)
+        check_shape(name, pieces[0].shape, shape, shards[0].path)
     got = [tuple(piece.shape) for piece in pieces]
     raise ValueError(
         f"{shards[0].path.parent}: {name} must join to shape {shape}, got shards of {got}"

@@ -38,17 +38,27 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _EXTRA_HEADER = struct.Struct("<2H")
 
 
-def read_torch_file(path: Path) -> dict[str, Any]:
+def read_torch_file(path: Path, *, whole: bool = True) -> dict[str, Any]:
     """The dictionary that a torch file holds, its tensors mapped where it is an archive.
+
+    Args:
+        path: of the file.
+        whole: take one that is no archive too, all of which is read at once.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, needs code to be read, or holds no dictionary by names.
+        ValueError: the file is damaged, needs code to be read, holds no dictionary by names, or
+            would be read whole.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     with open(path, "rb") as file:
         is_archive = file.read(2) == b"PK"
+    if not is_archive and not whole:
+        raise ValueError(
+            f"{path} must be a torch archive, of which parts can be read, to be sharded: load it "
+            "and save it again with torch.save"
+        )
     try:
         if is_archive and not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile(_CUT_OFF)

@@ -37,7 +37,8 @@ def test_rows_of_halves_become_neighbours(heads: int, width: int) -> None:
 def test_a_model_is_filled_in_order_and_frozen(tiny_config: LlamaConfig, tiny_model: Llama) -> None:
     state, order = tiny_model.state_dict(), []
 
-    def write(name: str, out: torch.Tensor) -> None:
+    def write(name: str, out: torch.Tensor, start: int) -> None:
+        assert start == 0
         order.append(name)
         out.copy_(state[name])
 
