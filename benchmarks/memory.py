@@ -198,14 +198,14 @@ class Problem:
 
 def measure(setting: Setting, device: torch.device) -> Row:
     """One row: what is computed, and what is measured or counted."""
+    share = 1.0
     if device.type == "cuda" and setting.cap:
         total = torch.cuda.get_device_properties(device).total_memory
         share = (setting.cap * GB - CONTEXT) / total
         if share > 1:
             return {"status": FAILED, "reason": f"this GPU has {total / GB:.0f} GB"}
-        # of one process, to be measured in one: the caps grow
-        torch.cuda.set_per_process_memory_fraction(share)
     try:
+        # without a cap: random weights are made wider than a quantised base holds them
         given = Problem(setting, device)
     except (ValueError, torch.OutOfMemoryError) as error:
         return {"status": FAILED, "reason": harness.one_line(error)}
@@ -219,7 +219,13 @@ def measure(setting: Setting, device: torch.device) -> Row:
         return {**row, "counted_bytes": round(given.kept_bytes(700))}
     computed = computed_tokens(given.config, given.adapted, setting.cap * GB, given.weights)
     row["computed_tokens"] = computed
-    row["measured_tokens"] = given.largest(int(0.9 * computed))
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        row["measured_tokens"] = given.largest(int(0.9 * computed))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     return row
 
 
