@@ -8,7 +8,7 @@ PARALLEL ?= 2
 # one torch thread per test process: two processes with two threads each fight for two cores
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-all lint aot-all gpu gpu-tests gpu-sanitizer gpu-attention gpu-decode gpu-small_ops gpu-generate gpu-dropin gpu-train_step gpu-paper_run gpu-memory gpu-training gpu-tune clean
+.PHONY: quickstart test test-all lint aot-all gpu gpu-tests gpu-sanitizer gpu-attention gpu-decode gpu-small_ops gpu-generate gpu-dropin gpu-train_step gpu-paper_run gpu-memory gpu-fp8_parity gpu-training gpu-tune clean
 
 quickstart: $(INSTALLED)
 	@env -u OMP_NUM_THREADS $(VENV)/bin/llama-adapter quickstart
@@ -35,7 +35,7 @@ lint: $(LINTERS)
 # for a GPU machine without network: uses the machine's own Python and packages, and this folder as it
 # is. Kernels are compiled in processes side by side, by pytest-xdist where it is installed; each part
 # takes under 10 minutes, a benchmark no more than `make gpu MINUTES=2` gives it
-PART ?= tests sanitizer attention decode small_ops generate dropin train_step paper_run memory
+PART ?= tests sanitizer attention decode small_ops generate dropin train_step paper_run memory fp8_parity
 XDIST = $(shell $(PYTHON) -c 'import xdist; print("-n 8")' 2>/dev/null)
 MEASURE = PYTHONPATH=.:kernels:$$PYTHONPATH $(PYTHON) -m benchmarks.
 LIMIT = $(if $(MINUTES),--minutes $(MINUTES))
@@ -80,11 +80,15 @@ gpu-paper_run:
 gpu-memory:
 	$(HAS_GPU)
 	$(MEASURE)memory $(LIMIT)
+gpu-fp8_parity:
+	$(HAS_GPU)
+	$(MEASURE)fp8_parity
 # what fine-tuning rests on, each in a shorter form
 gpu-training:
 	$(HAS_GPU)
 	$(PYTHON) -m pytest -v $(XDIST) -m "gpu or kernel" $(TRAINING)
 	for one in train_step paper_run memory; do $(MEASURE)$$one --minutes $(or $(MINUTES),1) || exit; done
+	$(MEASURE)fp8_parity --quick
 gpu-tune:
 	$(MEASURE)tune --processes 16
 
