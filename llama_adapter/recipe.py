@@ -143,11 +143,6 @@ class FinetuneConfig:
                 f"quantize must be left out with shard, got {self.quantize!r}: such weights cannot "
                 "be split over processes"
             )
-        if self.shard and self.recompute is not None:
-            raise ValueError(
-                f"recompute must be left out with shard, got {self.recompute!r}: a layer's weights "
-                "are gathered for one forward pass and one backward pass alone"
-            )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 

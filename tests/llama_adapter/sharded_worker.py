@@ -51,9 +51,15 @@ def compare(folder: Path, world: World) -> dict[str, Any]:
     adapter, counts = adapter_for(whole), {}
     kinds = ((whole.model, World()), (whole.model, world), (sharded.model, world))
     # with one micro-batch each, then with several, of which one process has more than another
-    for micro_batch_tokens in (10**6, 20):
+    for micro_batch_tokens, recompute in ((10**6, None), (20, "mlp"), (20, "block")):
         one, all_of_it, parts = (
-            Trainer(model, deepcopy(adapter), micro_batch_tokens=micro_batch_tokens, world=given)
+            Trainer(
+                model,
+                deepcopy(adapter),
+                micro_batch_tokens=micro_batch_tokens,
+                recompute=recompute,
+                world=given,
+            )
             for model, given in kinds
         )
         # 5 examples are 3 and 2; of one example alone a process has none

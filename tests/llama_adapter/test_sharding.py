@@ -280,3 +280,26 @@ def test_two_machines_meet_at_a_rendezvous(data: Path, two: Path, tmp_path: Path
     said = [agent.communicate(timeout=240)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert rows_without_time(apart) == rows_without_time(two)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gpu_trains_on_what_it_has_gathered(data: Path, tmp_path: Path, dtype: str) -> None:
+    """One process over NCCL: the weights of a layer are a copy, which comes and goes."""
+    found = []
+    for name in ("whole", "sharded"):
+        words, environment = command(data, tmp_path / name, "--dtype", dtype)
+        words[words.index("--nproc-per-node=2")] = "--nproc-per-node=1"
+        # all that this process has, the GPU among it
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([environment["PYTHONPATH"], *sys.path])
+        }
+        if name == "sharded":
+            words.append("--shard")
+        done = subprocess.run(
+            words, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(list(losses(tmp_path / name).values()))
+    assert len(found[0]) == 12
+    assert found[0] == pytest.approx(found[1], rel=1e-5 if dtype == "float32" else 1e-2)

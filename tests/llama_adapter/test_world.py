@@ -107,6 +107,7 @@ def test_one_process_alone_sends_nothing() -> None:
     alone.add([x])
     assert x.tolist() == [1, 1, 1]
     assert alone.same("value") == "value"
+    assert alone.most(3) == 3
 
 
 @pytest.mark.slow
