@@ -146,7 +146,7 @@ _SM90 = _rows(
         TileConfig(64, 64, 4, 3, speed="0.207 ms on H200, 1.32x (128, 128, 8, 3)"),
         # (64, 64, 4, 3) wins by 3 % at 2,048 tokens, and loses 7 to 10 % at 512 and from 8,192 on
         TileConfig(128, 128, 8, 3, speed="0.365 ms on H200, 1.13x (128, 128, 8, 2)"),
-        TileConfig(128, 64, 8, 2),
+        TileConfig(128, 32, 8, 2),
     ],
     dq=[
         TileConfig(128, 64, 8, 3),
@@ -241,7 +241,7 @@ _FLOAT32: Rows = _rows(
         TileConfig(32, 64, 8, 2),
         TileConfig(32, 32, 8, 2),
         TileConfig(32, 32, 8, 1),
-        TileConfig(16, 32, 8, 1),
+        TileConfig(16, 32, 8, 2),
         TileConfig(16, 16, 8, 1),
     ],
     grouped=[
