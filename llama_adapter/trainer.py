@@ -25,9 +25,9 @@ from llama_adapter.step_profile import phase
 from llama_adapter.world import World
 
 _NAMED_RECORDS = 8
-# on an H200 a step with a number of rows that its process has not seen took 520 to 640 ms, one
-# that it has 290 (the matrix library's preparations, it seems); of 64 records there are few multiples of
-# this, filled up by half of it on average
+# on an H200 a step with a number of rows that its process had not seen took 520 to 640 ms, others
+# 290 (the matrix library's preparations, it seems); of 64 records there are few multiples of this,
+# filled up by half of it on average
 GPU_ROWS = 64
 # examples of a validation that processes divide among them, which is also how many are in memory
 _SHARED_AT_ONCE = 1024
