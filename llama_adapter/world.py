@@ -6,6 +6,7 @@ step, so that adapters stay equal without being sent. Rank 0 alone writes the ru
 """
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class Sized(Protocol):
 
 
 Item = TypeVar("Item", bound=Sized)
+# seconds that gloo's threads are given, each needs the interpreter for microseconds
+LETTING_GO = 0.2
 GONE = (
     "another process of this run is gone, and what it said comes first: start all of them again "
     "with --resume"
@@ -137,3 +140,8 @@ def join() -> Iterator[World]:
         raise ConnectionError(f"{GONE} ({error})") from error
     finally:
         distributed.destroy_process_group()
+        if not cuda:
+            # torch's caches of a sharded base keep the group alive, and with it threads that may
+            # still hold what was sent last: freeing it takes the interpreter's lock, and aborts the
+            # process where the interpreter is ending already
+            time.sleep(LETTING_GO)

@@ -110,6 +110,39 @@ def test_one_process_alone_sends_nothing() -> None:
     assert alone.most(3) == 3
 
 
+LEAVES_AT_ONCE = """
+import sys
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from llama_adapter.world import join
+
+with join() as world:
+    # what torch's caches do: keep the group beyond its end
+    sys.modules["kept"] = init_device_mesh("cpu", (world.size,))
+    for count in range(1001, 1021):
+        sent = torch.ones(count)
+        distributed.all_reduce(sent)
+    del sent
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_leaves_at_once_ends_well(tmp_path: Path) -> None:
+    """Each of them used to abort about every other time."""
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES_AT_ONCE)
+    words, environment = command(script, tmp_path, processes=6)
+    done = subprocess.run(
+        [*words[: words.index("-m", 2)], str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_and_either_continues(
     data: Path, tmp_path: Path
