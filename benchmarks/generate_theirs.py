@@ -16,13 +16,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_adapter.adapter import Adapter
+from llama_adapter.checkpoints.adapter_litgpt import to_halves
 from llama_adapter.config import LlamaConfig
 from llama_adapter.model import Llama
-
-
-def _halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of wq or wk with the halves of a head apart, not in neighbouring pairs."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
 
 
 def _state(model: Llama) -> dict[str, Tensor]:
@@ -35,8 +31,8 @@ def _state(model: Llama) -> dict[str, Tensor]:
     for index, layer in enumerate(model.layers):
         weights = {name.removesuffix(".weight"): value for name, value in layer.named_parameters()}
         own = {
-            "self_attn.q_proj": _halves(weights["attention.wq"], model.config.n_heads),
-            "self_attn.k_proj": _halves(weights["attention.wk"], model.config.kv_heads),
+            "self_attn.q_proj": to_halves(weights["attention.wq"], model.config.n_heads),
+            "self_attn.k_proj": to_halves(weights["attention.wk"], model.config.kv_heads),
             "self_attn.v_proj": weights["attention.wv"],
             "self_attn.o_proj": weights["attention.wo"],
             "mlp.gate_proj": weights["feed_forward.w1"],

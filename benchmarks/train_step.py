@@ -1,9 +1,9 @@
 """How fast is a step of fine-tuning, lever by lever? `python -m benchmarks.train_step`.
 
 From the official recipe's padding to what `finetune` runs, each with loss and gradients checked,
-beside PEFT's adaption prompts and LoRA under transformers. On a GPU in bfloat16, on a processor
-with one thread in float32. The same command again continues. `--quick` only tries the machinery
-out, in seconds.
+beside PEFT's adaption prompts and LoRA under transformers, and litgpt's adapter where litgpt is
+installed. On a GPU in bfloat16, on a processor with one thread in float32. The same command again
+continues. `--quick` only tries the machinery out, in seconds.
 """
 
 import argparse
@@ -30,7 +30,8 @@ PROTOCOLS = {
 QUICK_PROTOCOL = Protocol(rounds=5, warmup=1, round_ms=0.0)
 HERE, MODEL = Path(__file__).parent, Path(llama_adapter.__path__[0])
 SOURCES = [Path(adapter_kernels.__file__).parent, Path(__file__), HERE / "train_step_problem.py"]
-SOURCES += [HERE / "generate_theirs.py", MODEL / "data" / "packed.py"]
+SOURCES += [HERE / "train_step_litgpt.py", HERE / "generate_theirs.py"]
+SOURCES += [MODEL / "data" / "packed.py"]
 SOURCES += [MODEL / f"{name}.py" for name in ("adapter", "layers", "model", "packing")]
 SOURCES += [Path(module.__file__ or "") for module in (generate_models, harness)]
 
@@ -67,10 +68,16 @@ def measure_setting(
     missing = [name for name in (*OURS, *OTHERS) if name not in results.of(cell)]
     if not missing:
         return
-    package = absent()
-    if package is not None:  # whose results are the truth
-        row = {"status": SKIPPED, "reason": f"{package} is not installed"}
-        results.add(cell, dict.fromkeys(missing, row))
+    # PEFT's step is the truth of all
+    lacking = {name: absent() or absent(name) for name in missing}
+    rows = {
+        name: {"status": SKIPPED, "reason": f"{package} is not installed"}
+        for name, package in lacking.items()
+        if package is not None
+    }
+    results.add(cell, rows)
+    missing = [name for name in missing if name not in rows]
+    if not missing:
         return
     given = Problem(setting, device)
     try:
@@ -83,8 +90,7 @@ def measure_setting(
     for name in missing:
         call = given.call(name)
         work = Work(lambda: None, lambda _, call=call: call())
-        # another method has another loss
-        wanted = {} if name.startswith("lora") else expected
+        wanted = expected if given.comparable(name) else {}
         candidates.append(Candidate(name, lambda work=work: work, wanted, observed=False))
     facts = {name: given.facts(name) for name in missing}
     title = f"{MODE} {setting.describe()}"

@@ -141,7 +141,7 @@ class Problem:
         """What a padded pass is padded to."""
         if name.endswith("_512"):
             return LONGEST
-        whole = part if name.startswith(("peft", "lora")) else self.examples
+        whole = part if name in OTHERS else self.examples
         return max(len(example.tokens) for example in whole)
 
     def _parts(self, name: str) -> list[list[Example]]:
@@ -156,6 +156,16 @@ class Problem:
         if name in OURS:
             return lambda: self._ours(name)
         return lambda: self._theirs(name, self._models[name.partition("_")[0]])
+
+    def comparable(self, name: str) -> bool:
+        """Whether a provider computes the truth's loss: LoRA is another method.
+
+        litgpt 0.5.13 takes the prompts' keys and values from rows of its fused weight that belong
+        to others, but where there is one key head. Its time is not changed by that.
+        """
+        if name.startswith("litgpt"):
+            return self.base.config.kv_heads == 1
+        return not name.startswith("lora")
 
     def expected(self) -> Mapping[str, Expected]:
         """PEFT's step in a wider dtype, within a few times the error of it in the own."""
@@ -203,14 +213,21 @@ class Problem:
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad_("adaption_" in name)
         lora = get_peft_model(other.plain.model, LoraConfig(**LORA))
-        return {"peft": adapted, "lora": lora}
+        models = {"peft": adapted, "lora": lora}
+        if absent("litgpt_padded") is None:
+            from benchmarks.train_step_litgpt import LitGPT
+
+            models["litgpt"] = LitGPT(self.base, self.adapter)
+        return models
 
     def _theirs(self, name: str, model: Any) -> Mapping[str, Tensor]:
         model.zero_grad(set_to_none=True)
+        litgpt = name.startswith("litgpt")
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for part in self._parts(name):
             tokens, labels = padded(part, self._length(name, part), self.device)
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+            found = model(tokens) if litgpt else model(input_ids=tokens, use_cache=False).logits
+            logits = found[:, :-1]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = F.cross_entropy(
                 logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX,
@@ -220,6 +237,9 @@ class Problem:
             total += loss.detach()
         if name.startswith("lora"):
             return {"loss": total[None]}
+        if litgpt:
+            prompts, gates = model.gradients()
+            return {"loss": total[None], "dprompts": prompts, "dgates": gates}
         grads = dict(_adaption_gradients(model))
         shape = self.adapter.prompts.shape
         prompts = torch.stack([grads[name] for name in grads if "prompt" in name]).view(shape)
@@ -235,9 +255,10 @@ def _adaption_gradients(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 PACKED = ("packed", "shared_prefix")
 OURS = ("padded_512", "padded_batch", *PACKED)
-OTHERS = ("peft_512", "peft_padded", "lora_padded")
+OTHERS = ("peft_512", "peft_padded", "litgpt_padded", "lora_padded")
 
 
-def absent() -> str | None:
-    """The package of the others that is missing, or None."""
-    return next((package for package in THEIRS if find_spec(package) is None), None)
+def absent(name: str = "peft_padded") -> str | None:
+    """The package that a provider needs and that is missing, or None."""
+    needed = (*THEIRS, "litgpt") if name.startswith("litgpt") else THEIRS
+    return next((package for package in needed if find_spec(package) is None), None)

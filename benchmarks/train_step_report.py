@@ -28,9 +28,12 @@ LEGEND = (
     "padded_512: ours, every record padded to 512, as the official recipe's; padded_batch: to the "
     "batch's longest; packed: no padding, logits of response rows alone; shared_prefix: the "
     "beginnings computed once a pass as well, what `finetune` runs. peft_*: transformers with "
-    "PEFT's adaption prompts, padded to 512 or to the longest of a pass; lora_padded: with PEFT's "
-    "LoRA of rank 8 on q and v, another method. Right is PEFT's step in a wider dtype, loss "
-    "and gradients. Tokens are those of the records; FLOP are what the linear maps of ours execute."
+    "PEFT's adaption prompts, padded to 512 or to the longest of a pass; litgpt_padded: "
+    "litgpt's adapter, whose cache of the prompts is dropped before each pass, as they would not "
+    "train else; its numbers are not compared, as litgpt 0.5.13 takes the prompts' keys and values "
+    "from the wrong rows. lora_padded: PEFT's LoRA of rank 8 on q and v, another method. Right is "
+    "PEFT's step in a wider dtype, loss and gradients. Tokens are those of the records; FLOP are "
+    "what the linear maps of ours execute."
 )
 
 

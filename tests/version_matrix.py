@@ -49,6 +49,8 @@ LM_EVAL_TESTS = (
 LITGPT_TESTS = (
     "tests/llama_adapter/checkpoints/test_litgpt.py",
     "tests/llama_adapter/checkpoints/test_adapter_litgpt.py",
+    "tests/benchmarks/test_train_step.py",
+    "tests/benchmarks/test_train_step_litgpt.py",
 )
 HF_TESTS = (
     *MODEL_TESTS,
