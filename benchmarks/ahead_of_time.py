@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,8 +237,27 @@ class Table(NamedTuple):
     judge: Callable[[Resources, Any], list[str]]
 
 
+@cache
+def settle_keys() -> None:
+    """Make every kernel's cache_key say the same in every process.
+
+    triton puts the constants of what a kernel calls into its key only if that has been hashed
+    before: so hash all of them until nothing changes.
+    """
+    modules = [module for name, module in sys.modules.items() if name.startswith("adapter_kernels")]
+    values = {id(x): x for module in modules for x in vars(module).values()}.values()
+    kernels = [x for x in values if isinstance(x, triton.JITFunction)]
+    before, keys = None, []
+    while keys != before:
+        before, keys = keys, []
+        for kernel in kernels:
+            kernel.hash = None
+            keys.append(kernel.cache_key)
+
+
 def digest_of(launch: Launch, capability: int) -> str:
     """Digest of what the compiler is given: kernel, all that it calls, specialisation, compiler."""
+    settle_keys()
     given = (specialise(launch), launch.num_warps, launch.num_stages, capability)
     text = f"{triton.__version__} {launch.kernel.cache_key} {given}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

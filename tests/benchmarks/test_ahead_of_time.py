@@ -1,6 +1,7 @@
 """Do the shipped kernels fit the chips that are not here: memory, registers, instructions?"""
 
 import json
+import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,8 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("the interpreter replaces what a compiler takes", allow_module_level=True)
 
+import triton
+
 from benchmarks import ahead_of_time
 from benchmarks.ahead_of_time import (  # a GPU's compiler, with triton alone
     TABLES,
@@ -28,6 +31,7 @@ from benchmarks.ahead_of_time import (  # a GPU's compiler, with triton alone
     line_of,
     measured,
     named,
+    settle_keys,
     small_complaints,
 )
 from benchmarks.small_forms import SmallForm, small_launch, small_table
@@ -244,6 +248,22 @@ def test_a_digest_is_that_of_everything_compiled() -> None:
     }
     assert len(digests) == 4 + len(CHANGES)
     assert digest_of(launch_of(spec), 80) in digests
+
+
+def test_a_digest_is_the_same_whatever_was_hashed_before() -> None:
+    prefix = next(spec for spec in CHOSEN if spec.direction == "prefix")
+    queries = next(spec for spec in COMMON if spec.direction == "backward_dq")
+    launches, found = [launch_of(spec) for spec in (prefix, queries)], []
+    for order in (launches, launches[::-1]):
+        for module in [x for name, x in sys.modules.items() if name.startswith("adapter_kernels")]:
+            for kernel in vars(module).values():
+                if isinstance(kernel, triton.JITFunction):
+                    kernel.hash, kernel.used_global_vals = None, {}
+        settle_keys.cache_clear()
+        # as a compilation does it
+        assert all(launch.kernel.cache_key for launch in order)
+        found.append([digest_of(launch, 80) for launch in launches])
+    assert found[0] == found[1]
 
 
 def test_spills_are_told_apart_by_loops() -> None:
