@@ -5,7 +5,7 @@ all of them can be taken out by name and put back.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -249,27 +249,22 @@ class Trainer:
     @torch.no_grad()
     def validate(self, examples: Sequence[Example]) -> float:
         """Loss in nats per label over all `examples`, at least one of which has labels."""
-        labels = 0
 
-        def own() -> Iterator[Example]:
-            """This process's share, a few examples in memory at a time."""
-            nonlocal labels
-            for start in range(0, len(examples), _SHARED_AT_ONCE):
-                some = examples[start : start + _SHARED_AT_ONCE]
-                labels += sum(example.n_labels for example in some)
-                yield from self.world.share(some)
+        def parts() -> Iterator[list[Example]]:
+            """This process's passes, a few examples in memory at a time."""
+            starts = range(0, len(examples), _SHARED_AT_ONCE)
+            some = (examples[start : start + _SHARED_AT_ONCE] for start in starts)
+            own = (example for few in some for example in self.world.share(few))
+            return micro_batches(own, self.micro_batch_tokens, self.prefixes)
 
-        parts: Iterable[list[Example]]
-        parts, idle = micro_batches(own(), self.micro_batch_tokens, self.prefixes), []
-        if self.sharded:
-            # counted before the first pass, of which every process must take as many
-            parts = list(parts)
-            idle = self._idle(len(parts), examples)
-        with closing(ahead(parts, self.collate)) as made:
+        # counted before the first pass, of which every process of a sharded run takes as many
+        count = sum(1 for _ in parts()) if self.sharded else 0
+        idle = self._idle(count, examples)
+        with closing(ahead(parts(), self.collate)) as made:
             losses = [self.loss_sum(part) for part in made]
         for part in idle:
             self.loss_sum(part)
-        return self._total(losses) / labels
+        return self._total(losses) / sum(example.n_labels for example in examples)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, optimiser state by group name, and random states, by name."""
