@@ -133,6 +133,11 @@ def join() -> Iterator[World]:
     try:
         rank, size = distributed.get_rank(), distributed.get_world_size()
         yield World(rank, size, f"cuda:{local}" if cuda else None)
+        if not cuda:
+            # torch's caches of a sharded base keep the group alive, and with it threads that may
+            # still hold what was sent last: freeing it takes the interpreter's lock, and aborts the
+            # process where the interpreter is ending already
+            time.sleep(LETTING_GO)
     except RuntimeError as error:
         # torch itself gathers the weights of a sharded base; gloo's errors have no class of theirs
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
@@ -140,8 +145,3 @@ def join() -> Iterator[World]:
         raise ConnectionError(f"{GONE} ({error})") from error
     finally:
         distributed.destroy_process_group()
-        if not cuda:
-            # torch's caches of a sharded base keep the group alive, and with it threads that may
-            # still hold what was sent last: freeing it takes the interpreter's lock, and aborts the
-            # process where the interpreter is ending already
-            time.sleep(LETTING_GO)
