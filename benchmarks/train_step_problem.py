@@ -23,7 +23,8 @@ from benchmarks.harness import Expected, expect
 from benchmarks.roofline import DTYPES
 from llama_adapter.adapter import Adapter
 from llama_adapter.data.examples import IGNORE_INDEX, Example
-from llama_adapter.data.packed import PackedBatch, Prefix, micro_batches, pack
+from llama_adapter.data.packed import PackedBatch, Prefix, collate, micro_batches
+from llama_adapter.trainer import GPU_ROWS
 from llama_adapter.utilisation import linear_flops
 
 Call = Callable[[], Mapping[str, Tensor]]
@@ -135,7 +136,10 @@ class Problem:
         return size, size - len(part)
 
     def _pack(self, name: str, part: Sequence[Example]) -> PackedBatch:
-        return pack(part, self.device, self.starts if name == "shared_prefix" else ())
+        on_gpu = self.device.type == "cuda"
+        starts = self.starts if name == "shared_prefix" else ()
+        # as the trainer does it
+        return collate(part, starts, on_gpu, GPU_ROWS if on_gpu else 1).to(self.device)
 
     def _length(self, name: str, part: Sequence[Example]) -> int:
         """What a padded pass is padded to."""
