@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 PACKAGES = ("llama-adapter-kernels", "torch", "triton", "numpy", "safetensors", "sentencepiece")
 LOCK = ".lock"
-# fields that may differ between a run and its continuation: none of them changes a step's numbers
+# fields that may differ between a run and its continuation: they change a step by rounding at most
 FREE_FIELDS = (
     "output", "max_steps", "save_every", "keep_checkpoints", "profile", "recompute", "token_cache",
-    "shard",
+    "shard", "micro_batch_tokens",
 )  # fmt: skip
+# fields that may differ between the processes of a run: what lies where on a machine of several
+OWN_FIELDS = ("data", "val_data", "base", "output", "token_cache", "threads", "device", "profile")
 
 Row = dict[str, Any]
 
@@ -95,10 +97,14 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The run's options, nested ones by dotted names."""
+        return _flatten(self._config)
+
+    @property
     def fixed_options(self) -> dict[str, Any]:
-        """The run's options that a continuation may not change, nested ones by dotted names."""
-        options = _flatten(self._config)
-        return {name: value for name, value in options.items() if name not in FREE_FIELDS}
+        """Those that a continuation may not change."""
+        return {name: value for name, value in self.options.items() if name not in FREE_FIELDS}
 
     def check_same_options(self, before: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first, unless `before` fixed the same options."""

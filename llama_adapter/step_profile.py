@@ -3,8 +3,11 @@
 `phase` marks a part of a step; without a profiler it costs some microseconds.
 """
 
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ TRACE, TABLE = "trace.json", "profile.md"
 # the first step compiles and allocates, the second warms the profiler
 SKIPPED, MEASURED = 2, 3
 _PREFIX = "step: "
+_OUTSIDE = "outside of steps"
 
 
 def phase(name: str) -> record_function:
@@ -27,9 +31,17 @@ def phase(name: str) -> record_function:
     return record_function(_PREFIX + name)
 
 
+def outside() -> record_function:
+    """A context between steps, such as a validation, which the table leaves out."""
+    return record_function(_OUTSIDE)
+
+
 @contextmanager
 def profiled(folder: Path | None, device: torch.device) -> Iterator[Callable[[], None]]:
     """Profile the steps between calls of what is yielded, and write TRACE and TABLE.
+
+    Steps beyond SKIPPED are measured, at most MEASURED of them; where there are none, a warning
+    says so.
 
     Args:
         folder: where they go, which must exist; None profiles nothing.
@@ -42,40 +54,76 @@ def profiled(folder: Path | None, device: torch.device) -> Iterator[Callable[[],
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     when = schedule(wait=SKIPPED - 1, warmup=1, active=MEASURED, repeat=1)
+    steps = 0
 
     def write(found: Any) -> None:
-        # the profiler writes the trace itself, which is only looked at
-        found.export_chrome_trace(str(folder / TRACE))
-        write_atomically(folder / TABLE, table(found, device).encode())
+        measured = min(steps - SKIPPED, MEASURED)
+        if measured > 0:
+            # the profiler writes the trace itself, which is only looked at
+            found.export_chrome_trace(str(folder / TRACE))
+            write_atomically(folder / TABLE, table(found.events(), device, measured).encode())
 
     with profile(activities=activities, schedule=when, on_trace_ready=write) as running:
-        yield running.step
+
+        def advance() -> None:
+            nonlocal steps
+            steps += 1
+            running.step()
+
+        yield advance
+    if steps <= SKIPPED:
+        warnings.warn(
+            f"nothing was profiled: the first {SKIPPED} steps are not, and there were {steps}",
+            stacklevel=3,
+        )
 
 
-def table(found: Any, device: torch.device) -> str:
+@dataclass
+class _Line:
+    """What events of one name took together, in microseconds."""
+
+    count: int = 0
+    own: float = 0.0
+    whole: float = 0.0
+
+
+def table(events: list[Any], device: torch.device, steps: int) -> str:
     """Phases and the costliest operations as Markdown: milliseconds a step, and the share of it.
 
     Args:
-        found: a profiler after MEASURED steps.
+        events: of torch's profiler.
         device: that computed: the time is its own.
+        steps: that were profiled.
     """
-    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    whole = "device_time_total" if device.type == "cuda" else "cpu_time_total"
-    events = list(found.key_averages())
-    phases = [event for event in events if event.key.startswith(_PREFIX)]
-    total = sum(getattr(event, whole) for event in phases) or 1.0
-    lines = [f"# Where a step's time goes, on {device.type}, mean of {MEASURED} steps", ""]
+    kind = "device" if device.type == "cuda" else "cpu"
+    left_out = [event.time_range for event in events if event.name == _OUTSIDE]
+    phases, others = defaultdict[str, _Line](_Line), defaultdict[str, _Line](_Line)
+    for event in events:
+        at = event.time_range.start
+        if any(out.start <= at <= out.end for out in left_out):
+            continue
+        if event.name.startswith(_PREFIX):
+            # a GPU's own copy of it says when it ran there
+            if event.device_type.name != "CPU":
+                continue
+            line = phases[event.name.removeprefix(_PREFIX)]
+        elif event.name.startswith("ProfilerStep"):
+            continue
+        else:
+            line = others[event.name]
+        line.count += 1
+        line.own += getattr(event, f"self_{kind}_time_total")
+        line.whole += getattr(event, f"{kind}_time_total")
+    total = sum(line.whole for line in phases.values()) or 1.0
+    mean = "one step" if steps == 1 else f"mean of {steps} steps"
+    lines = [f"# Where a step's time goes, on {device.type}, {mean}", ""]
     lines += ["| phase | ms | share |", "|---|---|---|"]
-    for event in sorted(phases, key=lambda event: -getattr(event, whole)):
-        spent = getattr(event, whole)
-        name = event.key.removeprefix(_PREFIX)
-        lines.append(f"| {name} | {spent / MEASURED / 1e3:.3f} | {spent / total:.1%} |")
+    for name, line in sorted(phases.items(), key=lambda row: -row[1].whole):
+        lines.append(f"| {name} | {line.whole / steps / 1e3:.3f} | {line.whole / total:.1%} |")
     lines += ["", "| operation | calls a step | ms | share |", "|---|---|---|---|"]
-    others = [event for event in events if not event.key.startswith((_PREFIX, "ProfilerStep"))]
-    for event in sorted(others, key=lambda event: -getattr(event, own))[:20]:
-        spent = getattr(event, own)
+    for name, line in sorted(others.items(), key=lambda row: -row[1].own)[:20]:
         lines.append(
-            f"| {event.key[:60]} | {event.count / MEASURED:.0f} | {spent / MEASURED / 1e3:.3f} | "
-            f"{spent / total:.1%} |"
+            f"| {name[:60]} | {line.count / steps:.0f} | {line.own / steps / 1e3:.3f} | "
+            f"{line.own / total:.1%} |"
         )
     return "\n".join(lines) + "\n"

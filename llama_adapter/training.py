@@ -25,8 +25,8 @@ from llama_adapter.data.examples import Batch
 from llama_adapter.data.feed import EpochBatches, ahead
 from llama_adapter.data.packed import template_prefixes
 from llama_adapter.recipe import FinetuneConfig, learning_rate
-from llama_adapter.run_folder import Row, RunFolder, describe_environment
-from llama_adapter.step_profile import phase, profiled
+from llama_adapter.run_folder import OWN_FIELDS, Row, RunFolder, describe_environment
+from llama_adapter.step_profile import outside, phase, profiled
 from llama_adapter.trainer import Prepared, Trainer
 from llama_adapter.utilisation import Speed, linear_flops, speed_of
 from llama_adapter.world import World, join
@@ -100,12 +100,13 @@ def finetune(
 
     Raises:
         FileNotFoundError: a data file or the base does not exist.
-        ValueError: the data, the run folder or the base cannot be used; the message says why.
+        ValueError: the data, the run folder or the base cannot be used, or processes of the run
+            were given different options or content; the message says which.
         FloatingPointError: the loss or its gradient became NaN or infinite; names step and records.
         ConnectionError: another process of the run is gone.
         KeyboardInterrupt: interrupted; everything written is whole, the message says how to resume.
     """
-    with join() as world:
+    with join(config.device) as world:
         return _finetune(config, base, resume, progress, on_step, world)
 
 
@@ -122,8 +123,9 @@ def _finetune(
     files: dict[str, Path | None] = {name: getattr(config, name) for name in names}
     config = replace(config, **{name: path and path.absolute() for name, path in files.items()})
     folder = RunFolder(config.output, asdict(config), resume, follows=world.rank > 0)
+    world.agree({name: x for name, x in folder.options.items() if name not in OWN_FIELDS})
     if base is None:
-        device = world.device or default_device() if config.device is None else config.device
+        device = world.device or config.device or default_device()
         dtype = None if config.dtype is None else getattr(torch, config.dtype)
         where = config.base or BASE
         base = load_base(
@@ -163,6 +165,13 @@ def _finetune(
             world=world,
         )
         known = base.fingerprint or fingerprint(base.model, base.name)
+        world.agree({"content of the data": [digest[:12] for digest in dataset.digests.values()]})
+        for rank, other in enumerate(world.gather(known)):
+            if difference := known.difference(other):
+                raise ValueError(
+                    f"the base must be the same in every process, got another in {rank} "
+                    f"({difference})"
+                )
         run = _Run(config, trainer, dataset, folder, known)
         held = load_latest(folder.checkpoints) if resume and not folder.follows else None
         state = world.same(held)
@@ -277,16 +286,22 @@ class _Run:
                     if on_step is not None:
                         on_step(row)
         except KeyboardInterrupt:
+            command = f"llama-adapter finetune --output {self.folder.path} --resume"
+            if self.trainer.world.size > 1:
+                command = f"torchrun with -m {command.replace('-', '_', 1)}"
+            # only who writes knows how far that has come
+            where = "the last checkpoint" if self.folder.follows else f"step {self.saved}"
             raise KeyboardInterrupt(
-                f"stopped at step {self.step} of {total}; llama-adapter finetune --output "
-                f"{self.folder.path} --resume continues from step {self.saved}"
+                f"stopped at step {self.step} of {total}; {command} continues from {where}"
             ) from None
         finally:
             bar.close()
         if not self.folder.follows:
             save_adapter(self.folder.adapter, self.trainer.adapter, self.base)
         self.folder.draw_curve()
-        dtype = self.trainer.model.tok_embeddings.weight.dtype
+        dtype = str(self.trainer.model.tok_embeddings.weight.dtype).removeprefix("torch.")
+        if self.config.quantize == "fp8":
+            dtype = "float8"
         return speed_of(self.folder.rows[before:], device, dtype)
 
     def _batches(self, first: int, total: int) -> Iterator[Batch]:
@@ -322,7 +337,8 @@ class _Run:
                 raise FloatingPointError(f"{where}: {error}") from None
             seconds = time.perf_counter() - started
             tokens = sum(len(example.tokens) for example in work.batch.examples)
-            flops = linear_flops(model.config, *work.computed, len(self.trainer.adapter.layers))
+            adapted = len(self.trainer.adapter.layers)
+            flops = linear_flops(model.config, *work.computed, adapted, config.recompute)
             self.step += 1
             yield {
                 "step": self.step,
@@ -341,7 +357,8 @@ class _Run:
     def _validation(self) -> Iterator[Row]:
         if not self.dataset.held_out:
             return
-        loss = self.trainer.validate(self.dataset.held_out)
+        with outside():
+            loss = self.trainer.validate(self.dataset.held_out)
         if self.step and (self.best is None or loss < self.best):
             self.best = loss
             if not self.folder.follows:

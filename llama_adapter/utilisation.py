@@ -25,6 +25,7 @@ class Gpu:
         tbytes: memory rate, 1e12 bytes per second.
         pattern: what the driver's name of the device matches.
         source: where the figures come from.
+        tflops_float8: as tflops, in 8-bit floats; None where the tensor cores have none.
     """
 
     tflops: float
@@ -32,10 +33,12 @@ class Gpu:
     tbytes: float
     pattern: str
     source: str
+    tflops_float8: float | None = None
 
     def peak(self, dtype: str) -> float:
-        """TFLOP/s of products in a dtype."""
-        return self.tflops_float32 if dtype == "float32" else self.tflops
+        """TFLOP/s of products in a dtype, "float8" for either form of 8-bit floats."""
+        own = {"float32": self.tflops_float32, "float8": self.tflops_float8}
+        return own.get(dtype) or self.tflops
 
 
 # the first row whose pattern matches a name counts
@@ -43,8 +46,8 @@ GPUS = {
     "A100-40GB": Gpu(312, 19.5, 1.555, r"A100.*40GB", "NVIDIA A100 data sheet, 40 GB"),
     "A100-PCIe": Gpu(312, 19.5, 1.935, r"A100.*PCIe", "NVIDIA A100 data sheet, 80 GB PCIe"),
     "A100": Gpu(312, 19.5, 2.039, r"A100", "NVIDIA A100 data sheet, 80 GB SXM"),
-    "H100": Gpu(989, 67, 3.35, r"H100 80GB HBM3", "NVIDIA H100 data sheet, SXM"),
-    "H200": Gpu(989, 67, 4.8, r"H200", "NVIDIA H200 data sheet, SXM"),
+    "H100": Gpu(989, 67, 3.35, r"H100 80GB HBM3", "NVIDIA H100 data sheet, SXM", 1979),
+    "H200": Gpu(989, 67, 4.8, r"H200", "NVIDIA H200 data sheet, SXM", 1979),
 }
 
 
@@ -53,7 +56,9 @@ def gpu_of(device_name: str) -> str | None:
     return next((name for name, gpu in GPUS.items() if re.search(gpu.pattern, device_name)), None)
 
 
-def linear_flops(config: LlamaConfig, tokens: int, rows: int, adapted: int) -> float:
+def linear_flops(
+    config: LlamaConfig, tokens: int, rows: int, adapted: int, recompute: str | None = None
+) -> float:
     """Executed by the linear maps of a step on a frozen base, forward and back to the prompts.
 
     Args:
@@ -61,11 +66,16 @@ def linear_flops(config: LlamaConfig, tokens: int, rows: int, adapted: int) -> f
         tokens: computed.
         rows: of logits.
         adapted: layers with a prompt, the topmost; nothing flows back below the lowest of them.
+        recompute: what the backward computes again in each of these, as in recompute.py.
     """
     attention = config.dim * config.head_dim * (config.n_heads + 2 * config.kv_heads)
-    rest = config.n_heads * config.head_dim * config.dim + 3 * config.dim * config.hidden_dim
+    output = config.n_heads * config.head_dim * config.dim
+    gated = 2 * config.dim * config.hidden_dim
+    rest = output + gated + config.dim * config.hidden_dim
     forward = config.n_layers * (attention + rest)
     backward = (adapted - 1) * (attention + rest) + rest
+    again = {None: 0, "mlp": gated, "block": attention + output + gated}
+    backward += adapted * again[recompute]
     return 2.0 * (tokens * (forward + backward) + 2 * rows * config.dim * config.vocab_size)
 
 
@@ -98,15 +108,13 @@ class Speed:
         return f"{shown}, utilisation {self.utilisation:.1%} of {peak}"
 
 
-def speed_of(
-    rows: Sequence[dict[str, Any]], device: torch.device, dtype: torch.dtype
-) -> Speed | None:
+def speed_of(rows: Sequence[dict[str, Any]], device: torch.device, dtype: str) -> Speed | None:
     """The speed of training steps.
 
     Args:
         rows: lines of metrics.jsonl; those of steps have "tokens_per_second" and "tflops".
         device: that computed them.
-        dtype: of the base's activations.
+        dtype: of the products, as `Gpu.peak` takes it.
 
     Returns:
         The medians over the steps; None where there is none.
@@ -119,5 +127,5 @@ def speed_of(
         tokens_per_second=median(row["tokens_per_second"] for row in steps),
         tflops=median(row["tflops"] for row in steps),
         gpu=gpu_of(name),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
     )

@@ -7,7 +7,7 @@ step, so that adapters stay equal without being sent. Rank 0 alone writes the ru
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -88,6 +88,35 @@ class World:
             distributed.all_reduce(counts, distributed.ReduceOp.MAX)
         return int(counts)
 
+    def gather(self, value: Shared) -> list[Shared]:
+        """What each process gave, by rank, in all of them.
+
+        Raises:
+            ConnectionError: another process is gone.
+        """
+        if self.size == 1:
+            return [value]
+        values = [value] * self.size
+        with _reaching_others():
+            distributed.all_gather_object(values, value)
+        return values
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Go on only if every process gave the same.
+
+        Raises:
+            ValueError: one gave another; raised in all of them, and names the first.
+            ConnectionError: another process is gone.
+        """
+        first, *others = self.gather(facts)
+        for rank, held in enumerate(others, 1):
+            for name, value in first.items():
+                if held.get(name) != value:
+                    raise ValueError(
+                        f"{name} must be the same in every process, got {value!r} in 0 and "
+                        f"{held.get(name)!r} in {rank}"
+                    )
+
     def same(self, value: Shared) -> Shared:
         """What rank 0 gave, in every process.
 
@@ -112,28 +141,31 @@ def _reaching_others() -> Iterator[None]:
 
 
 @contextmanager
-def join() -> Iterator[World]:
+def join(device: str | None = None) -> Iterator[World]:
     """Meet the other processes that torchrun has started, until the block is left.
 
+    Where the caller has them meet already, they go on to do so behind the block.
+
+    Args:
+        device: kind of device to compute on; None is the GPU, if there is one.
+
     Raises:
-        ConnectionError: they cannot be reached, or one is gone.
+        ValueError: device names one GPU, or there are fewer of them than processes.
+        ConnectionError: the others cannot be reached, or one is gone.
     """
-    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+    met = distributed.is_available() and distributed.is_initialized()
+    if not met and not (distributed.is_available() and distributed.is_torchelastic_launched()):
         yield World()
         return
-    cuda = torch.cuda.is_available()
-    # as torchrun tells it
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda:
-        torch.cuda.set_device(local)
+    local = _own_gpu(device) if _on_gpu(device) else None
     try:
-        distributed.init_process_group("nccl" if cuda else "gloo")
+        if not met:
+            distributed.init_process_group("gloo" if local is None else "nccl")
     except RuntimeError as error:
         raise ConnectionError(f"the other processes cannot be reached: {error}") from error
     try:
-        rank, size = distributed.get_rank(), distributed.get_world_size()
-        yield World(rank, size, f"cuda:{local}" if cuda else None)
-        if not cuda:
+        yield World(distributed.get_rank(), distributed.get_world_size(), local)
+        if local is None and not met:
             # torch's caches of a sharded base keep the group alive, and with it threads that may
             # still hold what was sent last: freeing it takes the interpreter's lock, and aborts the
             # process where the interpreter is ending already
@@ -144,4 +176,26 @@ def join() -> Iterator[World]:
             raise
         raise ConnectionError(f"{GONE} ({error})") from error
     finally:
-        distributed.destroy_process_group()
+        if not met:
+            distributed.destroy_process_group()
+
+
+def _on_gpu(device: str | None) -> bool:
+    return torch.cuda.is_available() if device is None else device.startswith("cuda")
+
+
+def _own_gpu(device: str | None) -> str:
+    """The GPU that torchrun means this process to use, made torch's current one."""
+    # as torchrun tells it
+    local, size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "WORLD_SIZE"))
+    count = torch.cuda.device_count()
+    if device in (None, "cuda"):
+        device = f"cuda:{local}"
+    elif size > 1:
+        raise ValueError(f"device must be cuda or cpu where processes are several, got {device}")
+    if local >= count:
+        raise ValueError(
+            f"each process needs a GPU of its own, got {count} for process {local + 1}"
+        )
+    torch.cuda.set_device(device)
+    return device

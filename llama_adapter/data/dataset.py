@@ -55,7 +55,8 @@ def load_dataset(
 ) -> Dataset:
     """Check, split and tokenise the data of one run, or take its tokens from the cache.
 
-    In memory are some tens of bytes for each record, whatever its length.
+    In memory are some tens of bytes for each record, whatever its length, and some hundreds for one
+    that cannot be used.
 
     Args:
         data: instruction file to train on.

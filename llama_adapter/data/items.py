@@ -61,7 +61,7 @@ def stream_items(path: str | Path) -> Iterator[Any]:
 
 def is_lines(path: Path) -> bool:
     """Whether a file is read as one value a line."""
-    return path.suffix == ".jsonl"
+    return path.suffix.lower() == ".jsonl"
 
 
 def check_file(path: str | Path) -> Path:
@@ -202,11 +202,13 @@ class _List:
 
     def _refuse(self) -> None:
         """Raise for a file that does not begin as a list does."""
-        self._window += "".join(self._pieces)
-        try:
-            found = json.loads(self._window)
-        except json.JSONDecodeError as error:
-            raise self._error(error.msg, error.pos) from None
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{self.path}: not JSON ({error})") from None
+        found = self._value()
+        following = self._next()
+        if following == "{" and isinstance(found, dict):
+            raise ValueError(
+                f"{self.path}: must hold a list of records, got one after the other: a file with "
+                "one record a line is named .jsonl"
+            )
+        if following:
+            raise self._error("Extra data", self._at)
         raise ValueError(f"{self.path}: must hold a list of records, got {kind_of(found)}")

@@ -4,6 +4,7 @@ A micro-batch is as many examples as fit a number of tokens. What is computed do
 a batch is cut: losses and gradients are sums over its examples.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -159,7 +160,8 @@ def collate(
         raise ValueError("examples must hold at least one example, got none")
     begins = [prefix_of(example, prefixes) for example in examples]
     # a prefix that one example alone has is its own
-    begins = [prefix if begins.count(prefix) > 1 else () for prefix in begins]
+    counted = Counter(begins)
+    begins = [prefix if counted[prefix] > 1 else () for prefix in begins]
     alike = [prefix for prefix in dict.fromkeys(begins) if prefix]
     tokens: list[int] = []
     positions: list[int] = []
@@ -196,7 +198,8 @@ def collate(
     if alike:
         most = max(map(len, alike))
         bank = [start + min(i, size - 1) for start, size in spans for i in range(most)]
-        index = [-1] * len(alike) + [alike.index(p) if p else -1 for p in begins]
+        number = {prefix: index for index, prefix in enumerate(alike)}
+        index = [-1] * len(alike) + [number.get(prefix, -1) for prefix in begins]
         index += [-1] * (multiple > 1)
         columns += [(bank, False), (index, True), ([size for _, size in spans], True)]
     sizes = tuple(len(column) for column, _ in columns)

@@ -1,7 +1,7 @@
 """Instruction files as tokens on disk: tokenised once, then mapped into memory, never read whole.
 
 A file's name is a digest of all that decides its tokens; a file is whole or absent, and what is
-damaged is made anew. All of them may be deleted at any time.
+damaged is made anew. All of them may be deleted whenever no run is starting.
 
     header, JSON in 512 bytes | tokens, int32, filled up to 8 | a ROW a record | problems, JSON
 """
@@ -46,11 +46,21 @@ _FLUSH = 1024
 
 
 def default_folder() -> Path:
-    """Where token files lie unless told otherwise: among the user's caches."""
+    """Where token files lie unless told otherwise: among the user's caches.
+
+    Raises:
+        OSError: the user has no home.
+    """
     root = os.environ.get(ENVIRONMENT)
     if root:
         return Path(root) / "tokens"
-    caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    except RuntimeError:
+        raise OSError(
+            "tokens cannot be cached where the user has no home: name a folder with --token-cache, "
+            f"or with {ENVIRONMENT}"
+        ) from None
     return Path(caches) / "llama-adapter" / "tokens"
 
 
@@ -150,7 +160,7 @@ def tokenised(
                     remains.unlink(missing_ok=True)
             with replacing(target) as file, tempfile.TemporaryFile(dir=folder) as side:
                 _write(_Parts(file, side), key, path, tokenizer, max_length, progress)
-                if _digest(path) != digest:
+                if not path.is_file() or _digest(path) != digest:
                     raise ValueError(f"{path}: was changed while it was read")
     except OSError as error:
         raise OSError(
@@ -271,6 +281,14 @@ class _Parts:
         self.file.write(data)
 
 
+def _items(path: Path) -> Iterator[Any]:
+    """The file's values; that it cannot be read is no fault of the cache's folder."""
+    try:
+        yield from stream_items(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def _write(
     parts: _Parts,
     key: str,
@@ -284,7 +302,7 @@ def _write(
     items = 0
     hidden = None if progress is None else not progress
     with tqdm(
-        stream_items(path), "tokenising", unit=" records", delay=1, disable=hidden, leave=False
+        _items(path), "tokenising", unit=" records", delay=1, disable=hidden, leave=False
     ) as bar:
         for item in bar:
             record = check_item(items, item)

@@ -2,8 +2,13 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from llama_adapter.adapter import Adapter
 from llama_adapter.config import LlamaConfig
+from llama_adapter.model import Llama
+from llama_adapter.packing import Packing
+from llama_adapter.recompute import RECOMPUTED
 from llama_adapter.utilisation import GPUS, Speed, gpu_of, linear_flops, speed_of
 
 CPU = torch.device("cpu")
@@ -43,25 +48,44 @@ def test_work_is_that_of_a_frozen_base() -> None:
     assert linear_flops(config, 7, 2, 2) == 2 * (7 * macs + 2 * 2 * 12 * 50)
 
 
+def test_what_is_computed_again_counts(tiny_model: Llama, tiny_adapter: Adapter) -> None:
+    tokens = torch.arange(3, 14)
+    packing = Packing(torch.arange(11), torch.tensor([0, 11], dtype=torch.int32), 11)
+    executed = {}
+    for recompute in (None, *RECOMPUTED):
+        with FlopCounterMode(display=False) as counter:
+            prompts = tiny_model.project(tiny_adapter)
+            hidden = tiny_model.hidden_packed(tokens, packing, prompts, recompute=recompute)
+            hidden.square().sum().backward()
+        counts = counter.get_flop_counts()["Global"]
+        executed[recompute] = sum(n for op, n in counts.items() if "mm" in str(op))
+    layers = len(tiny_adapter.layers)
+    for recompute in RECOMPUTED:
+        claimed = linear_flops(tiny_model.config, 11, 0, layers, recompute)
+        claimed -= linear_flops(tiny_model.config, 11, 0, layers)
+        assert claimed > 0
+        assert executed[recompute] - executed[None] == claimed
+
+
 def test_a_speed_is_the_median_of_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {"step": i, "loss": 1.0, "tokens_per_second": 1000.0 * i, "tflops": 100.0 * i}
         for i in (1, 5, 2, 4, 3)
     ]
-    speed = speed_of([*rows, {"step": 5, "val_loss": 2.0}], CPU, torch.bfloat16)
+    speed = speed_of([*rows, {"step": 5, "val_loss": 2.0}], CPU, "bfloat16")
     assert speed == Speed(3000.0, 300.0, None, "bfloat16")
     assert speed is not None
     assert speed.utilisation is None
     assert str(speed) == "3,000 record tokens/s"
-    assert speed_of([{"step": 0, "val_loss": 2.0}], CPU, torch.float32) is None
+    assert speed_of([{"step": 0, "val_loss": 2.0}], CPU, "float32") is None
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    for dtype, peak in ((torch.bfloat16, 989), (torch.float16, 989), (torch.float32, 67)):
+    for dtype, peak in (("bfloat16", 989), ("float16", 989), ("float32", 67), ("float8", 1979)):
         speed = speed_of(rows, torch.device("cuda:0"), dtype)
         assert speed is not None
         assert speed.utilisation == pytest.approx(300 / peak)
-    speed = speed_of(rows, torch.device("cuda:0"), torch.bfloat16)
+    speed = speed_of(rows, torch.device("cuda:0"), "bfloat16")
     shown = "3,000 record tokens/s, utilisation 30.3% of H200's 989 TFLOP/s in bfloat16"
     assert str(speed) == shown
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
-    assert str(speed_of(rows, torch.device("cuda:0"), torch.bfloat16)) == "3,000 record tokens/s"
+    assert str(speed_of(rows, torch.device("cuda:0"), "bfloat16")) == "3,000 record tokens/s"

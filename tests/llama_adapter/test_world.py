@@ -5,6 +5,7 @@ They are started by torchrun itself, over gloo, and killed for real.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from llama_adapter import assets
-from llama_adapter.world import World
+from llama_adapter.world import World, join
+from tests.llama_adapter import world_worker
 
 ROOT = Path(__file__).parents[2]
 # odd numbers of records in a batch, and a last one with a single record for two processes
@@ -102,12 +105,28 @@ def test_a_batch_is_shared_whole_and_evenly() -> None:
     assert max(loads) <= 4 / 3 * sum(loads) / 2
 
 
+def test_a_gpu_is_each_process_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = "each process needs a GPU of its own, got 2 for process 3"
+    with pytest.raises(ValueError, match=message), join():
+        pass
+    message = "device must be cuda or cpu where processes are several, got cuda:0"
+    with pytest.raises(ValueError, match=message), join("cuda:0"):
+        pass
+
+
 def test_one_process_alone_sends_nothing() -> None:
     alone, x = World(), torch.ones(3)
     alone.add([x])
     assert x.tolist() == [1, 1, 1]
     assert alone.same("value") == "value"
     assert alone.most(3) == 3
+    assert alone.gather("value") == ["value"]
+    alone.agree({"lr": 1})
 
 
 LEAVES_AT_ONCE = """
@@ -125,6 +144,69 @@ with join() as world:
         distributed.all_reduce(sent)
     del sent
 """
+
+
+@pytest.mark.slow
+def test_processes_that_were_given_different_things_do_not_train(
+    data: Path, tmp_path: Path
+) -> None:
+    """They used to write an adapter of mixed shares, to abort, or to wait for half an hour."""
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(json.loads(data.read_text())[::-1]))
+    words, environment = command(data, tmp_path)
+    start = [*words[: words.index("-m", 2) + 1], world_worker.__name__]
+    done = subprocess.run(
+        [*start, str(data), str(other), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["errors"] == second["errors"]
+    same = "must be the same in every process, got "
+    assert first["errors"] == {
+        "lr": f"lr {same}0.05 in 0 and 0.1 in 1",
+        "seed": f"seed {same}0 in 0 and 5 in 1",
+        "prompt_length": f"adapter.prompt_length {same}10 in 0 and 9 in 1",
+        "shard": f"shard {same}True in 0 and False in 1",
+        "max_steps": f"max_steps {same}2 in 0 and 3 in 1",
+        "data": first["errors"]["data"],
+    }
+    assert first["errors"]["data"].startswith(f"content of the data {same}[")
+    for name in first["errors"]:
+        assert not (tmp_path / name).exists(), name
+    # a base that was sharded before is trained as one that the run shards, among processes that met
+    given, loaded = first["losses"]
+    assert given == loaded
+    assert len(given) == 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_all_processes_go_on(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stopped"
+    words, environment = command(data, output, "--epochs", "200", "--shard", "--save-every", "3")
+    process = subprocess.Popen(
+        words, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(list((output / "checkpoints").glob("*"))) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for pid in workers(process.pid):
+        os.kill(pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    how = f"torchrun with -m llama_adapter finetune --output {output} --resume continues from"
+    assert how in said
+    assert "[rank" not in said, "no traceback of ours"
+    # the one that writes knows the step, another does not; either may be stopped first
+    for line in said.splitlines():
+        if how in line:
+            assert re.search(r"at step \d+ of \d+; .* from (step \d+|the last checkpoint)$", line)
+    run(data, output, "--resume", "--max-steps", str(len(losses(output)) + 2))
 
 
 @pytest.mark.slow

@@ -129,6 +129,24 @@ def test_a_number_that_json_refuses_names_the_file(tmp_path: Path) -> None:
         read_items(path)
 
 
+def test_records_one_a_line_are_read_from_any_jsonl_and_named_elsewhere(tmp_path: Path) -> None:
+    record = {"instruction": "x" * 500, "output": "y" * 500}
+    text = "\n".join([json.dumps(record)] * 20_000)
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    message = "must hold a list of records, got one after the other: a file with one record a line "
+    message = re.escape(f"{path}: {message}is named .jsonl")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            read_items(path)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+    upper = path.rename(tmp_path / "A.JSONL")
+    assert sum(item == record for item in stream_items(upper)) == 20_000
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_little_of_a_long_file_is_in_memory(name: str, tmp_path: Path) -> None:
     path = tmp_path / name

@@ -231,6 +231,24 @@ def test_an_error_leaves_nothing_behind(
         patched.setattr(token_cache, "encode_record", change)
         with pytest.raises(ValueError, match=f"{data}: was changed while it was read"):
             tokenised(data, tiny_tokenizer, LENGTH, folder)
+
+    def lose(record: Any, *rest: Any) -> Example:
+        data.unlink(missing_ok=True)
+        return encode_record(record, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_cache, "encode_record", lose)
+        with pytest.raises(ValueError, match=f"{data}: was changed while it was read"):
+            tokenised(data, tiny_tokenizer, LENGTH, folder)
+    data.write_text(lines)
+
+    def vanish(_: Path) -> Any:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_cache, "stream_items", vanish)
+        with pytest.raises(ValueError, match=rf"{data}: cannot be read \(No such file"):
+            tokenised(data, tiny_tokenizer, LENGTH, folder)
     assert {path.suffix for path in folder.iterdir()} == {".lock"}
 
 
@@ -291,6 +309,14 @@ def test_the_default_folder_is_among_the_users_caches(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_folder() == tmp_path / ".cache" / "llama-adapter" / "tokens"
+    # as in a container whose user the system does not know
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(OSError, match="no home: name a folder with --token-cache, or with LLAMA_"):
+        default_folder()
+
+
+def homeless(_: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_kills_leave_no_cache_and_of_many_processes_one_makes_it(
