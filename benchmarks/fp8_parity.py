@@ -135,7 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     parity = compare(device, steps)
     text = parity.report(device, steps)
-    folder = options.output or (Path("runs") if options.quick else folder_of(device))
+    folder = options.output or (
+        Path("runs/fp8_parity-quick") if options.quick else folder_of(device)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "fp8_parity.md", text.encode())
     print(f"\n{text}\nwritten to {folder}")

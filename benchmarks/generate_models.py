@@ -63,13 +63,19 @@ def random_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) 
     return model.requires_grad_(False).eval()
 
 
-def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor, or of all that a quantised one is packed into."""
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor itself, or all that a quantised one is packed into."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
-        return tensor.nbytes
-    names, _ = flatten()
-    return sum(stored_bytes(getattr(tensor, name)) for name in names)
+        yield tensor
+    else:
+        for name in flatten()[0]:
+            yield from plain_tensors(getattr(tensor, name))
+
+
+def stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor, or of all that a quantised one is packed into."""
+    return sum(plain.nbytes for plain in plain_tensors(tensor))
 
 
 def read_bytes(model: Llama) -> int:

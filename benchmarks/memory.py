@@ -9,8 +9,10 @@ keeps are counted, of a model of its size. `--quick` only tries the machinery ou
 import argparse
 import gc
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 import adapter_kernels
 import llama_adapter
 from benchmarks import command, generate_models, harness, train_step_problem
-from benchmarks.generate_models import CONFIGS, random_model, stored_bytes
+from benchmarks.generate_models import CONFIGS, plain_tensors, random_model, stored_bytes
 from benchmarks.harness import FAILED, TIMED, Protocol, Row
 from benchmarks.reporting import MET, MISSED, PENDING, TRIAL, table
 from benchmarks.roofline import DTYPES
@@ -27,7 +29,8 @@ from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.quantize import quantize
 from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.data.examples import Batch, Example
-from llama_adapter.data.packed import micro_batches, pack
+from llama_adapter.data.packed import Prefix, micro_batches, pack
+from llama_adapter.recompute import RECOMPUTED
 from llama_adapter.trainer import Trainer
 
 GB = 1e9
@@ -48,9 +51,10 @@ LEGEND = (
     "A pass is forward, backward and AdamW's step of prompts and gates on a frozen base with "
     "random weights; records of Alpaca's lengths are packed, the template's beginnings computed "
     "once, and tokens are those computed. Kept: what a token must leave for the backward pass, "
-    "4 C + 2 G D of attention and 2 C + 2 F of the rest in every adapted layer. Computed: what a "
-    "cap leaves beside weights, driver and the gradients of one layer, over that. Measured: the "
-    "largest pass that torch's allocator takes under the cap, within 3 %. GB are 10^9 bytes."
+    "4 C + 2 G D + 2 F numbers in every adapted layer, without 2 F where the MLP is computed again "
+    "and C alone where the block is. Computed: what a cap leaves beside weights, driver and the "
+    "gradients of one layer, over that. Measured: the largest pass that torch's allocator takes "
+    "under the cap, within 3 %. GB are 10^9 bytes."
 )
 
 
@@ -62,15 +66,18 @@ class Setting:
         model: name of its shape.
         base: how its weights are held: a dtype, or a format of `quantize`.
         cap: GB, 0 for no cap.
+        recompute: what the backward computes again, as in recompute.py.
     """
 
     model: str
     base: str
     cap: int
+    recompute: str | None = None
 
     def describe(self) -> str:
         """In words."""
-        return f"{self.model} {self.base}" + (f" in {self.cap} GB" if self.cap else "")
+        again = f", {self.recompute} computed again" if self.recompute else ""
+        return f"{self.model} {self.base}" + (f" in {self.cap} GB" if self.cap else "") + again
 
 
 def settings(device: str, extent: str) -> list[Setting]:
@@ -78,29 +85,36 @@ def settings(device: str, extent: str) -> list[Setting]:
     if extent == "quick":
         return [Setting("toy", "float32" if device == "cpu" else "bfloat16", 0)]
     if device == "cpu":
-        return [Setting("25m", "float32", 0), Setting("25m", "int8", 0)]
+        again = [Setting("25m", "float32", 0, recompute) for recompute in RECOMPUTED]
+        return [Setting("25m", "float32", 0), Setting("25m", "int8", 0), *again]
     core = [
         Setting("llama-7b", base, cap)
         for base, caps in (("bfloat16", (24, 40, 80, 141)), ("nf4", (12, 16, 24)), ("int8", (16,)))
         for cap in caps
     ]
+    core += [Setting("llama-7b", "bfloat16", 24, recompute) for recompute in RECOMPUTED]
     rest = [Setting("llama-3-8b", base, cap) for base, cap in (("bfloat16", 24), ("nf4", 12))]
     return core + rest * (extent == "full")
 
 
-def kept_numbers(config: LlamaConfig, adapted: int) -> int:
-    """Numbers that a token leaves for the backward pass: see LEGEND."""
+def kept_numbers(config: LlamaConfig, recompute: str | None = None) -> int:
+    """Numbers that a token of an adapted layer leaves for the backward pass: see LEGEND."""
     keys = config.kv_heads * config.head_dim
-    return adapted * (4 * config.dim + 2 * keys + 2 * config.hidden_dim)
+    attention, mlp = 4 * config.dim + 2 * keys, 2 * config.hidden_dim
+    return {None: attention + mlp, "mlp": attention, "block": config.dim}[recompute]
 
 
-def passing_numbers(config: LlamaConfig) -> int:
+def passing_numbers(config: LlamaConfig, recompute: str | None = None) -> int:
     """Numbers of a token that live while one layer's gradients are taken: of gate, up and their
-    product, of the layer's input and output, and the model's final hidden state."""
-    return 3 * config.hidden_dim + 3 * config.dim
+    product, of the layer's input and output, the model's final hidden state, and what is computed
+    again."""
+    again = kept_numbers(config) - kept_numbers(config, recompute)
+    return 3 * config.hidden_dim + 3 * config.dim + again
 
 
-def computed_tokens(config: LlamaConfig, adapted: int, cap: float, weights: int) -> int:
+def computed_tokens(
+    config: LlamaConfig, adapted: int, cap: float, weights: int, recompute: str | None = None
+) -> int:
     """The largest pass in half precision under a cap in bytes, beside weights of so many bytes.
 
     Args:
@@ -108,8 +122,9 @@ def computed_tokens(config: LlamaConfig, adapted: int, cap: float, weights: int)
         adapted: layers with a prompt.
         cap: bytes, of which the driver takes CONTEXT.
         weights: bytes of the base.
+        recompute: what the backward computes again.
     """
-    each = 2 * (kept_numbers(config, adapted) + passing_numbers(config))
+    each = 2 * (adapted * kept_numbers(config, recompute) + passing_numbers(config, recompute))
     return max(0, int((cap - CONTEXT - weights) / each))
 
 
@@ -147,9 +162,18 @@ class Problem:
     def take(self, tokens: int) -> int:
         """One pass of at most so many tokens; returns how many were computed."""
         examples, starts = first_pass(tokens, self.config.vocab_size)
-        trainer = Trainer(self.base, self.adapter, micro_batch_tokens=tokens, prefixes=starts)
+        trainer = self._trainer(tokens, starts)
         trainer.step(Batch(tuple(examples), tuple(trainer.groups)), 1e-3)
         return len(pack(examples, prefixes=starts).tokens)
+
+    def _trainer(self, tokens: int, starts: Sequence[Prefix]) -> Trainer:
+        return Trainer(
+            self.base,
+            self.adapter,
+            micro_batch_tokens=tokens,
+            prefixes=starts,
+            recompute=self.setting.recompute,
+        )
 
     def fits(self, tokens: int) -> int:
         """The tokens of a pass of at most so many, or 0 where memory does not hold it."""
@@ -176,23 +200,26 @@ class Problem:
     def kept_bytes(self, tokens: int) -> float:
         """Bytes that a pass keeps for its backward pass, a token."""
         examples, starts = first_pass(tokens, self.config.vocab_size)
-        trainer = Trainer(self.base, self.adapter, micro_batch_tokens=tokens, prefixes=starts)
+        trainer = self._trainer(tokens, starts)
+        parameters = (*self.base.parameters(), *self.adapter.parameters())
         held = {
-            x.untyped_storage().data_ptr()
-            for x in (*self.base.parameters(), *self.adapter.parameters())
+            plain.untyped_storage().data_ptr() for x in parameters for plain in plain_tensors(x)
         }
-        kept: dict[int, int] = {}
+        saved: list[ref[Tensor]] = []
 
         def keep(x: Tensor) -> Tensor:
             # a quantised weight has no storage of its own, and is none of a token's
             if type(x) is Tensor and x.untyped_storage().data_ptr() not in held:
-                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+                saved.append(ref(x))
             return x
 
         batch = pack(examples, self.device, starts)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             hidden = trainer.hidden(batch)
         assert hidden.requires_grad
+        # below the adapted layers what was saved is gone again
+        storages = [x.untyped_storage() for one in saved if (x := one()) is not None]
+        kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
         return sum(kept.values()) / len(batch.tokens)
 
 
@@ -213,11 +240,12 @@ def measure(setting: Setting, device: torch.device) -> Row:
     row: Row = {
         "status": TIMED,
         "weights": given.weights,
-        "kept_bytes": size * kept_numbers(given.config, given.adapted),
+        "kept_bytes": size * given.adapted * kept_numbers(given.config, setting.recompute),
     }
     if device.type == "cpu" or not setting.cap:
         return {**row, "counted_bytes": round(given.kept_bytes(700))}
-    computed = computed_tokens(given.config, given.adapted, setting.cap * GB, given.weights)
+    cap, again = setting.cap * GB, setting.recompute
+    computed = computed_tokens(given.config, given.adapted, cap, given.weights, again)
     row["computed_tokens"] = computed
     gc.collect()
     torch.cuda.empty_cache()

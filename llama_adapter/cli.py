@@ -32,6 +32,7 @@ from llama_adapter.generation import stream
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
 from llama_adapter.recipe import DTYPES, FinetuneConfig
 from llama_adapter.sampling import SamplingConfig
+from llama_adapter.step_profile import TABLE
 from llama_adapter.training import finetune
 
 CHAT_HELP = """Type an instruction and press Enter. Each answer stands alone.
@@ -125,6 +126,8 @@ def _finetune(options: argparse.Namespace) -> int:
         print(f"speed       {result.speed}, the median of a step")
     print(f"adapter     {result.adapter_path}")
     print(f"loss curve  {result.curve_path}")
+    if (profile := result.folder.path / TABLE).is_file():
+        print(f"profile     {profile}")
     return 0
 
 

@@ -165,7 +165,9 @@ def read_config(path: Path, cls: type) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--config {path}: {error}") from error
     if not isinstance(data, dict):
         raise UsageError(f"--config {path}: expected a JSON object, got {type(data).__name__}")

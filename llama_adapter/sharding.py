@@ -28,7 +28,8 @@ def check_launched() -> None:
     if not distributed.is_available() or not distributed.is_initialized():
         raise ValueError(
             "shard needs processes that torchrun has started, as in torchrun --nproc-per-node 2 "
-            "-m llama_adapter finetune --shard, got one process alone"
+            "-m llama_adapter finetune --shard, got one process alone, which continues a sharded "
+            "run with --resume --no-shard"
         )
 
 

@@ -181,8 +181,8 @@ def _finetune(
         few = steps < FEW_STEPS and config.max_steps is None and not run.step
         if few and not folder.follows:
             warnings.warn(
-                f"{len(dataset.train)} training records make only {steps} optimiser steps in "
-                f"{config.epochs} epochs of batch_size {config.batch_size}, too few to learn much: "
+                f"few optimiser steps to learn much, {steps} (training records: "
+                f"{len(dataset.train)}, epochs: {config.epochs}, batch_size: {config.batch_size}): "
                 "give more epochs, a smaller batch_size, or both",
                 stacklevel=3,
             )

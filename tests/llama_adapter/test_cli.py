@@ -174,7 +174,8 @@ def test_a_handful_of_records_is_warned_of(
 ) -> None:
     words = ("finetune", "--base", base, "--data", data, "--val-size", 2, "--output")
     assert run(*words, tmp_path / "one") == 0
-    assert "22 training records make only 5 optimiser steps in 5 epochs" in capsys.readouterr().err
+    said = "few optimiser steps to learn much, 5 (training records: 22, epochs: 5, batch_size: 64)"
+    assert said in capsys.readouterr().err
     assert run(*words, tmp_path / "two", "--epochs", 10, "--batch-size", 4) == 0
     assert "warning" not in capsys.readouterr().err
 
