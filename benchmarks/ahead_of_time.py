@@ -167,6 +167,9 @@ def count_spills(code: str) -> tuple[int, int]:
 
 def measured(spec: Specialisation) -> bool:
     """Whether the row that a kernel has in configs.py was chosen by its speed on a GPU."""
+    if spec.direction != row_of(spec):
+        # it borrows the row, which was chosen for another
+        return False
     row = tile(spec.capability, row_of(spec), spec.head_dim, spec.dtype)
     return row.speed != UNMEASURED and spec.head_dim in HEAD_DIMS
 
@@ -328,20 +331,24 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if any(wrong) else 0
 
 
-def held(path: Path) -> dict[str, Resources]:
+def held(path: Path, facts: tuple[str, ...]) -> dict[str, Resources]:
     """What the rows of a table hold, by digest; nothing where there is no such table."""
     if not path.exists():
         return {}
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    names = [one.name for one in fields(Resources)]
-    return {row["digest"]: Resources(*(row.get(name, 0) for name in names)) for row in rows}
+    return {row["digest"]: held_by(row) for row in rows if set(facts) <= row.keys()}
+
+
+def held_by(row: dict[str, Any]) -> Resources:
+    """What one row holds; a fact that its table leaves out is 0."""
+    return Resources(*(row.get(one.name, 0) for one in fields(Resources)))
 
 
 def write_table(chosen: Table, folder: Path, processes: int) -> int:
     """Compile what the table lacks and write it; returns how many rows have complaints."""
     output, specs = folder / chosen.path.name, chosen.specs()
     digests = [digest_of(chosen.launch(spec), spec.capability) for spec in specs]
-    known = held(output)
+    known = held(output, chosen.facts)
     pairs = zip(digests, specs, strict=True)
     missing = {digest: spec for digest, spec in pairs if digest not in known}
     found = side_by_side(partial(compiled, chosen.launch), list(missing.values()), processes)

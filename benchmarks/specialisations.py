@@ -65,7 +65,8 @@ class Specialisation:
             "causal" is in order, "eight_bits" of that width.
         group: H / G.
         only: "some" leaves out dlse, and of the gradients dk and dprompt_v; decoding then has one
-            new token and one split.
+            new token and one split, and a prefix is one alone, as long as it can be, of sequences
+            that see all their keys.
     """
 
     capability: int
@@ -171,15 +172,17 @@ def _layout(spec: Specialisation, make: Make) -> Layout:
     if spec.layout == "paged":
         table = make((BATCH, TOKENS // PAGE), torch.int32)
     length = TOKENS if cu is not None else 0
-    return Layout(bounds, bounds, cu, cu, table, length, length, spec.layout != "bidirectional")
+    causal = spec.layout != "bidirectional" and (spec.layout, spec.only) != ("prefix", "some")
+    return Layout(bounds, bounds, cu, cu, table, length, length, causal)
 
 
 def _prefix(spec: Specialisation, make: Make) -> Prefix:
     if spec.layout != "prefix":
         return Prefix()
-    shape = (PREFIXES, SHARED, HEADS // spec.group, spec.head_dim)
-    k, v = (make(shape, spec.dtype) for _ in "kv")
-    return Prefix(k, v, make((BATCH,), torch.int32), make((PREFIXES,), torch.int32))
+    count = PREFIXES if spec.only == "all" else 1
+    k, v = (make((count, SHARED, HEADS // spec.group, spec.head_dim), spec.dtype) for _ in "kv")
+    lengths = make((count,), torch.int32) if spec.only == "all" else None
+    return Prefix(k, v, make((BATCH,), torch.int32), lengths)
 
 
 def _decode_launch(spec: Specialisation, config: TileConfig, make: Make) -> Launch:
@@ -260,8 +263,9 @@ def launch_of(
             statistics, config,
         )  # fmt: skip
     if spec.direction == "prefix":
-        shape = (sequence_chunks(BATCH), PREFIXES, SHARED, groups, spec.head_dim)
-        dk, dv = make(shape, torch.float32) if every else None, make(shape, torch.float32)
+        assert prefix.k is not None
+        lead = (sequence_chunks(BATCH, len(prefix.k)), *prefix.k.shape)
+        dk, dv = make(lead, torch.float32) if every else None, make(lead, torch.float32)
         return prefix_launch(q, prefix, layout, scale, dout, lse, statistic(), (dk, dv), config)
     dk = rows(groups) if every else None
     return key_launch(q, k, v, layout, scale, dout, lse, statistic(), dk, rows(groups), config)
@@ -276,7 +280,7 @@ def forms(
         return [
             Specialisation(capability, direction, head_dim, dtype, "none", 1, layout, of, only)
             for layout, of, only in (
-                (("prefix", 1, "all"), ("prefix", 4, "all"))
+                (("prefix", 1, "all"), ("prefix", 4, "all"), ("prefix", 1, "some"))
                 if direction == "prefix"
                 else (("causal", group, "all"), ("padded", group, "all"), ("packed", group, "some"))
             )

@@ -8,6 +8,7 @@ there but slow. A call that torch.compile traces does not warn: it would break t
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -54,6 +55,14 @@ def define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) 
         f"torch.vmap over {name} is not supported: make the mapped dimension part of the batch"
     )
     torch.library.register_vmap(f"adapter_kernels::{name}", refuse(message), lib=LIBRARY)
+
+
+def exact(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off where x lies: it would round the float32 inside an operation."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def runs_kernels(x: Tensor) -> bool:

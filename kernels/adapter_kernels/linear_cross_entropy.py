@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backend import LIBRARY, choose_backend, define, runs_kernels
+from .backend import LIBRARY, choose_backend, define, exact, runs_kernels
 from .checks import (
     FLOATS,
     check_device,
@@ -24,6 +24,14 @@ from .checks import (
 # on a CPU a chunk's logits fit in a cache, but a product of fewer rows would mostly read the weight
 CHUNK_ELEMENTS = 2**20
 CHUNK_ROWS = 128
+# probabilities below 6e-8 are 0 in float16, though a scaled loss makes them count: they are
+# multiplied by this before they are rounded
+HALF_SCALE = 2.0**14
+
+
+def dx_dtype(x: Tensor) -> torch.dtype:
+    """Of dx until the gradient of the loss arrives; that may scale what float16 cannot hold."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def _labelled(labels: Tensor, vocabulary: int, ignore_index: int | None) -> Tensor:
@@ -53,10 +61,11 @@ def linear_cross_entropy_reference(
     With z = x weight^T:
         loss = log sum exp(z) - z[label]
         dx = d loss / d x = (softmax(z) - onehot(label)) weight
-    The products are in the dtype of x, the rest in at least float32; dx has size 0 if not needed.
+    The products are in the dtype of x, the rest in at least float32, as is dx of x in float16; dx
+    has size 0 if not needed.
     """
     loss = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
+    dx = torch.zeros_like(x, dtype=dx_dtype(x)) if need_dx else x.new_empty(0)
     for rows in _chunks(labels, weight.shape[0], ignore_index):
         label = labels[rows].unsqueeze(1)
         logits = (x[rows] @ weight.t()).to(loss.dtype)
@@ -67,7 +76,11 @@ def linear_cross_entropy_reference(
         loss[rows] = (peak - picked + total.log()).squeeze(1)
         if need_dx:
             dlogits = logits.div_(total).scatter_add_(1, label, -torch.ones_like(picked))
-            dx[rows] = (dlogits.to(x.dtype) @ weight).to(x.dtype)
+            if x.dtype == torch.float16:
+                scaled = dlogits.mul_(HALF_SCALE).half().float()
+                dx[rows] = (scaled @ weight.float()).div_(HALF_SCALE)
+            else:
+                dx[rows] = (dlogits.to(x.dtype) @ weight).to(x.dtype)
     return loss, dx
 
 
@@ -88,33 +101,35 @@ def _forward(
     x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
     """The kernel where it runs, else the reference."""
-    if not runs_kernels(x):
-        return linear_cross_entropy_reference(x, weight, labels, ignore_index, need_dx)
-    from .linear_cross_entropy_kernel import forward
+    with exact(x):
+        if not runs_kernels(x):
+            return linear_cross_entropy_reference(x, weight, labels, ignore_index, need_dx)
+        from .linear_cross_entropy_kernel import forward
 
-    rows = None if ignore_index is None else _rows(labels, weight.shape[0], ignore_index)
-    return forward(x, weight, labels, rows, need_dx)
+        rows = None if ignore_index is None else _rows(labels, weight.shape[0], ignore_index)
+        return forward(x, weight, labels, rows, need_dx)
 
 
 def _forward_fake(
     x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None, need_dx: bool
 ) -> tuple[Tensor, Tensor]:
     loss = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
-    return loss, torch.empty_like(x) if need_dx else x.new_empty(0)
+    return loss, torch.empty_like(x, dtype=dx_dtype(x)) if need_dx else x.new_empty(0)
 
 
 def _dweight(
     dloss: Tensor, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int | None
 ) -> Tensor:
     """The kernel where it runs, else the reference; contiguous."""
-    if not runs_kernels(x):
-        given = (dloss, x, weight, labels, ignore_index)
-        return linear_cross_entropy_dweight_reference(*given).contiguous()
-    from .linear_cross_entropy_kernel import backward
+    with exact(x):
+        if not runs_kernels(x):
+            given = (dloss, x, weight, labels, ignore_index)
+            return linear_cross_entropy_dweight_reference(*given).contiguous()
+        from .linear_cross_entropy_kernel import backward
 
-    counts = _labelled(labels, weight.shape[0], ignore_index)
-    rows = None if ignore_index is None else counts.nonzero().squeeze(1)
-    return backward(dloss.masked_fill(~counts, 0), x, weight, labels, rows)
+        counts = _labelled(labels, weight.shape[0], ignore_index)
+        rows = None if ignore_index is None else counts.nonzero().squeeze(1)
+        return backward(dloss.masked_fill(~counts, 0), x, weight, labels, rows)
 
 
 def _dweight_fake(
@@ -150,8 +165,8 @@ def _setup_context(
     frozen = not weight.requires_grad
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(dx)
-    ctx.save_for_backward(dx, *(() if frozen else (x, weight, labels)))
-    ctx.ignore_index = ignore_index
+    ctx.save_for_backward(dx, labels, *(() if frozen else (x, weight)))
+    ctx.vocabulary, ctx.ignore_index, ctx.dtype = weight.shape[0], ignore_index, x.dtype
 
 
 def _backward(
@@ -162,13 +177,15 @@ def _backward(
             "linear_cross_entropy is differentiable once: call backward without create_graph"
         )
     need_dx, need_dweight, *_ = ctx.needs_input_grad
-    dx, *rest = ctx.saved_tensors
+    dx, labels, *rest = ctx.saved_tensors
     if dloss is None:
         return None, None, None, None, None
-    dweight = _dweight_op(dloss, *rest, ctx.ignore_index) if need_dweight else None
+    dweight = _dweight_op(dloss, *rest, labels, ctx.ignore_index) if need_dweight else None
     if need_dx:
+        # it may be NaN where nothing counts, and 0 times that is
+        dloss = dloss.masked_fill(~_labelled(labels, ctx.vocabulary, ctx.ignore_index), 0)
         # rounded as it is written: no tensor of float32 in between
-        dx = torch.mul(dx, dloss.unsqueeze(1), out=torch.empty_like(dx))
+        dx = torch.mul(dx, dloss.unsqueeze(1), out=torch.empty_like(dx, dtype=ctx.dtype))
     return dx if need_dx else None, dweight, None, None, None
 
 
@@ -191,10 +208,12 @@ def linear_cross_entropy(
 
     Rows whose label is `ignore_index` cost nothing and count for nothing: "mean" divides by the
     number of the others. A batch without a single label has the loss 0, with gradients of zero.
-    Products are in the dtype of x, everything after them in float32. Differentiable in x and
-    weight; no gradient is computed for a frozen one. Where x has a gradient it is computed with
-    the loss, and kept instead of x. At most max(2^20, 128 V) logits exist at a time, on CUDA 1,024
-    rows of them or 128 MiB where that is more.
+    Products are in the dtype of x, everything after them in float32, with autocast or without.
+    Differentiable in x and weight; no gradient is computed for a frozen one. Where x has a gradient
+    it is computed with the loss, and kept; so is x where the weight has one. Of x in float16 it is
+    kept in float32, as a scaled loss counts on numbers that float16 does not hold. At most
+    max(2^20, 128 V) logits exist at a time, on CUDA 1,024 rows of them or 128 MiB where that is
+    more.
 
     Args:
         x: (..., C), float16, bfloat16 or float32.

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
+from .linear_cross_entropy import HALF_SCALE, dx_dtype
 
 # A chunk's logits. In bfloat16 128 MiB are 2,048 rows of LLaMA's V = 32,000. With C = 4,096 the
 # two products of such a chunk are 2,000 and 256 tiles of 128 x 256, in 16 and 2 rounds of the 132
@@ -155,12 +156,18 @@ def forward(
     """As linear_cross_entropy_reference, of the rows at `rows` (n,) int64, or of all of them."""
     labels = labels.contiguous()
     loss = x.new_zeros(x.shape[0], dtype=torch.float32)
-    dx = torch.zeros_like(x) if need_dx else x.new_empty(0)
+    dtype = dx_dtype(x)
+    dx = torch.zeros_like(x, dtype=dtype) if need_dx else x.new_empty(0)
+    scale = None
+    if need_dx and dtype != x.dtype:
+        scale = x.new_full(labels.shape, HALF_SCALE, dtype=torch.float32)
     for where in _chunks(x, weight, rows):
         logits = x[where] @ weight.t()
-        _run(logits, labels, where, None, loss, need_dx)
-        if need_dx:
-            dx[where] = (logits @ weight).to(dx.dtype)
+        _run(logits, labels, where, scale, loss, need_dx)
+        if scale is not None:
+            dx[where] = _product(logits, weight).div_(HALF_SCALE)
+        elif need_dx:
+            dx[where] = (logits @ weight).to(dtype)
         # before there are those of the next chunk
         del logits
     return loss, dx
@@ -182,7 +189,7 @@ def backward(
     """
     labels = labels.contiguous()
     # the mean over many rows would leave the logits' gradients below what float16 holds
-    largest = dloss.abs().amax().clamp(min=torch.finfo(torch.float32).tiny) if len(dloss) else 1
+    largest = dloss.abs().amax().clamp(min=1e-30) / HALF_SCALE if len(dloss) else 1
     dloss = (dloss / largest).contiguous()
     dweight = weight.new_zeros(weight.shape, dtype=torch.float32)
     for where in _chunks(x, weight, rows):

@@ -176,9 +176,25 @@ def test_keeps_the_gradient_instead_of_the_logits() -> None:
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), id):
         linear_cross_entropy(x, weight, labels, reduction="sum")
-    assert saved == [45]
+    # dx, and the labels, which say where it counts
+    assert saved == [45, 9]
     with torch.no_grad():
         assert linear_cross_entropy(x, weight, labels).grad_fn is None
+
+
+def test_a_gradient_that_is_nan_where_nothing_counts_stays_there() -> None:
+    x, weight, labels = draw(9, 5), draw(7, 5), some_labels(9, vocabulary=7)
+    labels[4] = -100
+    loss = linear_cross_entropy(x, weight, labels, reduction="none")
+    # a mean over parts of which one has no label is 0 / 0
+    dloss = torch.rand(9, dtype=loss.dtype).masked_fill(labels == -100, torch.nan)
+    found = torch.autograd.grad(loss, (x, weight), dloss)
+    wanted = torch.autograd.grad(
+        linear_cross_entropy(x, weight, labels, reduction="none"), (x, weight), dloss.nan_to_num(0)
+    )
+    for got, right in zip(found, wanted, strict=True):
+        assert torch.equal(got, right)
+        assert got.abs().max() > 0
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -1,5 +1,6 @@
 """The kernel of linear_cross_entropy: as accurate as the formula, where tiles and chunks end."""
 
+import importlib
 import math
 from collections import Counter
 
@@ -24,6 +25,8 @@ from tests.adapter_kernels.zero_init_attention.kernel_runs import (
 pytest.importorskip("triton")
 
 from adapter_kernels import linear_cross_entropy_kernel as kernel  # with triton alone
+
+linear_cross_entropy_module = importlib.import_module("adapter_kernels.linear_cross_entropy")
 
 IGNORE = -100
 OPS = torch.ops.adapter_kernels
@@ -63,13 +66,14 @@ def check(
     for name, got, plain, right in zip(
         ("loss", "dx", "dweight"), results, eager, truth, strict=True
     ):
-        assert (got.shape, got.dtype) == (plain.shape, plain.dtype)
-        if name != "loss":
-            check_as_accurate_as_eager(name, got, plain, right, GRADIENT_FACTOR)
-        else:
+        assert (got.shape, got.dtype) == (plain.shape, plain.dtype), name
+        if eager[2].dtype != torch.float32 and plain.dtype == torch.float32:
             # of logits in half precision it is a float32 with their roundings
-            whole = plain if eager[1].dtype == torch.float32 else plain.double()
-            check_as_accurate_as_eager(name, got, whole, right)
+            plain = plain.double()
+        if name == "loss":
+            check_as_accurate_as_eager(name, got, plain, right)
+        else:
+            check_as_accurate_as_eager(name, got, plain, right, GRADIENT_FACTOR)
 
 
 @pytest.mark.kernel
@@ -129,6 +133,54 @@ def test_ops_are_their_references(dtype: torch.dtype, small_chunks: None) -> Non
     )
     for one, other in zip(again, (loss, dx, dweight), strict=True):
         assert torch.equal(one, other)
+
+
+def confident(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows sure of their label, of a head whose rows share a mean: the others are below 6e-8."""
+    g = torch.Generator().manual_seed(5)
+    weight = torch.randn(500, 24, generator=g) + 2 * torch.randn(24, generator=g)
+    labels = torch.randint(500, (6,), generator=g)
+    x = weight[labels] - weight.mean(0)
+    logits = x @ weight.t()
+    lead = logits[range(6), labels] - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return *(t.to(DEVICE, dtype) for t in (x * (22 / lead)[:, None], weight)), labels.to(DEVICE)
+
+
+@pytest.mark.kernel
+@needs_kernels
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_scaled_loss_of_half_precision_keeps_small_probabilities(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were 0 in float16 before the scale of the loss could arrive: dx was off by its size."""
+    if backend == "reference":
+        monkeypatch.setattr(linear_cross_entropy_module, "runs_kernels", lambda _: False)
+    x, weight, labels = confident(torch.float16)
+    found = {}
+    for name, leaves in (
+        ("ours", (x, weight)), ("eager", (x, weight)), ("truth", (x.double(), weight.double()))
+    ):  # fmt: skip
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        function = linear_cross_entropy if name == "ours" else formula
+        loss = function(*leaves, labels, reduction="sum") * 2.0**16
+        found[name] = torch.autograd.grad(loss, leaves)
+    for got, eager, right in zip(*found.values(), strict=True):
+        assert float(right.abs().max()) > 0
+        check_as_accurate_as_eager("gradient", got, eager, right, GRADIENT_FACTOR)
+
+
+@pytest.mark.kernel
+@needs_kernels
+def test_autocast_changes_nothing() -> None:
+    x, weight, labels = (t.requires_grad_(t.is_floating_point()) for t in
+                         drawn(11, 7, 101, torch.float32, ignored=True))  # fmt: skip
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=enabled):
+            loss = linear_cross_entropy(x, weight, labels)
+            found.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)
 
 
 @pytest.mark.kernel

@@ -29,8 +29,8 @@ from .kernel_arguments import (
 from .layouts import Layout, Prefix
 from .tiles import far, load_rows, sequence, store_rows
 
-# sequences that one program sums over: more of them make more programs and partial sums
-PREFIX_SEQUENCES = 8
+# sequences that one program sums over, and banks of partial sums that there may be beyond the first
+PREFIX_SEQUENCES, MOST_PARTIALS = 8, 64
 
 
 @triton.jit
@@ -89,9 +89,21 @@ def _prefix_kernel(
         store_rows(dv_ptr + first, G * HEAD_DIM, rows, L - n_start, offs_d, dv, HEAD_DIM)
 
 
-def sequence_chunks(sequences: int) -> int:
-    """Into how many chunks of PREFIX_SEQUENCES the programs cut the sequences."""
-    return tiles_of(sequences, PREFIX_SEQUENCES)
+def sequences_of(sequences: int, prefixes: int) -> int:
+    """How many sequences a program sums over.
+
+    Partial sums of every prefix exist for every chunk of sequences: of many prefixes chunks are
+    fewer, so that there are at most MOST_PARTIALS of them, or one a prefix.
+    """
+    each = PREFIX_SEQUENCES
+    while each < sequences and tiles_of(sequences, each) * prefixes > MOST_PARTIALS:
+        each *= 2
+    return each
+
+
+def sequence_chunks(sequences: int, prefixes: int) -> int:
+    """Into how many chunks the programs cut the sequences."""
+    return tiles_of(sequences, sequences_of(sequences, prefixes))
 
 
 def prefix_launch(
@@ -129,8 +141,9 @@ def prefix_launch(
         "scale_log2": scale * math.log2(math.e),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "CHUNK": PREFIX_SEQUENCES,
+        "CHUNK": sequences_of(sequences, prefix.k.shape[0]),
         "CAUSAL": layout.causal,
     }
-    programs = sequence_chunks(sequences) * prefix.k.shape[0] * groups * n_tiles
+    chunks = sequence_chunks(sequences, prefix.k.shape[0])
+    programs = chunks * prefix.k.shape[0] * groups * n_tiles
     return Launch(_prefix_kernel, programs, arguments, config.num_warps, config.num_stages)

@@ -132,7 +132,7 @@ def _sum_kernel(
     """
     pid = tl.program_id(0)
     row = pid // blocks
-    offs = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    offs = (pid % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < N
     total = tl.zeros([BLOCK], dtype=tl.float32)
     low, high = 0, B

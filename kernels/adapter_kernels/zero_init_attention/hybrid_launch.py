@@ -64,7 +64,9 @@ def _prefix_of(prefix: Prefix, b: int) -> tuple[int, slice] | None:
     row, length = int(prefix.index[b]), prefix.k.shape[1]
     if not 0 <= row < prefix.k.shape[0]:
         return None
-    return row, slice(0, length if prefix.lengths is None else int(prefix.lengths[row]))
+    if prefix.lengths is not None:
+        length = min(max(int(prefix.lengths[row]), 0), length)
+    return row, slice(0, length)
 
 
 def _batched(x: Tensor, index: tuple[slice, ...], packed: bool) -> Tensor:

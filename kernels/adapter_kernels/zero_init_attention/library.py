@@ -6,7 +6,6 @@ of the same names: reference_launch.py has them all. Arguments are trusted here:
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_kernels.backend import LIBRARY, define, refuse
+from adapter_kernels.backend import LIBRARY, define, exact, refuse
 
 from .layouts import Layout, Prefix, Prompts, wide
 
@@ -63,14 +62,6 @@ _PROMPT_BACKWARD = (
 _DIFFERENTIABLE = (0, 1, 2, 3, 4, 5, 8, 9)
 
 
-def _exact(q: Tensor) -> AbstractContextManager[object]:
-    """Autocast off: it would round the float32 inside an operation."""
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
 def _prompts_first(flat: tuple[Any, ...]) -> tuple[Prompts, tuple[Any, ...]]:
     """The prompt arguments of a schema as a bundle, and what follows them."""
     count = len(Prompts._fields)
@@ -98,7 +89,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...
     prompts, rest = _prompts_first(rest)
     prefix, rest = _prefix_first(rest)
     layout, (scale, backend) = _layout_first(rest)
-    with _exact(q):
+    with exact(q):
         return _plain(launchers(backend).attention(q, k, v, prompts, prefix, layout, scale))
 
 
@@ -115,7 +106,7 @@ def _attention_backward(
     qkv, (prompts, rest) = rest[:3], _prompts_first(rest[3:])
     prefix, rest = _prefix_first(rest)
     layout, (scale, backend, needs) = _layout_first(rest)
-    with _exact(out):
+    with exact(out):
         gradients = launchers(backend).attention_backward(
             dout, dlse, out, lse, *qkv, prompts, prefix, layout, scale, tuple(needs)
         )
@@ -138,20 +129,20 @@ def _attention_backward_fake(
 
 def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
     prompts, (*cache, scale, backend) = _prompts_first(rest)
-    with _exact(q):
+    with exact(q):
         out = launchers(backend).decode(q, k_cache, v_cache, prompts, *cache, scale)
         return out.contiguous()
 
 
 def _prompt(q: Tensor, *rest: Any) -> Tensor:
     prompts, (cu_seqlens_q, out, scale, backend) = _prompts_first(rest)
-    with _exact(q):
+    with exact(q):
         return launchers(backend).prompt(q, prompts, cu_seqlens_q, out, scale).contiguous()
 
 
 def _prompt_backward(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     prompts, (cu_seqlens_q, scale, backend, needs) = _prompts_first(rest)
-    with _exact(q):
+    with exact(q):
         gradients = launchers(backend).prompt_backward(
             dout, q, prompts, cu_seqlens_q, scale, tuple(needs)
         )

@@ -166,7 +166,8 @@ def attention_backward(
     sums = prompt_sums(q, prompts, layout.cu_seqlens_q, longest, scale, dout, statistics, of_prompt)
     prefix_sums = [q.new_empty(0), q.new_empty(0)]
     if prefix.k is not None and layout.cu_seqlens_q is not None and any(of_prefix):
-        shape = (sequence_chunks(batch_of(q, layout.cu_seqlens_q)), 1, *prefix.k.shape)
+        chunks = sequence_chunks(batch_of(q, layout.cu_seqlens_q), prefix.k.shape[0])
+        shape = (chunks, 1, *prefix.k.shape)
         k_part, v_part = (
             q.new_empty(shape, dtype=torch.float32) if need else None for need in of_prefix
         )

@@ -40,5 +40,10 @@ def test_more_sequences_than_one_program_sums(keys: int) -> None:
 
 
 def test_chunks() -> None:
-    assert backward_prefix.sequence_chunks(0) == 0
-    assert backward_prefix.sequence_chunks(backward_prefix.PREFIX_SEQUENCES + 1) == 2
+    assert backward_prefix.sequence_chunks(0, 3) == 0
+    assert backward_prefix.sequence_chunks(backward_prefix.PREFIX_SEQUENCES + 1, 3) == 2
+    # partial sums of every prefix: of many there are few, whoever uses which
+    for sequences, prefixes in ((64, 2), (64, 64), (256, 64), (257, 5), (3, 1000)):
+        chunks = backward_prefix.sequence_chunks(sequences, prefixes)
+        assert chunks * prefixes <= max(backward_prefix.MOST_PARTIALS, prefixes)
+        assert chunks * backward_prefix.sequences_of(sequences, prefixes) >= sequences

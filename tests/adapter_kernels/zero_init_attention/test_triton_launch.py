@@ -143,11 +143,12 @@ def test_more_query_rows_than_one_prompt_program_sums(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("large", ["k", "prompt_k", "prompt_v"])
-def test_one_segment_may_dwarf_the_other(large: str) -> None:
+@pytest.mark.parametrize("dtype", [FLOAT32, torch.float16])
+def test_one_segment_may_dwarf_the_other(large: str, dtype: torch.dtype) -> None:
     case = make_case("shared", "causal")
     factor = 100 if large == "prompt_v" else 20
     case = replace(case, **{large: getattr(case, large) * factor})
-    check_against_reference(on_device(case, FLOAT32), "triton")
+    check_against_reference(on_device(case, dtype), "triton")
 
 
 @pytest.mark.parametrize("layout", ["causal", "blind", "packed"])

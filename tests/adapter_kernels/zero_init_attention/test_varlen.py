@@ -9,6 +9,7 @@ import torch
 
 from adapter_kernels import zero_init_attention_varlen
 from adapter_kernels.backend import INTERPRETED
+from adapter_kernels.zero_init_attention.library import attention_op
 from tests.adapter_kernels.tolerances import check_bitwise, check_identity
 from tests.adapter_kernels.zero_init_attention import cases
 from tests.adapter_kernels.zero_init_attention.cases import Case, int32, make_case
@@ -41,6 +42,26 @@ def repeated(case: Case) -> Case:
     cu = torch.tensor([0, *lengths]).cumsum(0).int().to(case.q.device)
     none = dict.fromkeys(("prefix_k", "prefix_v", "prefix_index", "prefix_lengths"))
     return replace(case, k=torch.cat(keys), v=torch.cat(values), cu_seqlens_k=cu, **none)
+
+
+@pytest.mark.parametrize(("lengths", "seen"), [((9, -2, 2), (5, 0, 2)), ((5, -7, 6), (5, 0, 5))])
+def test_a_length_that_nobody_has_looked_at_is_clamped(
+    lengths: tuple[int, ...], seen: tuple[int, ...], backend: str
+) -> None:
+    """A call that is compiled does not look at values: a backend may not see beyond the bank."""
+    found = []
+    for given in (lengths, seen):
+        case = replace(make_case("shared", "packed_prefix"), prefix_lengths=int32(*given))
+        case = case.cast(FLOAT32)
+        index = (None, None, case.cu_seqlens_q, case.cu_seqlens_k, None)
+        plain = (*case.longest(), case.causal, case.scale, backend)
+        # below the public function, which looks
+        out, lse, _ = attention_op(
+            case.q, case.k, case.v, *case.prompts, *case.prefix, *index, *plain
+        )
+        found.append((out, lse, *gradients(case, out, lse).values()))
+    for got, right in zip(*found, strict=True):
+        check_bitwise("clamped", got, right)
 
 
 @pytest.mark.usefixtures("backend")
