@@ -6,6 +6,7 @@ step, so that adapters stay equal without being sent. Rank 0 alone writes the ru
 """
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ Item = TypeVar("Item", bound=Sized)
 # seconds that gloo's threads are given, each needs the interpreter for microseconds
 LETTING_GO = 0.2
 GONE = (
-    "another process of this run is gone, and what it said comes first: start all of them again "
-    "with --resume"
+    "another process of this run is gone, and what it said comes first: once that is mended, start "
+    "all of them again, with --resume if the run had begun"
 )
 
 
@@ -132,12 +133,18 @@ class World:
         return values[0]
 
 
+def _short(error: RuntimeError) -> str:
+    """What gloo or NCCL says, without the place in their sources and the advice behind it."""
+    text = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])
+    return text.partition(". ")[0]
+
+
 @contextmanager
 def _reaching_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(f"{GONE} ({error})") from error
+        raise ConnectionError(f"{GONE} ({_short(error)})") from error
 
 
 @contextmanager
@@ -174,7 +181,7 @@ def join(device: str | None = None) -> Iterator[World]:
         # torch itself gathers the weights of a sharded base; gloo's errors have no class of theirs
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
-        raise ConnectionError(f"{GONE} ({error})") from error
+        raise ConnectionError(f"{GONE} ({_short(error)})") from error
     finally:
         if not met:
             distributed.destroy_process_group()

@@ -119,6 +119,19 @@ def test_a_gpu_is_each_process_own(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+def test_another_that_is_gone_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError(
+            "[/pytorch/third_party/gloo/pair.cc:553] Connection closed by peer [127.0.1.1]:33501. "
+            "This means the remote process has died.\nException raised from ..."
+        )
+
+    monkeypatch.setattr(distributed, "all_gather_object", fail)
+    message = r"if the run had begun \(Connection closed by peer \[127\.0\.1\.1\]:33501\)$"
+    with pytest.raises(ConnectionError, match=message):
+        World(0, 2).agree({})
+
+
 def test_one_process_alone_sends_nothing() -> None:
     alone, x = World(), torch.ones(3)
     alone.add([x])
