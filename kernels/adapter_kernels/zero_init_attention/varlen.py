@@ -112,7 +112,8 @@ def zero_init_attention_varlen(
     With prefix_k, what several sequences begin with is computed and kept once: a sequence's keys
     and values are those of its prefix followed by its own, [fk; k] and [fv; v], and S_b is their
     number. Differentiable in q, k, v, prompt_k, prompt_v, gate, prefix_k and prefix_v, once; the
-    gradients of those that share a prefix are summed in a fixed order.
+    gradients of those that share a prefix are summed in a fixed order, but by the reference on a
+    GPU.
 
     Args:
         q: (total_q, H, D) queries in float16, bfloat16 or float32; D from 8 to 256 in steps of 8.
