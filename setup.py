@@ -10,7 +10,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 TOKENIZERS = ["tokenizers>=0.22", "tiktoken>=0.8"]
-HF = ["transformers>=5.10.1", "peft>=0.18", "accelerate>=1.0", "pyyaml>=6", *TOKENIZERS]
+HF = [
+    "transformers>=5.10.1", "peft>=0.18", "accelerate>=1.0", "pyyaml>=6", "pillow>=11", *TOKENIZERS
+]  # fmt: skip
 PLOT = ["matplotlib>=3.8"]
 LOG = ["tensorboard>=2.16"]
 # the first that is made for torch 2.11

@@ -191,11 +191,14 @@ class Llama(nn.Module):
         tied = self.config.tied_embeddings
         return self.tok_embeddings.weight if tied else self.output.weight
 
-    def project(self, adapter: Adapter) -> Prompts:
+    def project(self, adapter: Adapter, visual: Tensor | None = None) -> Prompts:
         """Keys, values and gate multipliers of every adapted layer, differentiable in the adapter.
 
         Args:
             adapter: prompts (L, P, C) and gates (L, H) for this model; any biases, scales, norms.
+            visual: (B, C), the token of each sequence's image, added to all of its prompt rows in
+                every layer (equation 10); zeros where a sequence has none. None for a batch without
+                images, whose sequences share their prompts.
 
         Returns:
             Prompts that live as long as the caller wants: one step in training (the projection is
@@ -209,7 +212,10 @@ class Llama(nn.Module):
         blocks = self.layers if tuned is None else tuned.layers
         for row, layer in enumerate(adapter.layers):
             block = cast(Block, blocks[layer])
-            k, v = block.attention.project_prompt(adapter.prompts[row])
+            prompt = adapter.prompts[row]
+            if visual is not None:
+                prompt = prompt + visual[:, None].to(prompt.dtype)
+            k, v = block.attention.project_prompt(prompt)
             layers[layer] = LayerPrompt(k, v, multipliers[row])
         return Prompts(layers, tuned=tuned)
 

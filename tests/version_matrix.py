@@ -56,6 +56,7 @@ HF_TESTS = (
     *MODEL_TESTS,
     "tests/llama_adapter/checkpoints/test_adapter_peft.py",
     "tests/llama_adapter/hosts",
+    "tests/llama_adapter/multimodal",
     "tests/llama_adapter/integrations",
 )
 # transformers wants a newer safetensors than we do, so these do without it

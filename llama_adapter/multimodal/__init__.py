@@ -1,0 +1,1 @@
+"""Images, or features of anything else, as a part of the prompts."""

@@ -1,0 +1,142 @@
+"""Features of images by a frozen CLIP, transformers' own: global ones of several of its layers.
+
+Imported only where images are: transformers and Pillow read them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+POOLS = ("cls", "mean")
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Which global features of an image are taken; the paper says "multi-scale", and no more.
+
+    Attributes:
+        layers: of the encoder, after which a feature is taken, from 1.
+        pool: "cls", the class token's state, or "mean", that of the patches.
+        post_norm: apply the encoder's last norm to each.
+        project: apply CLIP's projection to each, which needs post_norm.
+        normalise: divide each by its length.
+    """
+
+    layers: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
+    pool: str = "cls"
+    post_norm: bool = False
+    project: bool = False
+    normalise: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(self.layers) < 1:
+            raise ValueError(f"layers must be numbers from 1, at least one, got {self.layers}")
+        if self.pool not in POOLS:
+            raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
+        if self.project and not self.post_norm:
+            raise ValueError("project needs post_norm: CLIP projects what it has normed")
+
+
+class ClipFeatures:
+    """Concatenated global features (B, M * width) of images, I_1 to I_M of equation 9.
+
+    Attributes:
+        scales: what is taken.
+        width: numbers that describe an image.
+    """
+
+    def __init__(
+        self, model: CLIPVisionModelWithProjection, processor: Any, scales: Scales | None = None
+    ) -> None:
+        """Freeze an encoder.
+
+        Args:
+            model: CLIP's visual half.
+            processor: turns an image into pixels, as transformers' CLIPImageProcessor.
+            scales: what is taken; None for `Scales()`.
+
+        Raises:
+            ValueError: the encoder has fewer layers.
+        """
+        self._model, self._processor = model.requires_grad_(False).eval(), processor
+        self.scales = Scales() if scales is None else scales
+        config = model.config
+        if max(self.scales.layers) > config.num_hidden_layers:
+            raise ValueError(
+                f"layers must be at most the encoder's {config.num_hidden_layers}, "
+                f"got {self.scales.layers}"
+            )
+        each = config.projection_dim if self.scales.project else config.hidden_size
+        self.width: int = each * len(self.scales.layers)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        scales: Scales | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "ClipFeatures":
+        """The encoder of a folder that transformers has saved.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: the encoder has fewer layers than are asked for.
+        """
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder, of a CLIP that transformers saved")
+        model = CLIPVisionModelWithProjection.from_pretrained(
+            folder, dtype=dtype, local_files_only=True
+        )
+        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        nn.Module.to(model, device)
+        return cls(model, processor, scales)
+
+    def pixels(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+        """Pixels (B, 3, height, width) of images or their files, as the encoder wants them.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file is no image.
+        """
+        return self._processor(images=[_opened(one) for one in images], return_tensors="pt")[
+            "pixel_values"
+        ]
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Features (B, width) in the encoder's dtype of pixels (B, 3, height, width)."""
+        encoder = self._model.vision_model
+        given = pixels.to(self._model.device, self._model.dtype)
+        states = encoder(given, output_hidden_states=True).hidden_states
+        found = []
+        for layer in self.scales.layers:
+            state = states[layer]
+            x = state[:, 0] if self.scales.pool == "cls" else state[:, 1:].mean(1)
+            if self.scales.post_norm:
+                x = encoder.post_layernorm(x)
+            if self.scales.project:
+                x = self._model.visual_projection(x)
+            found.append(x / x.norm(dim=-1, keepdim=True) if self.scales.normalise else x)
+        return torch.cat(found, -1)
+
+
+def _opened(image: str | Path | Image.Image) -> Image.Image:
+    """An image in RGB, whatever its file holds."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    path = Path(image)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: no image that can be read ({error})") from error

@@ -1,0 +1,128 @@
+"""The projector has the papers' size, and its token acts as a prompt of one's own."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_adapter.adapter import Adapter
+from llama_adapter.config import PRESETS, AdapterConfig
+from llama_adapter.model import Llama
+from llama_adapter.multimodal.projector import CascadedMLP
+from llama_adapter.packing import Packing
+
+
+def random_projector(features: int, dim: int) -> CascadedMLP:
+    """One whose biases are not zero either."""
+    generator = torch.Generator().manual_seed(5)
+    found = CascadedMLP(features, dim, (7, 5), "gelu", generator=generator)
+    for one in found.maps:
+        torch.nn.init.normal_(one.bias, generator=generator)
+    return found
+
+
+@pytest.fixture
+def visual(tiny_model: Llama) -> Tensor:
+    """Tokens of two images, and none for the sequence between them."""
+    features = torch.randn(3, 11, generator=torch.Generator().manual_seed(2))
+    token = random_projector(11, tiny_model.config.dim)(features)
+    return token * torch.tensor([1.0, 0.0, 1.0])[:, None]
+
+
+def tokens(model: Llama) -> Tensor:
+    g = torch.Generator().manual_seed(7)
+    return torch.randint(3, model.config.vocab_size, (3, 9), generator=g)
+
+
+def test_its_size_is_that_of_table_3() -> None:
+    with torch.device("meta"):
+        projector = CascadedMLP(6 * 768, 4096)
+        adapter = Adapter(AdapterConfig(n_layers=30), PRESETS["llama-7b"])
+    count = sum(x.numel() for x in projector.parameters())
+    assert count == 561_216
+    # 1.79 M, "1.8 M"
+    assert count + sum(x.numel() for x in adapter.parameters()) == 1_790_976
+
+
+def test_it_is_the_cascade_of_its_maps() -> None:
+    projector = random_projector(11, 13)
+    x = torch.randn(3, 11)
+    first, second, third = projector.maps
+    expected = third(torch.nn.functional.gelu(second(torch.nn.functional.gelu(first(x)))))
+    assert torch.equal(projector(x), expected)
+    assert projector(x.bfloat16()).dtype == torch.float32
+    assert projector(torch.zeros(1, 11)).abs().max() > 0
+    (alone,) = CascadedMLP(11, 13, ()).maps
+    assert alone.weight.shape == (13, 11)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 4), "must be at least 1, got (0, 64, 4)"),
+        ((3, 4, (5, 0)), "must be at least 1, got (3, 5, 0, 4)"),
+        ((3, 4, (5,), "relu"), "activation must be one of ['silu', 'gelu'], got 'relu'"),
+    ],
+)
+def test_what_is_no_projector_is_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CascadedMLP(*arguments)
+
+
+@torch.no_grad()
+def test_an_image_is_a_prompt_of_its_own(
+    tiny_model: Llama, tiny_adapter: Adapter, visual: Tensor
+) -> None:
+    """Equation 10 read literally, one sequence after the other; without an image the plain one."""
+    ids = tokens(tiny_model)
+    got = tiny_model(ids, tiny_model.project(tiny_adapter, visual))
+    plain = tiny_model(ids, tiny_model.project(tiny_adapter))
+    prompts = tiny_adapter.prompts.clone()
+    for row in range(3):
+        tiny_adapter.prompts.copy_(prompts + visual[row])
+        alone = tiny_model(ids[row : row + 1], tiny_model.project(tiny_adapter))
+        torch.testing.assert_close(got[row : row + 1], alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got[1], plain[1], rtol=0, atol=1e-5)
+    assert (got[0] - plain[0]).abs().max() > 0.01
+
+
+def test_packed_sequences_have_their_own_images_too(
+    tiny_model: Llama, tiny_adapter: Adapter, visual: Tensor
+) -> None:
+    ids, lengths = tokens(tiny_model), (9, 4, 7)
+    packed = torch.cat([row[:length] for row, length in zip(ids, lengths, strict=True)])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    ends = torch.tensor([0, 9, 13, 20], dtype=torch.int32)
+    prompts = tiny_model.project(tiny_adapter, visual)
+    hidden = tiny_model.hidden_packed(packed, Packing(positions, ends, 9), prompts)
+    dense = tiny_model.hidden(ids, prompts)
+    expected = torch.cat([row[:length] for row, length in zip(dense, lengths, strict=True)])
+    torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+
+
+def test_with_gates_of_zero_the_image_changes_nothing_and_learns_nothing_yet(
+    tiny_model: Llama, visual: Tensor
+) -> None:
+    config = AdapterConfig(prompt_length=3, n_layers=2)
+    adapter = Adapter(config, replace(tiny_model.config))
+    projector = random_projector(11, tiny_model.config.dim)
+    tiny_model.requires_grad_(False)
+    features = torch.randn(3, 11, generator=torch.Generator().manual_seed(2))
+    ids = tokens(tiny_model)
+    with torch.no_grad():
+        shown = tiny_model(ids, tiny_model.project(adapter, projector(features)))
+    assert torch.equal(shown, tiny_model(ids))
+    logits = tiny_model(ids, tiny_model.project(adapter, projector(features)))
+    logits.logsumexp(-1).sum().backward()
+    assert adapter.gates.grad is not None
+    assert adapter.gates.grad.abs().max() > 0
+    for parameter in (adapter.prompts, *projector.parameters()):
+        assert parameter.grad is None or not parameter.grad.any()
+    with torch.no_grad():
+        adapter.gates.normal_(std=1.5)
+    tiny_model(ids, tiny_model.project(adapter, projector(features))).logsumexp(-1).sum().backward()
+    for parameter in (adapter.prompts, *projector.parameters()):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
