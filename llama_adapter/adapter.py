@@ -1,6 +1,7 @@
 """The adapter: prompts and gates of the adapted layers, as data beside a frozen model.
 
-With LLaMA-Adapter V2's groups also biases and scales of linear maps, and norms. An `Adapter` holds
+With LLaMA-Adapter V2's groups also biases and scales of linear maps, and norms; for images the
+projector that makes a token of their features. An `Adapter` holds
 parameters and knows where they belong. `Llama.project` turns it into `Prompts`, what the model's
 layers take; whoever calls the model owns the result, so training projects anew at each step and
 inference once per adapter.
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.config import AdapterConfig, LlamaConfig, Tuning, shape_of
+from llama_adapter.config import AdapterConfig, LlamaConfig, Tuning, VisualConfig, shape_of
+from llama_adapter.projector import Projector
 from llama_adapter.tuned_modules import TunedModules
 
 
@@ -57,6 +59,7 @@ class Adapter(nn.Module):
         gates: (L, H), or (L, 1) with gate_scope "layer" (equation 7); before the activation.
         layers: the L layer indices that the rows belong to, ascending; none with a tuning alone.
         tuning: which biases, scales and norms there are besides; see `tuned_parameters`.
+        projector: of an image's features; None without images.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Adapter(nn.Module):
         layers: tuple[int, ...] | None = None,
         generator: torch.Generator | None = None,
         tuning: Tuning | None = None,
+        visual: VisualConfig | None = None,
     ) -> None:
         """Create an untrained adapter.
 
@@ -76,9 +80,11 @@ class Adapter(nn.Module):
             layers: explicit layer indices in place of the topmost `config.n_layers`.
             generator: source of the prompts' random values.
             tuning: groups of biases (0 at first), scales (1) and norms (1, not the base's own).
+            visual: the features of images that it takes; None takes none.
 
         Raises:
-            ValueError: a layer index is repeated or outside the model.
+            ValueError: a layer index is repeated or outside the model, or there is a projector
+                without a prompt.
         """
         super().__init__()
         self.config = config
@@ -95,6 +101,11 @@ class Adapter(nn.Module):
         shape = (count, config.prompt_length, model.dim)
         self.prompts = nn.Parameter(torch.randn(shape, generator=generator) * config.prompt_std)
         self.gates = nn.Parameter(torch.zeros(count, heads))
+        if visual is not None and not self.layers:
+            raise ValueError("visual needs layers with prompts, got none")
+        self.projector = None
+        if visual is not None:
+            self.projector = Projector(visual, model.dim, generator=generator)
         for name, tuned_shape in self.tuning.shapes(shape_of(model)).items():
             value = torch.zeros if name.startswith("bias_") else torch.ones
             self.register_parameter(name, nn.Parameter(value(tuned_shape)))
@@ -106,17 +117,40 @@ class Adapter(nn.Module):
             gates = gates.tanh()
         return gates.expand(-1, self.n_heads)
 
+    def visual_tokens(self, features: Tensor, present: Tensor | None = None) -> Tensor:
+        """Each sequence's token (B, C) for `Llama.project`, differentiable in the projector.
+
+        Args:
+            features: (B, F) of an image each; anything where there is none.
+            present: (B,) bool, which sequences have an image; None where all have.
+
+        Raises:
+            ValueError: the adapter takes no images, or other features.
+        """
+        if self.projector is None:
+            raise ValueError("features must be left out: this adapter has no projector")
+        wanted = self.projector.config.features
+        if features.ndim != 2 or features.shape[1] != wanted:
+            raise ValueError(f"features must have shape (B, {wanted}), got {(*features.shape,)}")
+        if present is None:
+            return self.projector(features)
+        # not by a product: what stands for an image that is not there may be NaN
+        absent = ~present[:, None]
+        return self.projector(features.masked_fill(absent, 0.0)).masked_fill(absent, 0.0)
+
     def tuned_parameters(self) -> dict[str, nn.Parameter]:
         """The tuning's parameters by name: "bias_wq" (N, out), "norm" (C,), of N layers each."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if name not in ("prompts", "gates")
+            if name not in ("prompts", "gates") and not name.startswith("projector.")
         }
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by group name, as optimisers and checkpoints know them."""
         found = {"prompts": [self.prompts], "gates": [self.gates]} if self.layers else {}
+        if self.projector is not None:
+            found["projector"] = list(self.projector.parameters())
         for group in self.tuning.groups:
             found[group] = [
                 parameter

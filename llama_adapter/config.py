@@ -224,6 +224,7 @@ LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
 SCALE_SIDES = ("input", "output")
 # the trained norms of a layer
 LAYER_NORMS = ("attention_norm", "ffn_norm")
+PROJECTOR_ACTIVATIONS = ("silu", "gelu")
 
 
 @dataclass(frozen=True)
@@ -281,6 +282,33 @@ class Tuning:
             found |= dict.fromkeys(LAYER_NORMS, (base["n_layers"], base["dim"]))
             found["norm"] = (base["dim"],)
         return found
+
+
+@dataclass(frozen=True)
+class VisualConfig:
+    """What features of an image an adapter takes, and its projector's shape.
+
+    Attributes:
+        features: F, numbers that describe an image, or whatever stands for one.
+        hidden: widths of the projector between features and model.
+        activation: of the projector, "silu" or "gelu".
+        encoder: what makes the features, in words: it must be the same one again.
+    """
+
+    features: int
+    hidden: tuple[int, ...] = (64,)
+    activation: str = "silu"
+    encoder: str = ""
+
+    def __post_init__(self) -> None:
+        if min((self.features, *self.hidden)) < 1:
+            raise ValueError(
+                f"features and hidden must be at least 1, got {self.features} and {self.hidden}"
+            )
+        if self.activation not in PROJECTOR_ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {PROJECTOR_ACTIVATIONS}, got {self.activation!r}"
+            )
 
 
 def linear_widths(linear: str, base: Mapping[str, int]) -> tuple[int, int]:

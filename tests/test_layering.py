@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # top-level modules of llama_adapter, lowest first; a module may import from lower rows only
 LAYERS = (
     {"config", "assets", "float8", "options", "recompute", "world"},
-    {"layers", "recipe", "tuned_modules", "utilisation"},
+    {"layers", "projector", "recipe", "tuned_modules", "utilisation"},
     {"adapter", "cache", "packing", "rotary_angles", "tokenizer", "sampling"},
     {"completion"},
     {"model"},

@@ -59,6 +59,7 @@ def save_adapter(path: str | Path, adapter: Adapter, base: Fingerprint) -> None:
         scale_side=adapter.tuning.scale_side,
         linears=adapter.tuning.linears,
         origin=None if base.samples else QUANTIZED,
+        visual=None if adapter.projector is None else adapter.projector.config,
     )
     write_atomically(path, encode(header, tensors))
 
@@ -131,6 +132,7 @@ def adapter_from_tensors(
         layers=header.layers,
         generator=torch.Generator(),
         tuning=header.tuning,
+        visual=header.visual,
     )
     expected = {name: tuple(value.shape) for name, value in adapter.tensors().items()}
     _check_tensors(expected, tensors, "adapter")

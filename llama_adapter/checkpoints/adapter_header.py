@@ -1,22 +1,25 @@
 """What an adapter file says about its tensors, and what it must not say.
 
 The header is JSON. Files of prompts and gates have format version 1; version 2 adds which linear
-maps have a bias or a scale, and where an adapter of another format came from.
+maps have a bias or a scale, and where an adapter of another format came from; version 3 what images
+an adapter takes.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from itertools import pairwise
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from llama_adapter.checkpoints.fingerprint import Fingerprint, sample_count
-from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, Tuning
+from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, Tuning, VisualConfig
 
-FORMAT_VERSIONS = (1, 2)
+FORMAT_VERSIONS = (1, 2, 3)
 PROMPT_KINDS = ("hidden",)
 # a base whose weights were rounded when the adapter was saved
 QUANTIZED = "a quantised base"
-# fields of version 2 and what version 1 means
-ADDED = {"linears": (), "origin": None}
+# fields that a version added, and what those before it mean
+ADDED: dict[int, dict[str, Any]] = {2: {"linears": (), "origin": None}, 3: {"visual": None}}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class AdapterHeader:
         linears: the linear maps that bias and scale groups belong to.
         origin: where it is from, if that does not tell the base: the format it was converted from,
             or QUANTIZED; then `base` may know some of the shape and no weights. None otherwise.
+        visual: what images it takes, which goes with the group "projector"; None without one.
     """
 
     groups: tuple[str, ...]
@@ -43,6 +47,7 @@ class AdapterHeader:
     scale_side: str | None = None
     linears: tuple[str, ...] = ()
     origin: str | None = None
+    visual: VisualConfig | None = None
 
     @property
     def tuning(self) -> Tuning:
@@ -60,6 +65,16 @@ def _gate_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
     return {"gates": (len(header.layers), heads)}
 
 
+def _projector_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
+    assert header.visual is not None
+    widths = (header.visual.features, *header.visual.hidden, header.base.shape["dim"])
+    found: dict[str, tuple[int, ...]] = {}
+    for number, (inputs, outputs) in enumerate(pairwise(widths)):
+        found[f"projector.maps.{number}.weight"] = (outputs, inputs)
+        found[f"projector.maps.{number}.bias"] = (outputs,)
+    return found
+
+
 def _tuned_shapes(group: str) -> Callable[[AdapterHeader], dict[str, tuple[int, ...]]]:
     def shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
         found = header.tuning.shapes(header.base.shape)
@@ -75,11 +90,12 @@ def _tuned_shapes(group: str) -> Callable[[AdapterHeader], dict[str, tuple[int, 
 GROUPS: dict[str, Callable[[AdapterHeader], dict[str, tuple[int, ...]]]] = {
     "prompts": _prompt_shapes,
     "gates": _gate_shapes,
+    "projector": _projector_shapes,
     "bias": _tuned_shapes("bias"),
     "scale": _tuned_shapes("scale"),
     "norm": _tuned_shapes("norm"),
 }
-PROMPT_GROUPS = ("prompts", "gates")
+PROMPT_GROUPS = ("prompts", "gates", "projector")
 
 
 def expected_tensors(header: AdapterHeader, where: str) -> dict[str, tuple[int, ...]]:
@@ -99,11 +115,11 @@ def expected_tensors(header: AdapterHeader, where: str) -> dict[str, tuple[int, 
 
 def to_json(header: AdapterHeader) -> dict[str, Any]:
     """The header as JSON holds it, in the oldest version that can say it."""
-    values = asdict(header)
-    if all(values[name] == default for name, default in ADDED.items()):
-        values = {name: value for name, value in values.items() if name not in ADDED}
-        return {"format_version": 1, **values}
-    return {"format_version": 2, **values}
+    values, version = asdict(header), FORMAT_VERSIONS[-1]
+    while version > 1 and all(values[name] == x for name, x in ADDED[version].items()):
+        values = {name: value for name, value in values.items() if name not in ADDED[version]}
+        version -= 1
+    return {"format_version": version, **values}
 
 
 def from_json(content: Any, where: str) -> AdapterHeader:
@@ -114,23 +130,29 @@ def from_json(content: Any, where: str) -> AdapterHeader:
     """
     version = content.get("format_version") if isinstance(content, dict) else None
     if version not in FORMAT_VERSIONS or isinstance(version, bool):
-        known = " and ".join(map(str, FORMAT_VERSIONS))
+        known = ", ".join(map(str, FORMAT_VERSIONS))
         raise ValueError(
             f"{where} has format version {version}, this package reads versions {known}"
         )
     values = {name: value for name, value in content.items() if name != "format_version"}
-    if version == 1:
-        surplus = sorted(values.keys() & ADDED.keys())
+    for later in FORMAT_VERSIONS[version:]:
+        surplus = sorted(values.keys() & ADDED[later].keys())
         if surplus:
             raise ValueError(f"{where}: header has unknown fields: {', '.join(surplus)}")
-        values |= {"linears": [], "origin": None}
+        added = ADDED[later].items()
+        values |= {name: list(x) if isinstance(x, tuple) else x for name, x in added}
     _check_fields(AdapterHeader, values, f"{where}: header")
     _check_fields(AdapterConfig, values["config"], f"{where}: config")
     _check_fields(Fingerprint, values["base"], f"{where}: base")
     base = Fingerprint(**values["base"] | {"samples": tuple(values["base"]["samples"])})
     _check_base(base, values["origin"], where)
+    visual = values["visual"]
+    if visual is not None:
+        _check_fields(VisualConfig, visual, f"{where}: visual")
+        visual = visual | {"hidden": tuple(visual["hidden"])}
     try:
         config = AdapterConfig(**values["config"])
+        visual = None if visual is None else VisualConfig(**visual)
     except ValueError as error:
         raise ValueError(f"{where}: config: {error}") from None
     header = AdapterHeader(
@@ -142,6 +164,7 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         scale_side=values["scale_side"],
         linears=tuple(values["linears"]),
         origin=values["origin"],
+        visual=visual,
     )
     _check_known("prompt_kind", header.prompt_kind, PROMPT_KINDS, where)
     for group in header.groups:
@@ -150,6 +173,8 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         raise ValueError(
             f"{where}: groups must be some of {tuple(GROUPS)} in this order, got {header.groups}"
         )
+    if ("projector" in header.groups) != (visual is not None):
+        raise ValueError(f"{where}: groups {header.groups} do not go with visual {visual}")
     if not header.groups or ("prompts" in header.groups) != bool(header.layers):
         raise ValueError(
             f"{where}: groups {header.groups} do not go with {len(header.layers)} adapted layers"
@@ -206,6 +231,8 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(_fits(v, arguments[1]) for v in value.values())
+    if origin is UnionType:
+        return any(_fits(value, one) for one in arguments)
     if is_dataclass(annotation):
         return isinstance(value, dict)
     # JSON writes 1.0 as a float, but an int is as good

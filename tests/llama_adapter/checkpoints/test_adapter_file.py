@@ -275,16 +275,21 @@ def test_files_of_another_kind_are_refused_unread(tmp_path: Path) -> None:
 
 HEADER_ERRORS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (
-        lambda header: header.update(format_version=3),
-        " has format version 3, this package reads versions 1 and 2",
+        lambda header: header.update(format_version=4),
+        " has format version 4, this package reads versions 1, 2, 3",
     ),
     (
         lambda header: header.clear(),
-        " has format version None, this package reads versions 1 and 2",
+        " has format version None, this package reads versions 1, 2, 3",
     ),
     (
         lambda header: header["groups"].append("lora"),
-        " has group 'lora', this version knows ('prompts', 'gates', 'bias', 'scale', 'norm')",
+        " has group 'lora', this version knows "
+        "('prompts', 'gates', 'projector', 'bias', 'scale', 'norm')",
+    ),
+    (
+        lambda header: header.update(visual=None),
+        ": header has unknown fields: visual",
     ),
     (
         lambda header: header.update(prompt_kind="kv"),

@@ -1,5 +1,6 @@
 """Does our own file hold biases, scales and norms, and the base of an adapter from elsewhere?"""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from llama_adapter.checkpoints.adapter_file import (
 )
 from llama_adapter.checkpoints.adapter_header import from_json, to_json
 from llama_adapter.checkpoints.fingerprint import fingerprint
-from llama_adapter.config import AdapterConfig, Tuning
+from llama_adapter.config import AdapterConfig, Tuning, VisualConfig
 from llama_adapter.model import Llama
 from tests.llama_adapter.checkpoints.test_adapter_file import rewrite
 
@@ -70,6 +71,48 @@ def test_older_versions_read_what_they_know(tuned: Path, tiny_model: Llama) -> N
     assert not {"linears", "origin"} & content.keys()
     with pytest.raises(ValueError, match="header has unknown fields: linears"):
         from_json(content | {"linears": ["wq"]}, "file")
+
+
+VISUAL = VisualConfig(11, (7, 5), "gelu", "random numbers")
+
+
+def test_an_adapter_of_images_keeps_its_projector(tiny_model: Llama, tmp_path: Path) -> None:
+    g, path = torch.Generator().manual_seed(3), tmp_path / "adapter.safetensors"
+    adapter = Adapter(AdapterConfig(), tiny_model.config, generator=g, visual=VISUAL)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(std=1.5, generator=g)
+    save_adapter(path, adapter, fingerprint(tiny_model, "tiny"))
+    header = read_header(path)
+    assert header.visual == VISUAL
+    assert header.groups == ("prompts", "gates", "projector")
+    assert to_json(header)["format_version"] == 3
+    loaded = load_adapter(path, tiny_model, "tiny")
+    features = torch.randn(2, 11, generator=g)
+    assert torch.equal(loaded.visual_tokens(features), adapter.visual_tokens(features))
+    assert list(loaded.groups()) == list(adapter.groups())
+
+
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"visual": None}, r"groups \('prompts', 'gates', 'projector'\) do not go with visual None"),
+    ({"groups": ["prompts", "gates"]}, "do not go with visual VisualConfig"),
+    ({"visual": {"features": 11}}, "visual has missing fields: activation, encoder, hidden"),
+    ({"visual": "clip"}, "visual must be .*VisualConfig.*, got 'clip'"),
+    ({"format_version": 2}, "header has unknown fields: visual"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES, ids=range(len(CHANGES)))
+def test_what_does_not_go_with_images_is_named(
+    change: dict[str, Any], message: str, tiny_model: Llama, tmp_path: Path
+) -> None:
+    path = tmp_path / "adapter.safetensors"
+    adapter = Adapter(AdapterConfig(), tiny_model.config, visual=VISUAL)
+    save_adapter(path, adapter, fingerprint(tiny_model, "tiny"))
+    content = json.loads(json.dumps(to_json(read_header(path))))
+    from_json(content, "file")
+    with pytest.raises(ValueError, match=message):
+        from_json(content | change, "file")
 
 
 def test_every_flipped_bit_of_every_group_is_found(tuned: Path) -> None:

@@ -1,15 +1,14 @@
 """What maps the features of an image to one token of the language model."""
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-ACTIVATIONS = {"silu": nn.functional.silu, "gelu": nn.functional.gelu}
+from llama_adapter.config import VisualConfig
 
 
-class CascadedMLP(nn.Module):
+class Projector(nn.Module):
     """I_p = W_n a(... a(W_1 x + b_1) ...) + b_n, from features (B, F) to one token (B, C) each.
 
     The paper gives "simple cascaded MLPs" and, in its Table 3, parameters: 6 features of 768, a
@@ -20,39 +19,24 @@ class CascadedMLP(nn.Module):
     Source: LLaMA-Adapter, equation 9.
 
     Attributes:
+        config: its shape.
         maps: the linear maps, first to last.
-        activation: one of ACTIVATIONS, between two maps.
     """
 
     def __init__(
-        self,
-        features: int,
-        dim: int,
-        hidden: Sequence[int] = (64,),
-        activation: str = "silu",
-        *,
-        generator: torch.Generator | None = None,
+        self, config: VisualConfig, dim: int, *, generator: torch.Generator | None = None
     ) -> None:
         """Create maps with weights N(0, 1 / inputs) and biases of zero.
 
         Args:
-            features: F, numbers that describe an image.
+            config: features F, hidden widths and the activation between two maps.
             dim: C, the language model's width.
-            hidden: widths between the maps; none makes it one linear map.
-            activation: "silu" or "gelu".
             generator: source of the random values.
-
-        Raises:
-            ValueError: a width is below 1, or the activation is unknown.
         """
         super().__init__()
-        widths = (features, *hidden, dim)
-        if min(widths) < 1:
-            raise ValueError(f"features, hidden and dim must be at least 1, got {widths}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {[*ACTIVATIONS]}, got {activation!r}")
-        self.activation = activation
-        maps = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(widths)]
+        self.config = config
+        widths = pairwise((config.features, *config.hidden, dim))
+        maps = [nn.Linear(inputs, outputs) for inputs, outputs in widths]
         for one in maps:
             nn.init.normal_(one.weight, std=one.in_features**-0.5, generator=generator)
             nn.init.zeros_(one.bias)
@@ -60,8 +44,9 @@ class CascadedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C) in float32 of features (B, F) in any dtype."""
+        activation = getattr(nn.functional, self.config.activation)
         first, *others = self.maps
         x = first(x.float())
         for one in others:
-            x = one(ACTIVATIONS[self.activation](x))
+            x = one(activation(x))
         return x

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from llama_adapter.adapter import Adapter
-from llama_adapter.config import PRESETS, AdapterConfig
+from llama_adapter.config import PRESETS, AdapterConfig, Tuning, VisualConfig
 from llama_adapter.model import Llama
-from llama_adapter.multimodal.projector import CascadedMLP
 from llama_adapter.packing import Packing
+from llama_adapter.projector import Projector
 
 
-def random_projector(features: int, dim: int) -> CascadedMLP:
+def random_projector(features: int, dim: int) -> Projector:
     """One whose biases are not zero either."""
     generator = torch.Generator().manual_seed(5)
-    found = CascadedMLP(features, dim, (7, 5), "gelu", generator=generator)
+    found = Projector(VisualConfig(features, (7, 5), "gelu"), dim, generator=generator)
     for one in found.maps:
         torch.nn.init.normal_(one.bias, generator=generator)
     return found
@@ -38,7 +38,7 @@ def tokens(model: Llama) -> Tensor:
 
 def test_its_size_is_that_of_table_3() -> None:
     with torch.device("meta"):
-        projector = CascadedMLP(6 * 768, 4096)
+        projector = Projector(VisualConfig(6 * 768), 4096)
         adapter = Adapter(AdapterConfig(n_layers=30), PRESETS["llama-7b"])
     count = sum(x.numel() for x in projector.parameters())
     assert count == 561_216
@@ -54,21 +54,21 @@ def test_it_is_the_cascade_of_its_maps() -> None:
     assert torch.equal(projector(x), expected)
     assert projector(x.bfloat16()).dtype == torch.float32
     assert projector(torch.zeros(1, 11)).abs().max() > 0
-    (alone,) = CascadedMLP(11, 13, ()).maps
+    (alone,) = Projector(VisualConfig(11, ()), 13).maps
     assert alone.weight.shape == (13, 11)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 4), "must be at least 1, got (0, 64, 4)"),
-        ((3, 4, (5, 0)), "must be at least 1, got (3, 5, 0, 4)"),
-        ((3, 4, (5,), "relu"), "activation must be one of ['silu', 'gelu'], got 'relu'"),
+        ((0,), "must be at least 1, got 0 and (64,)"),
+        ((3, (5, 0)), "must be at least 1, got 3 and (5, 0)"),
+        ((3, (5,), "relu"), "activation must be one of ('silu', 'gelu'), got 'relu'"),
     ],
 )
 def test_what_is_no_projector_is_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        CascadedMLP(*arguments)
+        VisualConfig(*arguments)
 
 
 @torch.no_grad()
@@ -86,6 +86,27 @@ def test_an_image_is_a_prompt_of_its_own(
         torch.testing.assert_close(got[row : row + 1], alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(got[1], plain[1], rtol=0, atol=1e-5)
     assert (got[0] - plain[0]).abs().max() > 0.01
+
+
+def test_features_are_checked_and_what_is_not_there_is_not_looked_at(tiny_model: Llama) -> None:
+    config, visual = AdapterConfig(n_layers=2), VisualConfig(11, (7,))
+    adapter = Adapter(config, tiny_model.config, visual=visual)
+    features = torch.randn(3, 11)
+    token = adapter.visual_tokens(features)
+    features[1] = torch.nan
+    got = adapter.visual_tokens(features, torch.tensor([True, False, True]))
+    assert torch.equal(got[::2], token[::2])
+    assert not got[1].any()
+    got.square().sum().backward()
+    assert all(
+        x.grad is not None and x.grad.isfinite().all() for x in adapter.groups()["projector"]
+    )
+    with pytest.raises(ValueError, match=r"features must have shape \(B, 11\), got \(3, 10\)"):
+        adapter.visual_tokens(features[:, :10])
+    with pytest.raises(ValueError, match="this adapter has no projector"):
+        Adapter(config, tiny_model.config).visual_tokens(features)
+    with pytest.raises(ValueError, match="visual needs layers with prompts, got none"):
+        Adapter(config, tiny_model.config, layers=(), tuning=Tuning(("norm",)), visual=visual)
 
 
 def test_packed_sequences_have_their_own_images_too(
