@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+from llama_adapter.multimodal.features import digest_of
+
 POOLS = ("cls", "mean")
 
 
@@ -49,6 +51,7 @@ class ClipFeatures:
     Attributes:
         scales: what is taken.
         width: numbers that describe an image.
+        digest: of the weights, the preparation of images and the scales.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class ClipFeatures:
             )
         each = config.projection_dim if self.scales.project else config.hidden_size
         self.width: int = each * len(self.scales.layers)
+        prepared = sorted(processor.to_dict().items())
+        self.digest = digest_of([*model.parameters()], self.scales, prepared)
 
     @classmethod
     def load(

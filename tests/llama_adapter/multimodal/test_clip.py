@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from llama_adapter.multimodal.clip import ClipFeatures, Scales
+from llama_adapter.multimodal.features import FeatureCache
 
 SHAPE = {
     "hidden_size": 24,
@@ -81,6 +82,26 @@ def test_features_are_the_encoders_layer_by_layer(folder: Path, scales: Scales) 
     if scales.project:
         width = SHAPE["projection_dim"]
         torch.testing.assert_close(got[:, -width:], model(pixels).image_embeds, rtol=0, atol=1e-5)
+
+
+def test_a_cache_holds_them(folder: Path, tmp_path: Path) -> None:
+    features = ClipFeatures.load(folder, Scales((2, 4)))
+    paths = [picture(tmp_path / f"{size}.png", size=(size, 33)) for size in (25, 40, 31)]
+    cache = FeatureCache(tmp_path / "cache", features, batch_size=2)
+    expected = features(features.pixels(paths))
+    torch.testing.assert_close(cache(paths), expected, rtol=0, atol=1e-5)
+    assert torch.equal(cache(paths[::-1]), cache(paths).flip(0))
+    digests = {features.digest}
+    digests.add(ClipFeatures.load(folder, Scales((2, 4))).digest)
+    assert len(digests) == 1
+    digests.add(ClipFeatures.load(folder, Scales((1, 4))).digest)
+    changed = random_clip()
+    with torch.no_grad():
+        changed.visual_projection.weight[3, 2] += 1
+    processor = CLIPImageProcessor.from_pretrained(folder)
+    digests.add(ClipFeatures(changed, processor, Scales((2, 4))).digest)
+    digests.add(ClipFeatures(random_clip(), CLIPImageProcessor(), Scales((2, 4))).digest)
+    assert len(digests) == 4
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1"])

@@ -1,0 +1,118 @@
+"""Features of image files, computed once: the encoder is frozen, so they never change.
+
+One file an image, named by the digest of its content, in a folder named by the encoder's. All of
+them may be deleted whenever nobody reads; one that is damaged is made anew.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llama_adapter.checkpoints.atomic import write_atomically
+
+
+class Encoder(Protocol):
+    """What makes features of image files, such as ClipFeatures."""
+
+    width: int
+    digest: str
+
+    def pixels(self, images: Sequence[str | Path]) -> Tensor:
+        """What `__call__` takes of image files."""
+        ...
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Features (B, width)."""
+        ...
+
+
+class FeatureCache:
+    """Features of image files, of a folder or made now.
+
+    Attributes:
+        folder: of this encoder's features.
+    """
+
+    def __init__(
+        self, folder: str | Path, encoder: Encoder, *, batch_size: int = 32, progress: bool = False
+    ) -> None:
+        """Keep an encoder's features.
+
+        Args:
+            folder: of all encoders' features; made when something is kept.
+            encoder: that makes what is missing.
+            batch_size: images that it takes at a time.
+            progress: show a bar on stderr while images are encoded.
+        """
+        self._encoder, self._batch, self._progress = encoder, batch_size, progress
+        self.folder = Path(folder) / encoder.digest
+
+    def __call__(self, images: Sequence[str | Path]) -> Tensor:
+        """Features (n, width) in float32 of image files, on the CPU.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a file is no image.
+            OSError: the folder cannot be written.
+        """
+        digests = [_digest(Path(image)) for image in images]
+        found = {digest: self._read(digest) for digest in dict.fromkeys(digests)}
+        missing = {
+            digest: image
+            for digest, image in zip(digests, images, strict=True)
+            if found[digest] is None
+        }
+        bar = tqdm(total=len(missing), desc="images", disable=not (self._progress and missing))
+        names = list(missing)
+        with bar:
+            for start in range(0, len(names), self._batch):
+                some = names[start : start + self._batch]
+                features = self._encoder(self._encoder.pixels([missing[one] for one in some]))
+                for name, row in zip(some, features.float().cpu(), strict=True):
+                    self._write(name, row)
+                    found[name] = row
+                bar.update(len(some))
+        rows = [row for digest in digests if (row := found[digest]) is not None]
+        return torch.stack(rows) if rows else torch.empty(0, self._encoder.width)
+
+    def _path(self, digest: str) -> Path:
+        # folders of a million files are slow to list
+        return self.folder / digest[:2] / f"{digest}.npy"
+
+    def _read(self, digest: str) -> Tensor | None:
+        try:
+            row = np.load(self._path(digest), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        whole = row.dtype == np.float32 and row.shape == (self._encoder.width,)
+        return torch.from_numpy(row) if whole else None
+
+    def _write(self, digest: str, row: Tensor) -> None:
+        content = io.BytesIO()
+        np.save(content, row.numpy(), allow_pickle=False)
+        path = self._path(digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
+
+
+def _digest(path: Path) -> str:
+    """Of a file's content."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(parameters: Sequence[Tensor], *settings: object) -> str:
+    """Of an encoder: its weights, and whatever else decides its features."""
+    found = hashlib.sha256(repr(settings).encode())
+    for parameter in parameters:
+        found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]

@@ -1,0 +1,99 @@
+"""Cached features are those of the encoder, whatever changes, breaks or is shared."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llama_adapter.multimodal.features import FeatureCache, digest_of
+
+
+class Bytes:
+    """Features that are a file's first bytes; it counts what it is asked for."""
+
+    width = 5
+
+    def __init__(self, digest: str = "first") -> None:
+        self.digest, self.asked = digest, 0
+
+    def pixels(self, images: Sequence[str | Path]) -> Tensor:
+        self.asked += len(images)
+        rows = [np.frombuffer(Path(one).read_bytes()[: self.width], np.uint8) for one in images]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels * (2 if self.digest == "first" else 3)).bfloat16()
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    """Seven files, of which two have one content."""
+    paths = [tmp_path / f"{number}.png" for number in range(7)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([min(number, 5), 1, 2, 3, 4, 9]))
+    return paths
+
+
+def expected(images: Sequence[Path], factor: int = 2) -> Tensor:
+    return torch.stack([torch.tensor([*one.read_bytes()[:5]]).float() * factor for one in images])
+
+
+def test_an_image_is_encoded_once(images: list[Path], tmp_path: Path) -> None:
+    encoder = Bytes()
+    cache = FeatureCache(tmp_path / "cache", encoder, batch_size=4)
+    assert torch.equal(cache(images), expected(images))
+    assert encoder.asked == 6
+    order = [images[index] for index in (3, 0, 3, 6)]
+    again = FeatureCache(tmp_path / "cache", encoder)
+    got = again(order)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected(order))
+    assert encoder.asked == 6
+    assert again([]).shape == (0, 5)
+    # under another name it is the same image, and with another content another
+    images[0].rename(tmp_path / "renamed.png")
+    images[1].write_bytes(b"other image")
+    assert torch.equal(again([tmp_path / "renamed.png"]), torch.tensor([[0.0, 2, 4, 6, 8]]))
+    assert encoder.asked == 6
+    assert torch.equal(again([images[1]]), expected([images[1]]).bfloat16().float())
+    assert encoder.asked == 7
+
+
+def test_another_encoder_has_features_of_its_own(images: list[Path], tmp_path: Path) -> None:
+    FeatureCache(tmp_path, Bytes())(images)
+    got = FeatureCache(tmp_path, Bytes("second"))(images)
+    assert torch.equal(got, expected(images, 3))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"no array at all"])
+def test_what_is_damaged_is_made_anew(damage: bytes, images: list[Path], tmp_path: Path) -> None:
+    encoder = Bytes()
+    cache = FeatureCache(tmp_path / "cache", encoder)
+    cache(images)
+    files = sorted(cache.folder.rglob("*.npy"))
+    assert len(files) == 6
+    files[2].write_bytes(damage)
+    np.save(files[4], np.zeros(4, np.float32))
+    np.save(files[5], np.array(["a"], object), allow_pickle=True)
+    assert torch.equal(cache(images), expected(images))
+    assert encoder.asked == 9
+    assert torch.equal(cache(images), expected(images))
+    assert encoder.asked == 9
+
+
+def test_a_file_that_is_not_there_is_named(images: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.png: no such file"):
+        FeatureCache(tmp_path, Bytes())([images[0], tmp_path / "absent.png"])
+
+
+def test_a_digest_is_of_all_that_decides() -> None:
+    weights = [torch.randn(3, 4), torch.randn(2).bfloat16()]
+    first = digest_of(weights, "scales")
+    assert digest_of([x.clone() for x in weights], "scales") == first
+    changed = weights[1].clone()
+    changed[1] += 1
+    others = {digest_of(weights, "others"), digest_of([weights[0], changed], "scales")}
+    assert len(others | {first}) == 3
