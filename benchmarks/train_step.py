@@ -101,7 +101,8 @@ def run(options: argparse.Namespace) -> None:
     """Measure, then report."""
     device = torch.device(options.device)
     protocol = QUICK_PROTOCOL if options.quick else PROTOCOLS[device.type]
-    results = command.open_results("train_step", options, SOURCES, protocol, THEIRS)
+    packages = (*THEIRS, "litgpt")
+    results = command.open_results("train_step", options, SOURCES, protocol, packages)
     for (setting,) in command.in_time(settings(device.type, command.extent_of(options)), results):
         measure_setting(setting, device, protocol, results)
     cells = cells_of(results.rows.values(), Setting)
