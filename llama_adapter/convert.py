@@ -104,6 +104,12 @@ def describe_adapter(path: Path) -> list[str]:
             f"gates       one per {config.gate_scope}, {config.gate_activation}, "
             f"multipliers from {values.min():.3f} to {values.max():.3f}",
         ]
+    if (visual := header.visual) is not None:
+        made = f" of {visual.encoder}" if visual.encoder else ""
+        hidden = ", ".join(map(str, visual.hidden)) or "none"
+        lines.append(
+            f"images      {visual.features} features{made}; projector's hidden widths {hidden}"
+        )
     if header.linears:
         side = "" if header.scale_side is None else f"; scale on the {header.scale_side} side"
         lines.append(f"linear maps {', '.join(header.linears)}{side}")

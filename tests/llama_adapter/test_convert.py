@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from llama_adapter import assets
+from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints import load_base
-from llama_adapter.checkpoints.adapter_file import load_adapter
+from llama_adapter.checkpoints.adapter_file import load_adapter, save_adapter
 from llama_adapter.checkpoints.adapter_formats import WRITERS
+from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.cli import main
+from llama_adapter.config import AdapterConfig, VisualConfig
 from tests.llama_adapter.checkpoints.adapter_samples import chat_tensors, prompt_tensors, save
 
 
@@ -80,6 +83,32 @@ def test_info_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"(648 parameters, {path.stat().st_size:,} bytes)" in out
     assert "fits        no published LLaMA (by shape)" in out
     assert "note        gates: tanh (official's convention), one per head" in out
+
+
+def test_an_adapter_of_images_is_told_and_its_projector_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, path = load_base(assets.BASE).model, tmp_path / "a.safetensors"
+    config = AdapterConfig(gate_activation="identity", gate_scope="layer")
+    visual = VisualConfig(11, (7, 5), encoder="random numbers")
+    adapter = Adapter(config, model.config, visual=visual)
+    save_adapter(path, adapter, fingerprint(model, "tiny"))
+    assert main(["info", str(path)]) == 0
+    said = "images      11 features of random numbers; projector's hidden widths 7, 5"
+    assert said in capsys.readouterr().out
+    for name in WRITERS:
+        out = tmp_path / f"as_{name}"
+        code = main(["convert", str(path), str(out), "--to", name])
+        if name == "llama-adapter":
+            assert code == 0
+            again = load_adapter(out, model, "tiny")
+            for key, value in adapter.state_dict().items():
+                assert torch.equal(again.state_dict()[key], value), key
+        else:
+            assert code == 2
+            said = f"{name} holds no projector of images, and the adapter has one"
+            assert said in capsys.readouterr().err
+            assert not out.exists()
 
 
 def test_info_of_a_7b_adapter_names_its_bases(
