@@ -17,7 +17,8 @@ PLOT = ["matplotlib>=3.8"]
 LOG = ["tensorboard>=2.16"]
 # the first that is made for torch 2.11
 QUANT = ["torchao>=0.17"]
-TEST = [*HF, *PLOT, *LOG, *QUANT, "pytest>=8", "pytest-xdist>=3.5"]
+OCR = ["pytesseract>=0.3.13"]
+TEST = [*HF, *PLOT, *LOG, *QUANT, *OCR, "pytest>=8", "pytest-xdist>=3.5"]
 
 setup(
     name="llama-adapter-kernels",
@@ -55,6 +56,7 @@ setup(
         "hf": HF,
         "tokenizers": TOKENIZERS,
         "quant": QUANT,
+        "ocr": OCR,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "pyright[nodejs]>=1.1.400"],
     },
