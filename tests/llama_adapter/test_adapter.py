@@ -7,7 +7,7 @@ from torch import Tensor
 from adapter_kernels import linear_cross_entropy
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
 from llama_adapter.cache import KVCache
-from llama_adapter.config import AdapterConfig, LlamaConfig
+from llama_adapter.config import LINEARS, PRESETS, AdapterConfig, LlamaConfig, Tuning
 from llama_adapter.model import Llama
 
 
@@ -231,3 +231,13 @@ def test_a_bank_gives_every_sequence_its_own_adapter(
     got = tiny_model(tokens, bank)
     torch.testing.assert_close(got, torch.cat(expected), rtol=0, atol=1e-5)
     assert (expected[0] - tiny_model(tokens[:1])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("side", "count"), [("input", 13_811_712), ("output", 14_917_632)])
+def test_version_2_of_65b_is_the_papers_14_million(side: str, count: int) -> None:
+    """Biases, scales and norms of the seven linear maps; its abstract says 14 M."""
+    linears = tuple(name for name in LINEARS if name != "output")
+    tuning = Tuning(("bias", "scale", "norm"), linears, side)
+    with torch.device("meta"):
+        adapter = Adapter(AdapterConfig(), PRESETS["llama-65b"], layers=(), tuning=tuning)
+    assert sum(x.numel() for x in adapter.tuned_parameters().values()) == count
