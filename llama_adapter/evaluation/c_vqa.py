@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.evaluation.benchmark_files import FileProblem, usable
 from llama_adapter.evaluation.runner import Item, Scores
 from llama_adapter.evaluation.source_files import (
-    Malformed,
     answered,
     image_path,
     prediction_text,
-    some_usable,
     table_rows,
     write_table,
 )
@@ -44,7 +43,9 @@ _POSITIVE = ("yes", "true", "be", "is", "are")
 _WORD = re.compile(r"\w+")
 
 
-def load(path: str | Path, images: str | Path | None = None) -> tuple[list[Item], list[Malformed]]:
+def load(
+    path: str | Path, images: str | Path | None = None
+) -> tuple[list[Item], list[FileProblem]]:
     """Read a table of C-VQA, Real or Synthetic.
 
     Args:
@@ -54,25 +55,27 @@ def load(path: str | Path, images: str | Path | None = None) -> tuple[list[Item]
 
     Returns:
         Items in the file's order, a row's original question before its counterfactual one (id,
-        row: its number from 0, kind: original or counterfactual, type, image: path or None,
-        image_name, question, answer), and what could not be used.
+        row: its number from 0 among those that are rows, kind: original or counterfactual, type,
+        image: path or None, image_name, question, answer), and what could not be used.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a column is missing, the file is not UTF-8, or nothing is usable.
     """
-    items: list[Item] = []
-    malformed: list[Malformed] = []
-    for number, (line, row) in enumerate(table_rows(path, _COLUMNS)):
-        found = row if isinstance(row, str) else _pair(number, row, images)
+    items: list[dict[str, Any]] = []
+    malformed: list[FileProblem] = []
+    for number, (line, row) in enumerate(table_rows(path, _COLUMNS, malformed)):
+        found = _pair(number, row, images)
         if isinstance(found, str):
-            malformed.append(Malformed(str(path), f"line {line}", found))
+            malformed.append(FileProblem(line, found, str(path), "line"))
         else:
             items += found
-    return some_usable(items, malformed, path)
+    return usable(items, malformed, path)
 
 
-def _pair(number: int, row: Mapping[str, str], images: str | Path | None) -> list[Item] | str:
+def _pair(
+    number: int, row: Mapping[str, str], images: str | Path | None
+) -> list[dict[str, Any]] | str:
     """A row's two questions, or why they are not used."""
     empty = [name for name in _COLUMNS if not row[name].strip()]
     if empty:
@@ -81,7 +84,7 @@ def _pair(number: int, row: Mapping[str, str], images: str | Path | None) -> lis
     image, reason = image_path(images, name)
     if reason is not None:
         return reason
-    items: list[Item] = []
+    items: list[dict[str, Any]] = []
     for kind, (query, gold, _) in _KINDS.items():
         answer = row[gold].strip()
         # formatted answers are equal to such a gold only

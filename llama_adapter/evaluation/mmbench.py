@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.evaluation.benchmark_files import FileProblem, usable
 from llama_adapter.evaluation.runner import Item, Scores
 from llama_adapter.evaluation.source_files import (
-    Malformed,
     answered,
     prediction_text,
-    some_usable,
     table_rows,
     write_table,
 )
@@ -42,7 +41,7 @@ _TAIL = 4
 _SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
-def load(path: str | Path) -> tuple[list[Item], list[Malformed]]:
+def load(path: str | Path) -> tuple[list[Item], list[FileProblem]]:
     """Read a table of MMBench.
 
     Args:
@@ -60,22 +59,20 @@ def load(path: str | Path) -> tuple[list[Item], list[Malformed]]:
         FileNotFoundError: there is no such file.
         ValueError: a column is missing, the file is not UTF-8, or nothing is usable.
     """
-    rows = table_rows(path, _COLUMNS, "\t")
-    images = {
-        row["index"].strip(): row["image"].strip() for _, row in rows if isinstance(row, dict)
-    }
-    malformed: list[Malformed] = []
-    groups: dict[int, dict[int, Item]] = {}
+    malformed: list[FileProblem] = []
+    rows = list(table_rows(path, _COLUMNS, malformed, "\t"))
+    images = {row["index"].strip(): row["image"].strip() for _, row in rows}
+    groups: dict[int, dict[int, dict[str, Any]]] = {}
     for line, row in rows:
-        found = row if isinstance(row, str) else _item(row, images)
+        found = _item(row, images)
         if not isinstance(found, str):
             group = groups.setdefault(found["group"], {})
             if found["rotation"] not in group:
                 group[found["rotation"]] = found
                 continue
             found = f"index {found['id']} is there twice"
-        malformed.append(Malformed(str(path), f"line {line}", found))
-    items: list[Item] = []
+        malformed.append(FileProblem(line, found, str(path), "line"))
+    items: list[dict[str, Any]] = []
     for name, group in groups.items():
         wanted = {rotation: len(item["options"]) for rotation, item in group.items()}
         if sorted(group) == list(range(max(wanted.values()))) and len({*wanted.values()}) == 1:
@@ -85,11 +82,11 @@ def load(path: str | Path) -> tuple[list[Item], list[Malformed]]:
             reason = (
                 f"must have rotations 0 to {max(wanted.values()) - 1}, got {rotations}: left out"
             )
-            malformed.append(Malformed(str(path), f"group {name}", reason))
-    return some_usable(items, malformed, path)
+            malformed.append(FileProblem(name, reason, str(path), "group"))
+    return usable(items, malformed, path)
 
 
-def _item(row: Mapping[str, str], images: Mapping[str, str]) -> Item | str:
+def _item(row: Mapping[str, str], images: Mapping[str, str]) -> dict[str, Any] | str:
     """A row as an item, or why it is none."""
     index = row["index"].strip()
     if not (index.isascii() and index.isdigit()):

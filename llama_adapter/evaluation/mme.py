@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.checkpoints.atomic import write_atomically
+from llama_adapter.evaluation.benchmark_files import FileProblem, usable
 from llama_adapter.evaluation.runner import Item, Scores
-from llama_adapter.evaluation.source_files import (
-    Malformed,
-    answered,
-    numbered_lines,
-    prediction_text,
-    some_usable,
-)
+from llama_adapter.evaluation.source_files import answered, numbered_lines, prediction_text
 
 PERCEPTION = (
     "existence",
@@ -47,7 +42,7 @@ _SUFFIXES = (".jpg", ".png")
 _PREFIX = 4
 
 
-def load(folder: str | Path, tasks: Sequence[str] = TASKS) -> tuple[list[Item], list[Malformed]]:
+def load(folder: str | Path, tasks: Sequence[str] = TASKS) -> tuple[list[Item], list[FileProblem]]:
     """Read MME's folder, in either of its layouts.
 
     A subtask holds questions_answers_YN/NAME.txt and images/NAME.jpg or .png, or both kinds of
@@ -67,8 +62,8 @@ def load(folder: str | Path, tasks: Sequence[str] = TASKS) -> tuple[list[Item], 
         FileNotFoundError: a subtask's folder is absent.
         ValueError: there is no such subtask, a file is not UTF-8, or nothing is usable.
     """
-    items: list[Item] = []
-    malformed: list[Malformed] = []
+    items: list[dict[str, Any]] = []
+    malformed: list[FileProblem] = []
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"tasks must be among {', '.join(TASKS)}, got {task!r}")
@@ -78,20 +73,19 @@ def load(folder: str | Path, tasks: Sequence[str] = TASKS) -> tuple[list[Item], 
         texts, images = home / "questions_answers_YN", home / "images"
         if not texts.is_dir():
             texts = images = home
-        pairs = 0
-        for path in sorted(texts.glob("*.txt")):
+        for pair, path in enumerate(sorted(texts.glob("*.txt"))):
             questions, problems = _questions(path)
             found = [images / f"{path.stem}{suffix}" for suffix in _SUFFIXES]
             image = next((each for each in found if each.is_file()), None)
             if image is None:
                 reason = f"image {found[0]} or {_SUFFIXES[1]}: no such file"
-                problems.append(Malformed(str(path), "image", reason))
+                problems.append(FileProblem(pair, reason, str(path), "image"))
             if len(questions) != PAIR:
                 reason = f"must hold {PAIR} usable questions, got {len(questions)}: none is used"
-                problems.append(Malformed(str(path), "pair", reason))
+                problems.append(FileProblem(pair, reason, str(path), "pair"))
             malformed += problems
             if image is not None and len(questions) == PAIR:
-                shared = {"task": task, "pair": pairs, "image": str(image)}
+                shared = {"task": task, "pair": pair, "image": str(image)}
                 for number, (question, gold) in enumerate(questions, 1):
                     items.append(
                         {
@@ -102,11 +96,10 @@ def load(folder: str | Path, tasks: Sequence[str] = TASKS) -> tuple[list[Item], 
                             "gold": gold,
                         }
                     )
-                pairs += 1
-    return some_usable(items, malformed, folder)
+    return usable(items, malformed, folder)
 
 
-def _questions(path: Path) -> tuple[list[tuple[str, str]], list[Malformed]]:
+def _questions(path: Path) -> tuple[list[tuple[str, str]], list[FileProblem]]:
     """Questions of one image with their answers, and the lines that are none."""
     questions, problems = [], []
     for number, line in numbered_lines(path):
@@ -120,7 +113,7 @@ def _questions(path: Path) -> tuple[list[tuple[str, str]], list[Malformed]]:
         else:
             questions.append((cells[0], cells[1]))
             continue
-        problems.append(Malformed(str(path), f"line {number}", reason))
+        problems.append(FileProblem(number, reason, str(path), "line"))
     return questions, problems
 
 

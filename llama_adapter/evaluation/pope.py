@@ -4,7 +4,6 @@ The questions are the released files or built here from lists of objects; what i
 vain is any object, a frequent one, or one that often stands beside what is there.
 """
 
-import json
 import random
 import re
 from collections import Counter
@@ -12,31 +11,33 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.checkpoints.atomic import write_atomically
-from llama_adapter.evaluation.runner import Item, Scores
-from llama_adapter.evaluation.source_files import (
-    Malformed,
-    answered,
-    image_path,
-    json_lines,
-    prediction_text,
-    reason_against,
-    reason_against_string,
-    some_usable,
+from llama_adapter.evaluation.benchmark_files import (
+    INTEGER,
+    LIST,
+    TEXT,
+    FileProblem,
+    line_entries,
+    usable,
+    write_lines,
 )
+from llama_adapter.evaluation.runner import Item, Scores
+from llama_adapter.evaluation.source_files import answered, image_path, prediction_text
 
 LABELS = ("yes", "no")
 SETTINGS = ("random", "popular", "adversarial")
 # objects asked for per image that are there, and as many that are not
 PAIRS = 3
 _NEGATIONS = ("No", "not", "no")
+_FIELDS = {"question_id": INTEGER, "image": TEXT, "text": TEXT, "label": TEXT}
 # where spelling and sound of the first letter differ
 _AN = re.compile(
     r"(?!eu|one\b|once|ewe|u(?:ni(?!n)|s[aeiu]|kulele|tensil))[aeiou]|hour|honest|heir"
 )
 
 
-def load(path: str | Path, images: str | Path | None = None) -> tuple[list[Item], list[Malformed]]:
+def load(
+    path: str | Path, images: str | Path | None = None
+) -> tuple[list[Item], list[FileProblem]]:
     """Read a file of questions.
 
     Args:
@@ -51,41 +52,27 @@ def load(path: str | Path, images: str | Path | None = None) -> tuple[list[Item]
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8, or nothing is usable.
     """
-    items: list[Item] = []
-    malformed: list[Malformed] = []
-    seen: set[str] = set()
-    for line, value in json_lines(path):
-        found = _item(value, images)
-        if not isinstance(found, str) and found["id"] in seen:
-            found = f"question_id {found['id']} is there twice"
-        if isinstance(found, str):
-            malformed.append(Malformed(str(path), f"line {line}", found))
+    items: dict[str, dict[str, Any]] = {}
+    malformed: list[FileProblem] = []
+    lines = line_entries(path, malformed)
+    for line, value in lines.having(_FIELDS):
+        name, label = str(value["question_id"]), value["label"]
+        image, reason = image_path(images, value["image"])
+        if name in items:
+            reason = f"question_id {name} is there twice"
+        elif label not in LABELS:
+            reason = f"label must be yes or no, got {label!r}"
+        if reason is not None:
+            lines.refuse(line, reason)
         else:
-            seen.add(found["id"])
-            items.append(found)
-    return some_usable(items, malformed, path)
-
-
-def _item(value: Any, images: str | Path | None) -> Item | str:
-    """A line's value as an item, or why it is none."""
-    reason = reason_against(value, ("image", "text", "label"))
-    if reason is not None:
-        return reason
-    name = value.get("question_id")
-    if type(name) is not int:
-        return f"question_id must be a whole number, got {json.dumps(name)}"
-    if value["label"] not in LABELS:
-        return f"label must be yes or no, got {value['label']!r}"
-    image, reason = image_path(images, value["image"])
-    if reason is not None:
-        return reason
-    return {
-        "id": str(name),
-        "image": image,
-        "image_name": value["image"],
-        "question": value["text"],
-        "label": value["label"],
-    }
+            items[name] = {
+                "id": name,
+                "image": image,
+                "image_name": value["image"],
+                "question": value["text"],
+                "label": label,
+            }
+    return usable(list(items.values()), malformed, path)
 
 
 def prompt_of(item: Item) -> str:
@@ -157,31 +144,27 @@ def write(path: str | Path, items: Sequence[Item], predictions: Sequence[Any]) -
         {"question": item["question"], "answer": text}
         for item, text in answered(items, predictions)
     ]
-    _write_lines(path, rows)
+    write_lines(path, rows)
 
 
-def load_objects(path: str | Path) -> tuple[list[dict[str, Any]], list[Malformed]]:
+def load_objects(path: str | Path) -> tuple[list[dict[str, Any]], list[FileProblem]]:
     """Read what the question builder needs: one {"image", "objects": [name]} a line.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8, or nothing is usable.
     """
-    records: list[Item] = []
-    malformed: list[Malformed] = []
-    for line, value in json_lines(path):
-        reason = reason_against(value, ("image",))
-        objects = value.get("objects") if reason is None else None
-        if reason is None and not isinstance(objects, list):
-            reason = "objects must be a list"
-        for name in objects if isinstance(objects, list) else ():
-            reason = reason or reason_against_string("an object", name)
-        if reason is not None:
-            malformed.append(Malformed(str(path), f"line {line}", reason))
-        else:
+    records: list[dict[str, Any]] = []
+    malformed: list[FileProblem] = []
+    lines = line_entries(path, malformed)
+    for line, value in lines.having({"image": TEXT, "objects": LIST}):
+        objects = value["objects"]
+        if all(isinstance(name, str) and name.strip() for name in objects):
             records.append({"image": value["image"], "objects": objects})
-    found, problems = some_usable(records, malformed, path)
-    return [dict(record) for record in found], problems
+        else:
+            lines.refuse(line, "objects must hold names only")
+    usable(records, malformed, path)
+    return records, malformed
 
 
 def build_questions(
@@ -206,7 +189,8 @@ def build_questions(
         seed: of the draws.
 
     Returns:
-        Lines of a question file, question_id from 1: 6 per image.
+        Objects of a question file, question_id from 1, 6 per image; `benchmark_files.write_lines`
+        writes them.
 
     Raises:
         ValueError: there is no such setting, no image has three objects, or an image lacks fewer
@@ -268,12 +252,3 @@ def _chooser(
 
 def _article(name: str) -> str:
     return "an" if _AN.match(name.lower()) else "a"
-
-
-def write_questions(path: str | Path, questions: Sequence[Mapping[str, Any]]) -> None:
-    """Write a question file: one object a line."""
-    _write_lines(path, questions)
-
-
-def _write_lines(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())

@@ -14,19 +14,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.data.items import kind_of
-from llama_adapter.evaluation.runner import Item, Scores
-from llama_adapter.evaluation.source_files import (
-    Malformed,
-    answered,
-    image_path,
-    prediction_text,
-    read_object,
-    reason_against,
-    reason_against_string,
-    some_usable,
+from llama_adapter.evaluation.benchmark_files import (
+    INTEGER,
+    LIST,
+    STRING,
+    TEXT,
+    FileProblem,
+    against,
+    read_json,
+    usable,
+    write_json,
 )
+from llama_adapter.evaluation.runner import Item, Scores
+from llama_adapter.evaluation.source_files import answered, image_path, prediction_text
 
 # columns of the paper's table 2, in its order
 CLASSES = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
@@ -35,6 +36,12 @@ GRADES = tuple(f"grade{number}" for number in range(1, 13))
 FALLBACKS = ("random", "wrong", "first")
 LETTERS = string.ascii_uppercase
 EMPTY_CLASS = -1.0
+_FIELDS = {
+    **dict.fromkeys(("question", "subject", "grade", "split"), TEXT),
+    **dict.fromkeys(("hint", "topic"), STRING),
+    "choices": LIST,
+    "answer": INTEGER,
+}
 # any character may follow the letter, as in the official pattern; brackets are how the paper prints
 _ANSWER = re.compile(r"The answer is (?:\(([A-Z])\)|([A-Z]).)")
 
@@ -44,7 +51,7 @@ def load(
     splits: str | Path,
     split: str = "test",
     images: str | Path | None = None,
-) -> tuple[list[Item], list[Malformed]]:
+) -> tuple[list[Item], list[FileProblem]]:
     """Read one split of ScienceQA.
 
     Args:
@@ -62,51 +69,64 @@ def load(
         FileNotFoundError: a file is absent.
         ValueError: a file is no JSON object, there is no such split, or nothing in it is usable.
     """
-    by_id, ids_by_split = read_object(problems), read_object(splits)
+    by_id, ids_by_split = _object(problems), _object(splits)
     names = ids_by_split.get(split)
     if not isinstance(names, list):
         known = ", ".join(ids_by_split)
         raise ValueError(f"{splits} must hold a list as split {split!r}, it has {known or 'none'}")
-    items: list[Item] = []
-    malformed: list[Malformed] = []
+    # where a question is in problems.json, for what is said against it
+    places = {name: place for place, name in enumerate(by_id)}
+    items: list[dict[str, Any]] = []
+    malformed: list[FileProblem] = []
     seen: set[str] = set()
     for position, name in enumerate(names):
         if not isinstance(name, str) or name in seen:
             what = "is there twice" if isinstance(name, str) else "must be a string"
             reason = f"question id {what}, got {json.dumps(name)}"
-            malformed.append(Malformed(str(splits), f"{split}[{position}]", reason))
-            continue
-        seen.add(name)
-        found = _item(name, by_id.get(name), images) if name in by_id else "is not in the file"
-        if isinstance(found, str):
-            malformed.append(Malformed(str(problems), f"question {name!r}", found))
+            malformed.append(FileProblem(position, reason, str(splits), split))
+        elif name not in by_id:
+            reason = f"question {name!r} is not in {problems}"
+            malformed.append(FileProblem(position, reason, str(splits), split))
         else:
-            items.append(found)
-    return some_usable(items, malformed, problems)
+            found = _item(name, by_id[name], images)
+            if isinstance(found, str):
+                reason = f"question {name!r}: {found}"
+                malformed.append(FileProblem(places[name], reason, str(problems), "entry"))
+            else:
+                items.append(found)
+            seen.add(name)
+    return usable(items, malformed, problems)
 
 
-def _item(name: str, problem: Any, images: str | Path | None) -> Item | str:
+def _object(path: str | Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold an object, got {kind_of(content)}")
+    return content
+
+
+def _item(name: str, problem: Any, images: str | Path | None) -> dict[str, Any] | str:
     """A problem as an item, or why it is none."""
-    reason = reason_against(problem, ("question", "subject", "grade", "split"), ("hint", "topic"))
+    reason = against(problem, _FIELDS)
     if reason is not None:
         return reason
-    choices, answer, image = (problem.get(key) for key in ("choices", "answer", "image"))
-    if not isinstance(choices, list) or not 1 < len(choices) <= len(LETTERS):
-        got = f"{len(choices)}" if isinstance(choices, list) else kind_of(choices)
-        return f"choices must be a list of 2 to {len(LETTERS)}, got {got}"
-    for choice in choices:
-        reason = reason_against_string("a choice", choice)
-        if reason is not None:
-            return reason
-    if type(answer) is not int or not 0 <= answer < len(choices):
-        return f"answer must be an index of {len(choices)} choices, got {json.dumps(answer)}"
+    choices, answer, image = problem["choices"], problem["answer"], problem.get("image")
+    if not 1 < len(choices) <= len(LETTERS):
+        return f"choices must be 2 to {len(LETTERS)}, got {len(choices)}"
+    for position, choice in enumerate(choices):
+        if not isinstance(choice, str) or not choice.strip():
+            got = "an empty one" if isinstance(choice, str) else kind_of(choice)
+            return f"choices {position} must be a string, got {got}"
+    if not 0 <= answer < len(choices):
+        return f"answer must be an index of {len(choices)} choices, got {answer}"
     if problem["subject"] not in SUBJECTS:
         return f"subject must be one of {', '.join(SUBJECTS)}, got {problem['subject']!r}"
     if problem["grade"] not in GRADES:
         return f"grade must be one of grade1 to grade12, got {problem['grade']!r}"
     path = None
     if image is not None:
-        reason = reason_against_string("image", image)
+        reason = against(problem, {"image": TEXT})
         if reason is None:
             path, reason = image_path(images, f"{problem['split']}/{name}/{image}")
         if reason is not None:
@@ -229,8 +249,6 @@ def write(
         ValueError: there are no items, or not one string per item.
     """
     pairs = answered(items, predictions)
-    if not pairs:
-        raise ValueError("items must hold at least one item, got none")
     results = {
         item["id"]: answer_of(item, text, fallback=fallback, seed=seed) for item, text in pairs
     }
@@ -243,4 +261,4 @@ def write(
         "results": results,
         "outputs": {item["id"]: text for item, text in pairs},
     }
-    write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
+    write_json(path, content)

@@ -60,8 +60,8 @@ def test_a_row_is_two_items(path: Path, tmp_path: Path) -> None:
     absent = f"image {tmp_path / 'a.jpg'}: no such file"
     # row 2 has two lines
     assert [str(problem) for problem in problems] == [
-        f"{path}, line 2: {absent}",
-        f"{path}, line 5: {absent}",
+        f"{path}: line 2: {absent}",
+        f"{path}: line 5: {absent}",
     ]
     items, problems = load(path)
     assert problems == []
@@ -186,15 +186,15 @@ def test_malformed_rows_are_named(path: Path, column: str, value: str, reason: s
     items, problems = load(table(path, [ROWS[2], list(changed.values()), ["a.jpg"]]))
     assert [item["id"] for item in items] == ["0/original", "0/counterfactual"]
     assert [str(problem) for problem in problems] == [
-        f"{path}, line 3: {reason}",
-        f"{path}, line 4: must have 6 cells, got 1",
+        f"{path}: line 3: {reason}",
+        f"{path}: line 4: must have 6 cells, got 1",
     ]
 
 
 def test_a_table_without_a_column_or_a_usable_row(path: Path) -> None:
     with pytest.raises(ValueError, match="must have one column 'type', got columns img_path, "):
         load(table(path, [row[:5] for row in ROWS], COLUMNS[:5]))
-    with pytest.raises(ValueError, match="at least one usable record"):
+    with pytest.raises(ValueError, match="nothing in it can be used"):
         load(table(path, [["a.jpg"]]))
     with pytest.raises(ValueError, match="it is empty"):
         load(table(path, []))

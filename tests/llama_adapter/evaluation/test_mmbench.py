@@ -219,13 +219,13 @@ def test_malformed_rows_are_named(path: Path, fields: dict[str, Any], reason: st
     other = rotations(9, ["x", "y"], 0, "logic_reasoning", SMALL)
     items, problems = load(table(path, [*other, TWO[0], {**last, **fields}]))
     assert [item["id"] for item in items] == ["9", "1000009"]
-    assert str(problems[0]).startswith(f"{path}, line 5: {reason}")
+    assert str(problems[0]).startswith(f"{path}: line 5: {reason}")
     # what is left of its group has no rotation 1
-    assert str(problems[1]) == f"{path}, group 300: must have rotations 0 to 1, got 0: left out"
+    assert str(problems[1]) == f"{path}: group 300: must have rotations 0 to 1, got 0: left out"
 
 
 def test_a_file_without_a_whole_group_or_column(path: Path) -> None:
-    with pytest.raises(ValueError, match=r"at least one usable record .*group 8: must have rot"):
+    with pytest.raises(ValueError, match=r"nothing in it can be used: .*group 8: must have rot"):
         load(table(path, ONE_WRONG[:2]))
     with pytest.raises(ValueError, match="must have one column 'image'"):
         load(table(path, TWO, COLUMNS.replace("image ", "")))

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llama_adapter.evaluation.benchmark_files import write_lines
 from llama_adapter.evaluation.pope import (
     SETTINGS,
     aggregate,
@@ -16,7 +17,6 @@ from llama_adapter.evaluation.pope import (
     prompt_of,
     score,
     write,
-    write_questions,
 )
 from llama_adapter.evaluation.runner import evaluate
 
@@ -124,7 +124,7 @@ def test_items_and_images(path: Path, tmp_path: Path) -> None:
     assert prompt_of(items[1]) == "Is there a dog in the image 2?"
     assert len(items) == 5
     reason = f"image {tmp_path / 'COCO_6.jpg'}: no such file"
-    assert [str(problem) for problem in problems] == [f"{path}, line 6: {reason}"]
+    assert [str(problem) for problem in problems] == [f"{path}: line 6: {reason}"]
     assert load(path)[0][1]["image"] is None
 
 
@@ -142,18 +142,16 @@ def test_malformed_lines_are_named(tmp_path: Path) -> None:
     path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     items, problems = load(path)
     assert [item["id"] for item in items] == ["1"]
-    reasons = [str(problem).removeprefix(f"{path}, ") for problem in problems]
+    reasons = [str(problem).removeprefix(f"{path}: ") for problem in problems]
     assert reasons[:-1] == [
-        'line 3: question_id must be a whole number, got "2"',
+        "line 3: question_id must be an integer, got a string",
         "line 4: label must be yes or no, got 'Yes'",
         "line 5: text is missing",
         "line 6: question_id 1 is there twice",
         "line 7: must be an object, got a list",
     ]
     assert reasons[-1].startswith("line 8: not JSON (")
-    with pytest.raises(
-        ValueError, match=r"at least one usable record \(1 unusable: .*line 1: must"
-    ):
+    with pytest.raises(ValueError, match=r"nothing in it can be used: .*line 1: must"):
         load(lines(path, [3]))
     path.write_text("")
     with pytest.raises(ValueError, match="it is empty"):
@@ -166,7 +164,7 @@ def test_the_answer_file(path: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "answers.json").read_text().splitlines()]
     assert rows[0] == {"question": "Is there a dog in the image 1?", "answer": "No, there is not"}
     assert [row["answer"] for row in rows] == [text for _, text in PAIRS]
-    with pytest.raises(ValueError, match="must be 6, one per item, got 1"):
+    with pytest.raises(ValueError, match=r"one for each of 6 items .*got 1"):
         write(tmp_path / "answers.json", items, ["yes"])
 
 
@@ -277,13 +275,13 @@ def test_questions_from_a_file_of_objects_are_read_back(tmp_path: Path) -> None:
     bad = [{"image": "6.jpg"}, {"image": "7.jpg", "objects": ["a", 1]}, {"objects": []}]
     records, problems = load_objects(lines(tmp_path / "objects.json", [*RECORDS, *bad]))
     assert records == RECORDS
-    assert [str(problem).removeprefix(f"{tmp_path}/objects.json, ") for problem in problems] == [
-        "line 6: objects must be a list",
-        "line 7: an object must be a string, got a number",
+    assert [str(problem).removeprefix(f"{tmp_path}/objects.json: ") for problem in problems] == [
+        "line 6: objects is missing",
+        "line 7: objects must hold names only",
         "line 8: image is missing",
     ]
     questions = build_questions(records, "popular")
-    write_questions(tmp_path / "built.json", questions)
+    write_lines(tmp_path / "built.json", questions)
     items, problems = load(tmp_path / "built.json")
     assert problems == []
     assert [(item["question"], item["label"]) for item in items] == [

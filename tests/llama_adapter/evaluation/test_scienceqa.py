@@ -220,9 +220,9 @@ def test_the_official_result_file(files: Path) -> None:
     assert drawn == {
         item["id"]: answer_of(item, text, seed=3) for item, text in zip(items, OUTPUTS, strict=True)
     }
-    with pytest.raises(ValueError, match="must be 6, one per item, got 5"):
+    with pytest.raises(ValueError, match=r"must be one for each of 6 items .*got 5"):
         write(path, items, OUTPUTS[1:])
-    with pytest.raises(ValueError, match="at least one item"):
+    with pytest.raises(ValueError, match="at least one"):
         write(path, [], [])
 
 
@@ -231,12 +231,12 @@ def test_the_official_result_file(files: Path) -> None:
     [
         ({"question": " "}, "question is empty"),
         ({"hint": None}, "hint must be a string, got null"),
-        ({"choices": ["a"]}, "choices must be a list of 2 to 26, got 1"),
-        ({"choices": "ab"}, "choices must be a list of 2 to 26, got a string"),
-        ({"choices": ["a", 2]}, "a choice must be a string, got a number"),
+        ({"choices": ["a"]}, "choices must be 2 to 26, got 1"),
+        ({"choices": "ab"}, "choices must be a list, got a string"),
+        ({"choices": ["a", 2]}, "choices 1 must be a string, got a number"),
         ({"answer": 3}, "answer must be an index of 3 choices, got 3"),
-        ({"answer": True}, "answer must be an index of 3 choices, got true"),
-        ({"answer": "B"}, 'answer must be an index of 3 choices, got "B"'),
+        ({"answer": True}, "answer must be an integer, got a boolean"),
+        ({"answer": "B"}, "answer must be an integer, got a string"),
         (
             {"subject": "sport"},
             "subject must be one of natural science, social science, language science, got 'sport'",
@@ -248,7 +248,7 @@ def test_the_official_result_file(files: Path) -> None:
 def test_malformed_problems_are_named(files: Path, fields: dict[str, Any], reason: str) -> None:
     changed(files, "12", **fields)
     items, problems = loaded(files)
-    assert problems == [f"problems.json, question '12': {reason}"]
+    assert problems == [f"problems.json: entry 1: question '12': {reason}"]
     assert [item["id"] for item in items] == ["11", "13", "14", "15", "16"]
 
 
@@ -259,13 +259,13 @@ def test_other_problems(files: Path) -> None:
     assert [item["id"] for item in items] == ["11"]
     image = files / "images/test/13/image.png"
     assert problems == [
-        "pid_splits.json, test[1]: question id must be a string, got 12",
-        'pid_splits.json, test[2]: question id is there twice, got "11"',
-        "problems.json, question '99': is not in the file",
-        f"problems.json, question '13': image {image}: no such file",
+        "pid_splits.json: test 1: question id must be a string, got 12",
+        'pid_splits.json: test 2: question id is there twice, got "11"',
+        f"pid_splits.json: test 3: question '99' is not in {files / 'problems.json'}",
+        f"problems.json: entry 2: question '13': image {image}: no such file",
     ]
     with pytest.raises(ValueError, match="must hold a list as split 'val', it has test"):
         loaded(files, "val")
     (files / "pid_splits.json").write_text(json.dumps({"test": ["99"]}))
-    with pytest.raises(ValueError, match=r"at least one usable record .*'99': is not in the file"):
+    with pytest.raises(ValueError, match=r"nothing in it can be used: .*'99' is not in "):
         loaded(files)
