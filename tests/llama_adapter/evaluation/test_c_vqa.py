@@ -73,6 +73,8 @@ def test_a_row_is_two_items(path: Path, tmp_path: Path) -> None:
     [
         ("If one left, 3", "direct", "3"),
         ("There would be two if…", "indirect", "2"),
+        # a number behind the "if" is part of what is supposed
+        ("There would be many if 3 left", "indirect", "fail"),
         # without a comma nothing is dropped
         ("If one left there are 3", "direct", "1"),
         # the first comma only, and no further "if" is looked for

@@ -222,6 +222,23 @@ def test_popular_and_adversarial_by_hand() -> None:
     assert third == "a cat" or drawn == "a cat"
 
 
+def test_adversarial_is_not_popular() -> None:
+    lists = [
+        ["sofa", "tv", "rug"],
+        ["dog"],
+        ["dog", "sofa"],
+        ["dog"],
+        ["sofa", "lamp"],
+        ["lamp", "sofa"],
+    ]
+    records = [
+        {"image": str(number), "objects": names} for number, names in enumerate([*lists, ["p"]])
+    ]
+    # there are three dogs and two lamps; beside sofa are two lamps and one dog
+    assert asked(build_questions(records, "popular"), "0", "no")[0] == "a dog"
+    assert asked(build_questions(records, "adversarial"), "0", "no")[0] == "a lamp"
+
+
 def test_a_seed_decides() -> None:
     many = [
         {"image": f"{n}.jpg", "objects": [f"t{(n + step) % 23}" for step in range(4)]}
