@@ -237,7 +237,7 @@ def tokens(caption: str) -> list[str]:
 
     Lower case; "dog's" is two words, "can't" is "ca n't"; brackets have names; `DROPPED` are gone.
     """
-    found = _TOKEN.findall(_one_line(caption).lower().translate(_QUOTES))
+    found: list[str] = _TOKEN.findall(_one_line(caption).lower().translate(_QUOTES))
     return [_BRACKETS.get(token, token) for token in found if token not in DROPPED | {'"'}]
 
 
