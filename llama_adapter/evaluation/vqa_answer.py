@@ -83,5 +83,5 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def holds_words(text: str, words: str) -> bool:
-    """Whether words stand in a text in this order, next to each other and whole; "" never does."""
-    return bool(words.split()) and f" {' '.join(words.split())} " in f" {' '.join(text.split())} "
+    """Whether words stand in a text as they are, not inside longer words; "" never does."""
+    return bool(words) and re.search(rf"\b{re.escape(words)}\b", text) is not None

@@ -62,10 +62,12 @@ def test_accuracy_needs_answers() -> None:
 @pytest.mark.parametrize(
     ("text", "words", "expected"),
     [
-        ("a red  car there", "red car", True),
+        ("a red car there", "red car", True),
         ("red", "red", True),
         ("redder", "red", False),
         ("car red", "red car", False),
+        ("it's 3.5 m", "3.5", True),
+        ("it's 375 m", "3.5", False),
         ("red", "", False),
         ("", "red", False),
     ],
