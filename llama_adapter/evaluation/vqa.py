@@ -75,8 +75,10 @@ def load(
         items = _vizwiz(json_entries(questions, content, None, problems), folder)
     else:
         items = _gqa(questions, content, folder, problems)
+    for item in items.values():
+        item.pop("_at")
     rows = [{"benchmark": benchmark, **item} for item in items.values()]
-    return usable([{k: v for k, v in r.items() if k != "_at"} for r in rows], problems, questions)
+    return usable(rows, problems, questions)
 
 
 Items = dict[str, dict[str, Any]]
