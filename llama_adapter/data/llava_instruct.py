@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.data.chat import Turn
 from llama_adapter.data.items import NotJson, kind_of, stream_items
 from llama_adapter.data.records import Problem, against_text, summarise
 
@@ -23,12 +24,13 @@ class Conversation:
     Attributes:
         index: its position in the file, counted from 0.
         image: the picture's path as the file has it, relative to a folder; None without one.
-        turns: (question, answer) pairs, at least one; questions are without `IMAGE_MARK`.
+        turns: at least one, all answered, as `chat.encode_chat` takes them; questions are without
+            `IMAGE_MARK`.
     """
 
     index: int
     image: str | None
-    turns: tuple[tuple[str, str], ...]
+    turns: tuple[Turn, ...]
 
 
 def load_conversations(path: str | Path) -> tuple[list[Conversation], list[Problem]]:
@@ -86,7 +88,8 @@ def check_conversation(index: int, item: Any) -> Conversation | Problem:
     if marks > (image is not None):
         had = "no image" if image is None else "one image"
         return Problem(index, f"{IMAGE_MARK} occurs {marks} times in a record with {had}")
-    return Conversation(index, image, tuple(zip(texts[::2], texts[1::2], strict=True)))
+    turns = tuple(map(Turn, texts[::2], texts[1::2]))
+    return Conversation(index, image, turns)
 
 
 def _against_message(message: Any, number: int) -> str | None:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
+from llama_adapter.data.chat import Turn, encode_chat
 from llama_adapter.data.llava_instruct import (
     Conversation,
     check_conversation,
     load_conversations,
 )
 from llama_adapter.data.records import Problem
+from llama_adapter.tokenizer import Tokenizer
 
 
 def said(*texts: Any) -> list[dict[str, Any]]:
@@ -33,12 +35,12 @@ def test_records_with_and_without_a_picture(tmp_path: Path) -> None:
     ]  # fmt: skip
     expected = [
         Conversation(0, IMAGE, (
-            ("What colour is the bus?", "White\nand red."), ("And behind it?", "Trees. "),
+            Turn("What colour is the bus?", "White\nand red."), Turn("And behind it?", "Trees. "),
         )),
-        Conversation(1, IMAGE, (("Where is it?", "On a road."),)),
-        Conversation(2, IMAGE, (("Describe it.", "A bus."),)),
-        Conversation(3, None, ((" Sing.", "la <image>"),)),
-        Conversation(4, None, (("Sing.", "la"),)),
+        Conversation(1, IMAGE, (Turn("Where is it?", "On a road."),)),
+        Conversation(2, IMAGE, (Turn("Describe it.", "A bus."),)),
+        Conversation(3, None, (Turn(" Sing.", "la <image>"),)),
+        Conversation(4, None, (Turn("Sing.", "la"),)),
     ]  # fmt: skip
     path, lines = tmp_path / "llava_instruct_150k.json", tmp_path / "a.jsonl"
     path.write_text(json.dumps(records), encoding="utf-8")
@@ -94,3 +96,13 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
     _, problems = load_conversations(path)
     assert [problem.index for problem in problems] == [1]
     assert problems[0].reason.startswith("not JSON")
+
+
+def test_turns_are_what_a_chat_is_encoded_from(tiny_tokenizer: Tokenizer) -> None:
+    record = {"image": IMAGE, "conversations": said("<image>\na river", "green", "light", "red")}
+    found = check_conversation(3, record)
+    assert isinstance(found, Conversation)
+    turns = [Turn("a river", "green"), Turn("light", "red")]
+    expected = encode_chat(3, turns, tiny_tokenizer, 512)
+    assert encode_chat(found.index, found.turns, tiny_tokenizer, 512) == expected
+    assert expected.n_labels > 0
