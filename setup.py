@@ -18,7 +18,8 @@ LOG = ["tensorboard>=2.16"]
 # the first that is made for torch 2.11
 QUANT = ["torchao>=0.17"]
 OCR = ["pytesseract>=0.3.13"]
-TEST = [*HF, *PLOT, *LOG, *QUANT, *OCR, "pytest>=8", "pytest-xdist>=3.5"]
+EVAL = ["pycocoevalcap>=1.2"]
+TEST = [*HF, *PLOT, *LOG, *QUANT, *OCR, *EVAL, "pytest>=8", "pytest-xdist>=3.5"]
 
 setup(
     name="llama-adapter-kernels",
@@ -57,6 +58,7 @@ setup(
         "tokenizers": TOKENIZERS,
         "quant": QUANT,
         "ocr": OCR,
+        "eval": EVAL,
         "test": TEST,
         "dev": [*TEST, "ruff>=0.15", "pyright[nodejs]>=1.1.400"],
     },

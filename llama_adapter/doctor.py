@@ -17,7 +17,7 @@ import adapter_kernels
 
 PACKAGE = "llama-adapter-kernels"
 # extras whose packages are used where they are installed
-OPTIONAL = ("hf", "quant")
+OPTIONAL = ("hf", "quant", "eval")
 # the oldest GPUs with kernels
 CAPABILITY = (8, 0)
 KERNELS = (

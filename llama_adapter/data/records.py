@@ -96,13 +96,24 @@ def _reason_against(item: Any) -> str | None:
             if name == "input":
                 continue
             return f"{name} is missing"
-        value = item[name]
-        if not isinstance(value, str):
-            return f"{name} must be a string, got {kind_of(value)}"
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return f"{name} holds half of a surrogate pair"
-        if name != "input" and not value.strip():
-            return f"{name} is empty"
+        reason = against_text(name, item[name], may_be_empty=name == "input")
+        if reason is not None:
+            return reason
     return None
+
+
+def against_text(name: str, value: Any, *, may_be_empty: bool = False) -> str | None:
+    """Why a value of a record is not text to train on, or None.
+
+    Args:
+        name: what the reason calls the value.
+        value: a JSON value.
+        may_be_empty: blanks alone will do.
+    """
+    if not isinstance(value, str):
+        return f"{name} must be a string, got {kind_of(value)}"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"{name} holds half of a surrogate pair"
+    return None if may_be_empty or value.strip() else f"{name} is empty"

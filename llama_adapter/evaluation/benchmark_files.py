@@ -12,7 +12,7 @@ from typing import Any
 
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.data.items import check_file, kind_of
-from llama_adapter.data.records import Problem
+from llama_adapter.data.records import Problem, against_text
 from llama_adapter.evaluation.runner import Item
 
 # what a field of an entry may be asked to hold, by the words that its problem says
@@ -98,8 +98,10 @@ def against(value: Any, fields: Mapping[str, str]) -> str | None:
         if isinstance(found, bool) or not isinstance(found, _TYPES[kind]):
             wanted = "a string" if kind == TEXT else kind
             return f"{name} must be {wanted}, got {kind_of(found)}"
-        if kind == TEXT and not found.strip():
-            return f"{name} is empty"
+        if isinstance(found, str):
+            reason = against_text(name, found, may_be_empty=kind != TEXT)
+            if reason is not None:
+                return reason
     return None
 
 

@@ -33,6 +33,8 @@ from llama_adapter.evaluation.benchmark_files import (
         ({"b": 1}, "a is missing"),
         ({"a": " \n", "b": 1}, "a is empty"),
         ({"a": 3, "b": 1}, "a must be a string, got a number"),
+        ({"a": "x\ud83d", "b": 1}, "a holds half of a surrogate pair"),
+        ({"a": "x", "b": "\ud83d"}, "b holds half of a surrogate pair"),
         ({"a": "x", "b": True}, "b must be an id, got a boolean"),
         ({"a": "x", "b": None}, "b must be an id, got null"),
     ],
