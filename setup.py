@@ -18,8 +18,9 @@ LOG = ["tensorboard>=2.16"]
 # the first that is made for torch 2.11
 QUANT = ["torchao>=0.17"]
 OCR = ["pytesseract>=0.3.13"]
+# 100 MB, so no part of what a newcomer installs
 EVAL = ["pycocoevalcap>=1.2"]
-TEST = [*HF, *PLOT, *LOG, *QUANT, *OCR, *EVAL, "pytest>=8", "pytest-xdist>=3.5"]
+TEST = [*HF, *PLOT, *LOG, *QUANT, *OCR, "pytest>=8", "pytest-xdist>=3.5"]
 
 setup(
     name="llama-adapter-kernels",
@@ -60,7 +61,7 @@ setup(
         "ocr": OCR,
         "eval": EVAL,
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.15", "pyright[nodejs]>=1.1.400"],
+        "dev": [*TEST, *EVAL, "ruff>=0.15", "pyright[nodejs]>=1.1.400"],
     },
     entry_points={"console_scripts": ["llama-adapter = llama_adapter.__main__:main"]},
 )
