@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.data.chat import Turn
-from llama_adapter.data.items import NotJson, kind_of, stream_items
-from llama_adapter.data.records import Problem, against_text, summarise
+from llama_adapter.data.items import NotJson, kind_of
+from llama_adapter.data.records import Problem, against_text, checked
 
 # stands in the first question for the picture, on a line of its own before or behind it
 IMAGE_MARK = "<image>"
@@ -47,13 +47,7 @@ def load_conversations(path: str | Path) -> tuple[list[Conversation], list[Probl
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, not JSON, not a list, empty, or holds nothing usable.
     """
-    records, problems = [], []
-    for index, item in enumerate(stream_items(path)):
-        found = check_conversation(index, item)
-        (problems if isinstance(found, Problem) else records).append(found)
-    if not records:
-        raise ValueError(summarise(problems, len(problems), path))
-    return records, problems
+    return checked(path, check_conversation)
 
 
 def check_conversation(index: int, item: Any) -> Conversation | Problem:

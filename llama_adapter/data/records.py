@@ -4,13 +4,14 @@ Files are Alpaca's: a JSON list of {"instruction", "input", "output"}, or one su
 in a `.jsonl` file. What cannot be used is named by index and reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_adapter.data.items import NotJson, kind_of, stream_items
 
+Found = TypeVar("Found")
 FIELDS = ("instruction", "input", "output")
 _SHOWN = 3
 
@@ -68,10 +69,26 @@ def load_records(path: str | Path) -> tuple[list[Record], list[Problem]]:
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8, not JSON, not a list, empty, or holds nothing usable.
     """
-    records, problems = [], []
+    return checked(path, check_item)
+
+
+def checked(
+    path: str | Path, check: Callable[[int, Any], Found | Problem]
+) -> tuple[list[Found], list[Problem]]:
+    """What a check makes of the values of a file; files and errors as `load_records`.
+
+    Args:
+        path: a JSON list, or a `.jsonl` file.
+        check: of a value and its index what is made of it, or why nothing is.
+    """
+    records: list[Found] = []
+    problems: list[Problem] = []
     for index, item in enumerate(stream_items(path)):
-        found = check_item(index, item)
-        (problems if isinstance(found, Problem) else records).append(found)
+        found = check(index, item)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            records.append(found)
     if not records:
         raise ValueError(summarise(problems, len(problems), path))
     return records, problems
