@@ -20,7 +20,7 @@ from llama_adapter.model import Llama
 from llama_adapter.trainer import Trainer
 from llama_adapter.world import World
 
-GROUPS = ("prompts", "gates", "projector")
+TEXT = ("prompts", "gates")
 WIDTH = 11
 # what many begin with, as with a template
 FIRST: Prefix = (1, 9, 9, 4, 11, 7, 5)
@@ -55,18 +55,27 @@ def without_images(batch: Sequence[Example]) -> tuple[Example, ...]:
     return tuple(replace(example, image=None) for example in batch)
 
 
-@pytest.fixture
-def adapter(tiny_config: LlamaConfig) -> Adapter:
+@pytest.fixture(params=["late", "early"])
+def adapter(tiny_config: LlamaConfig, request: pytest.FixtureRequest) -> Adapter:
     """One that takes images, with random gates, some above 1, and random biases."""
     generator = torch.Generator().manual_seed(13)
-    visual = VisualConfig(WIDTH, (7,))
+    early = {"fusion": "early", "tokens": 3, "layers": 2} if request.param == "early" else {}
+    visual = VisualConfig(WIDTH, (7,), **early)
     made = Adapter(AdapterConfig(prompt_length=5), tiny_config, generator=generator, visual=visual)
     assert made.projector is not None
     with torch.no_grad():
-        made.gates.normal_(std=1.5, generator=generator)
+        for gates in (made.gates, made.visual_gates):
+            if gates is not None:
+                gates.normal_(std=1.5, generator=generator)
         for one in made.projector.maps:
             one.bias.normal_(generator=generator)
     return made
+
+
+def groups_of(adapter: Adapter) -> tuple[str, ...]:
+    found = tuple(adapter.groups())
+    assert found[:3] == (*TEXT, "projector")
+    return found
 
 
 def alone(model: Llama, adapter: Adapter, batch: Sequence[Example]) -> Tensor:
@@ -80,6 +89,10 @@ def alone(model: Llama, adapter: Adapter, batch: Sequence[Example]) -> Tensor:
         total = total + F.cross_entropy(logits, torch.tensor(one.labels[1:]), reduction="sum")
         count += one.n_labels
     return total / count
+
+
+def of_images(name: str) -> bool:
+    return any(f".{group}" in name for group in VISUAL)
 
 
 def state(trainer: Trainer, group: str) -> dict[str, Tensor]:
@@ -101,7 +114,7 @@ def test_a_step_is_that_of_each_example_alone(
         tiny_model, adapter, micro_batch_tokens=most_tokens, prefixes=prefixes, features=features
     )
     assert math.isclose(trainer.validate(batch), float(expected.detach()), rel_tol=1e-6)
-    loss, _ = trainer.step(Batch(batch, GROUPS), 0.0)
+    loss, _ = trainer.step(Batch(batch, groups_of(adapter)), 0.0)
     assert math.isclose(loss, float(expected.detach()), rel_tol=1e-6)
     for (name, one), two in zip(adapter.named_parameters(), other.parameters(), strict=True):
         assert one.grad is not None
@@ -158,7 +171,7 @@ def test_what_fills_up_rows_has_no_image(
             "linear_cross_entropy",
             lambda x, w, y, **_: F.cross_entropy(x @ w.T, y, reduction="sum"),
         )
-        loss, norm = trainer.step(Batch(examples(9), GROUPS), 1e-2)
+        loss, norm = trainer.step(Batch(examples(9), groups_of(own)), 1e-2)
         found.append((loss, norm, own.state_dict()))
     assert len(made) > 1
     for part in made:
@@ -176,37 +189,39 @@ def test_a_batch_of_text_leaves_the_projector_alone(tiny_model: Llama, adapter: 
     trainer = Trainer(
         tiny_model, adapter, micro_batch_tokens=60, features=features, weight_decay=0.5
     )
-    trainer.step(Batch(examples(5), GROUPS), 0.1)
-    bare = Adapter(adapter.config, tiny_model.config)
+    trainer.step(Batch(examples(5), groups_of(adapter)), 0.1)
+    bare = Adapter(adapter.config, tiny_model.config, layers=adapter.layers)
     plain = Trainer(tiny_model, bare, micro_batch_tokens=60, weight_decay=0.5)
-    held = {n: value.clone() for n, value in trainer.tensors().items() if "projector" not in n}
+    held = {n: value.clone() for n, value in trainer.tensors().items() if not of_images(n)}
     plain.load_tensors(deepcopy(held))
-    before, text = state(trainer, "projector"), without_images(examples(7, seed=4))
-    assert len(before) == 4 + 4 * 3
-    assert trainer.step(Batch(text, GROUPS), 0.1) == plain.step(Batch(text, GROUPS[:2]), 0.1)
-    for name, value in state(trainer, "projector").items():
-        assert torch.equal(value, before[name]), name
-    for group in GROUPS[:2]:
+    before = {group: state(trainer, group) for group in groups_of(adapter)[2:]}
+    assert len(before["projector"]) == 4 + 4 * 3
+    text = without_images(examples(7, seed=4))
+    assert trainer.step(Batch(text, groups_of(adapter)), 0.1) == plain.step(Batch(text, TEXT), 0.1)
+    for group, one in before.items():
+        for name, value in state(trainer, group).items():
+            assert torch.equal(value, one[name]), name
+    for group in TEXT:
         expected = state(plain, group)
         for name, value in state(trainer, group).items():
             assert torch.equal(value, expected[name]), name
             assert not torch.equal(value, held[name]), name
-    with pytest.raises(ValueError, match=r"without images cannot train \('projector',\) alone"):
-        trainer.step(Batch(text, ("projector",)), 0.1)
+    with pytest.raises(ValueError, match=r"without images cannot train \('projector',.*\) alone"):
+        trainer.step(Batch(text, groups_of(adapter)[2:]), 0.1)
 
 
 @pytest.mark.parametrize("every", [100, 3])
-def test_a_batch_of_pictures_may_train_the_projector_alone(
+def test_a_batch_of_pictures_may_train_their_groups_alone(
     tiny_model: Llama, adapter: Adapter, every: int
 ) -> None:
     trainer = Trainer(
         tiny_model, adapter, micro_batch_tokens=30, features=features, weight_decay=0.5
     )
-    trainer.step(Batch(examples(5), GROUPS), 0.1)
-    before = {group: state(trainer, group) for group in GROUPS}
+    trainer.step(Batch(examples(5), groups_of(adapter)), 0.1)
+    before = {group: state(trainer, group) for group in groups_of(adapter)}
     # a text among them is a pass that trains nothing
-    trainer.step(Batch(examples(7, seed=4, every=every)[1:], ("projector",)), 0.1)
-    for group in GROUPS:
+    trainer.step(Batch(examples(7, seed=4, every=every)[1:], groups_of(adapter)[2:]), 0.1)
+    for group in groups_of(adapter):
         assert before[group]
         for name, value in state(trainer, group).items():
             assert torch.equal(value, before[group][name]) == (group not in VISUAL), name
@@ -227,7 +242,7 @@ def test_features_go_with_the_rows_of_a_share(tiny_model: Llama, adapter: Adapte
                 features=features,
                 world=World(rank, size),
             )
-            for part in trainer.prepare(Batch(batch, GROUPS)).parts:
+            for part in trainer.prepare(Batch(batch, groups_of(adapter))).parts:
                 trainer.loss_sum(part).backward()
             for name, parameter in own.named_parameters():
                 assert parameter.grad is not None
@@ -241,20 +256,18 @@ def test_features_need_a_projector(tiny_model: Llama, tiny_adapter: Adapter) -> 
     with pytest.raises(ValueError, match="features must be left out: this adapter has no proj"):
         Trainer(tiny_model, tiny_adapter, micro_batch_tokens=9, features=features)
     with pytest.raises(ValueError, match="must have no image without features"):
-        Trainer(tiny_model, tiny_adapter, micro_batch_tokens=9).step(
-            Batch(examples(3), GROUPS[:2]), 0.1
-        )
+        Trainer(tiny_model, tiny_adapter, micro_batch_tokens=9).step(Batch(examples(3), TEXT), 0.1)
 
 
 def test_a_restored_trainer_continues_bitwise(tiny_model: Llama, adapter: Adapter) -> None:
     trainer = Trainer(tiny_model, adapter, micro_batch_tokens=60, features=features)
     for seed in range(3):
-        trainer.step(Batch(examples(5, seed), GROUPS), 0.02)
+        trainer.step(Batch(examples(5, seed), groups_of(adapter)), 0.02)
     held = {name: value.clone() for name, value in trainer.tensors().items()}
     other = Trainer(tiny_model, deepcopy(adapter), micro_batch_tokens=60, features=features)
     other.load_tensors(held)
     for seed in range(3, 6):
-        batch = Batch(examples(5, seed), GROUPS)
+        batch = Batch(examples(5, seed), groups_of(adapter))
         assert trainer.step(batch, 0.02) == other.step(batch, 0.02)
     for name, value in trainer.tensors().items():
         assert torch.equal(value, other.tensors()[name]), name
