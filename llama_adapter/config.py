@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from llama_adapter.vision import Scales
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -292,13 +294,16 @@ class VisualConfig:
         features: F, numbers that describe an image, or whatever stands for one.
         hidden: widths of the projector between features and model.
         activation: of the projector, "silu" or "gelu".
-        encoder: what makes the features, in words: it must be the same one again.
+        encoder: digest of what makes the features, which must be the same one again; "" where the
+            caller makes them.
+        scales: which features of a CLIP they are; None where the caller makes them.
     """
 
     features: int
     hidden: tuple[int, ...] = (64,)
     activation: str = "silu"
     encoder: str = ""
+    scales: Scales | None = None
 
     def __post_init__(self) -> None:
         if min((self.features, *self.hidden)) < 1:

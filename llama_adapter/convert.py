@@ -110,6 +110,10 @@ def describe_adapter(path: Path) -> list[str]:
         lines.append(
             f"images      {visual.features} features{made}; projector's hidden widths {hidden}"
         )
+        if (scales := visual.scales) is not None:
+            steps = [name for name in ("post_norm", "project", "normalise") if vars(scales)[name]]
+            layers = " ".join(map(str, scales.layers))
+            lines.append(f"scales      {', '.join([f'{scales.pool} of layers {layers}', *steps])}")
     if header.linears:
         side = "" if header.scale_side is None else f"; scale on the {header.scale_side} side"
         lines.append(f"linear maps {', '.join(header.linears)}{side}")
