@@ -7,13 +7,11 @@ the test's pictures combine, and the language model sees no picture.
 """
 
 import io
-import json
 import math
 import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import sentencepiece
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from benchmarks.multimodal_task import QUOTA, Question, question
+from benchmarks.multimodal_task import Question, question
 from benchmarks.multimodal_world import (
     ATTRIBUTES,
     CAPTION_QUESTION,
@@ -37,7 +35,7 @@ from benchmarks.multimodal_world import (
 )
 from examples.bundled_base.train_base import initialise, optimisers
 from llama_adapter.config import LlamaConfig
-from llama_adapter.data.examples import Example, IGNORE_INDEX
+from llama_adapter.data.examples import IGNORE_INDEX, Example
 from llama_adapter.data.packed import pack
 from llama_adapter.evaluation.scienceqa import LETTERS, prompt_of, target_of
 from llama_adapter.model import Llama
@@ -58,7 +56,7 @@ _PIECE = re.compile(
     )
 )
 BASE_BATCH = 48
-CLIP_SHAPE = {
+CLIP_SHAPE: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 6,
@@ -71,21 +69,17 @@ CLIP_BATCH = 64
 CLIP_LR = 1e-3
 # the words that tell captions apart, for the encoder's training
 CAPTION_WORDS = tuple(word for words in ATTRIBUTES.values() for word in words)
-# what the base reads, by shares, each from a part of the steps on. First which letter an option has,
-# the slowest to learn; in the end values, asked for without options, and the task's form too
+# what the base reads, by shares, each from a part of the steps on: first which letter an option
+# has, the slowest to learn
 READING = {
     0.0: {"letters": 1},
-    0.15: {"letters": 1, "letter": 3},
-    0.4: {
+    0.16: {"letters": 1, "answers": 4},
+    0.3: {
         "statement": 1,
-        "caption": 1,
-        "letters": 1,
-        "letter": 2,
-        "fact open": 2,
-        "read open": 1,
-        "recall open": 2,
+        "caption": 2,
+        "answers": 3,
         "fact": 4,
-        "read": 4,
+        "read": 3,
         "recall": 4,
     },
 }
@@ -117,35 +111,35 @@ def document(rng: random.Random, world: Facts, shares: Mapping[str, int]) -> tup
     if kind == "caption":
         scene = random_scene(rng, "train")
         return caption_prompt(scene.description), f" {scene.caption}"
-    if kind in ("letters", "letter"):
+    if kind in ("letters", "answers"):
         return lettered(rng, kind)
-    kind, _, form = kind.partition(" ")
-    one = pretraining_question(rng, kind, world)
-    item = as_item(one)
-    if form == "open":
-        before = prompt_of(item).split("\nOptions:")[0]
-        return f"{before}\nAnswer:", f" {one.right}."
-    return prompt_of(item), target_of(item)
+    item = as_item(pretraining_question(rng, kind, world))
+    return prompt_of(item), target(item)
 
 
 def lettered(rng: random.Random, kind: str) -> tuple[str, str]:
-    """Which letter an option has: of one, as the task answers, or of all in turn."""
+    """Options, and the letter of each in turn, right behind it or as the task answers."""
     choices = rng.sample(_OPTIONS, 4)
-    item = {"hint": "", "choices": choices, "answer": rng.randrange(4)}
-    if kind == "letter":
-        item["question"] = f"Which option is {choices[item['answer']]}?"
-        return prompt_of(item), target_of(item)
-    item["question"] = "Which letter is each option?"
-    form = rng.choice((" {} {}.", " {}? The answer is {}."))
-    named = [form.format(value, letter) for letter, value in zip(LETTERS, choices, strict=False)]
+    item = {"question": "Which letter is each option?", "hint": "", "choices": choices}
+    named = [
+        f" {one}. The answer is {letter}." for letter, one in zip(LETTERS, choices, strict=False)
+    ]
     rng.shuffle(named)
     return prompt_of(item), "".join(named)
+
+
+def target(item: Mapping[str, Any]) -> str:
+    """What is to be written behind a prompt: the right option, then its letter.
+
+    ScienceQA's layout QCM-EA, the explanation before the answer, with the option as explanation.
+    """
+    return f" {item['choices'][item['answer']]}.{target_of(item)}"
 
 
 def pretraining_question(rng: random.Random, kind: str, world: Facts) -> Question:
     """A question as the base reads it: what a picture would show is described instead."""
     if kind == "fact":
-        split = rng.choices(("train", "val", "test"), (5, 1, 2))[0]
+        split = rng.choices(("train", "test"), (3, 1))[0]
         return question(rng, kind, split, world, False)
     one = question(rng, kind, "train", world, False)
     hint = one.scene.description if one.scene is not None else one.hint

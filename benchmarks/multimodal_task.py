@@ -17,7 +17,6 @@ from typing import Any
 from benchmarks.multimodal_world import (
     ATTRIBUTES,
     PHRASINGS,
-    RELATIONS,
     SHAPES,
     SHOWN,
     SPLITS,
@@ -100,10 +99,8 @@ def question(
         right, others = world[thing, asked], VALUES[asked]
         if kind == "recall":
             scene = random_scene(rng, split, "shape", thing)
-            training = split == "train"
-            others = [
-                world[one, asked] for one in SHAPES if ((one, asked) in known("train")) == training
-            ]
+            own = [one for one, relation in known(split) if relation == asked]
+            others = [world[one, asked] for one in SHAPES if one in own]
             thing = SHOWN
     else:
         asked = rng.choice(tuple(ATTRIBUTES))
