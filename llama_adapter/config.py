@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from llama_adapter.vision import Scales
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -301,12 +303,14 @@ class VisualConfig:
         features: F, numbers that describe an image, or whatever stands for one.
         hidden: widths of the projector between features and model.
         activation: of the projector, "silu" or "gelu".
-        encoder: what makes the features, in words: it must be the same one again.
+        encoder: digest of what makes the features, which must be the same one again; "" where the
+            caller makes them.
         fusion: "late", one token that is added to every prompt row (LLaMA-Adapter, equation 10), or
             "early", tokens that are a gated prompt of their own in the first layers (LLaMA-Adapter
             V2, section 4.3).
         tokens: P_v, tokens of an image; 1 for late fusion.
         layers: K, the first layers that see them; 0 for late fusion, whose layers are the prompts'.
+        scales: which features of a CLIP they are; None where the caller makes them.
     """
 
     features: int
@@ -316,6 +320,7 @@ class VisualConfig:
     fusion: str = "late"
     tokens: int = 1
     layers: int = 0
+    scales: Scales | None = None
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:

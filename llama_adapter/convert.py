@@ -110,6 +110,10 @@ def describe_adapter(path: Path) -> list[str]:
         lines.append(
             f"images      {visual.features} features{made}; projector's hidden widths {hidden}"
         )
+        if (scales := visual.scales) is not None:
+            steps = [name for name in ("post_norm", "project", "normalise") if vars(scales)[name]]
+            layers = " ".join(map(str, scales.layers))
+            lines.append(f"scales      {', '.join([f'{scales.pool} of layers {layers}', *steps])}")
         if visual.fusion == "early":
             gates = tensors["visual_gates"]
             values = gates.tanh() if header.config.gate_activation == "tanh" else gates

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 from llama_adapter.adapter import VISUAL
 from llama_adapter.checkpoints.fingerprint import Fingerprint, sample_count
 from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, Tuning, VisualConfig
+from llama_adapter.vision import Scales
 
 FORMAT_VERSIONS = (1, 2, 3)
 PROMPT_KINDS = ("hidden",)
@@ -159,10 +160,17 @@ def from_json(content: Any, where: str) -> AdapterHeader:
     visual = values["visual"]
     if visual is not None:
         _check_fields(VisualConfig, visual, f"{where}: visual")
-        visual = visual | {"hidden": tuple(visual["hidden"])}
+        scales = visual["scales"]
+        if scales is not None:
+            _check_fields(Scales, scales, f"{where}: scales")
+            scales = scales | {"layers": tuple(scales["layers"])}
+        visual = visual | {"hidden": tuple(visual["hidden"]), "scales": scales}
     try:
         config = AdapterConfig(**values["config"])
-        visual = None if visual is None else VisualConfig(**visual)
+        if visual is not None:
+            if visual["scales"] is not None:
+                visual["scales"] = Scales(**visual["scales"])
+            visual = VisualConfig(**visual)
     except ValueError as error:
         raise ValueError(f"{where}: config: {error}") from None
     header = AdapterHeader(
@@ -252,7 +260,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, dict)
     # JSON writes 1.0 as a float, but an int is as good
     kinds = (int | float) if annotation is float else annotation
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, kinds) and isinstance(value, bool) == (annotation is bool)
 
 
 def _check_known(what: str, value: Any, known: tuple[Any, ...], where: str) -> None:

@@ -8,7 +8,6 @@ damaged is made anew. All of them may be deleted whenever no run is starting.
 
 import hashlib
 import json
-import os
 import tempfile
 import warnings
 from array import array
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from llama_adapter.caches import cache_folder
 from llama_adapter.checkpoints.atomic import TEMPORARY_SUFFIX, replacing, temporary_prefix
 from llama_adapter.data.examples import IGNORE_INDEX, Example
 from llama_adapter.data.items import CHUNK, check_file, is_lines, stream_items
@@ -32,8 +32,6 @@ from llama_adapter.tokenizer import Tokenizer
 
 # another number wherever the same records would get other tokens, labels or problems
 FORMAT = 2
-# names the folder that the default one lies in
-ENVIRONMENT = "LLAMA_ADAPTER_CACHE"
 HEADER = 512
 # first token, their number, labels among them, bytes of the image's path or 0 for none, place in
 # the file, what is asked
@@ -57,17 +55,7 @@ def default_folder() -> Path:
     Raises:
         OSError: the user has no home.
     """
-    root = os.environ.get(ENVIRONMENT)
-    if root:
-        return Path(root) / "tokens"
-    try:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    except RuntimeError:
-        raise OSError(
-            "tokens cannot be cached where the user has no home: name a folder with --token-cache, "
-            f"or with {ENVIRONMENT}"
-        ) from None
-    return Path(caches) / "llama-adapter" / "tokens"
+    return cache_folder("tokens", "--token-cache")
 
 
 @dataclass(frozen=True)

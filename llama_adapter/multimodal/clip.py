@@ -4,7 +4,6 @@ Imported only where images are: transformers and Pillow read them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from llama_adapter.multimodal.features import digest_of
-
-POOLS = ("cls", "mean")
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Which global features of an image are taken; the paper says "multi-scale", and no more.
-
-    Attributes:
-        layers: of the encoder, after which a feature is taken, from 1.
-        pool: "cls", the class token's state, or "mean", that of the patches.
-        post_norm: apply the encoder's last norm to each.
-        project: apply CLIP's projection to each, which needs post_norm.
-        normalise: divide each by its length.
-    """
-
-    layers: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
-    pool: str = "cls"
-    post_norm: bool = False
-    project: bool = False
-    normalise: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.layers or min(self.layers) < 1:
-            raise ValueError(f"layers must be numbers from 1, at least one, got {self.layers}")
-        if self.pool not in POOLS:
-            raise ValueError(f"pool must be one of {POOLS}, got {self.pool!r}")
-        if self.project and not self.post_norm:
-            raise ValueError("project needs post_norm: CLIP projects what it has normed")
+from llama_adapter.vision import Scales
 
 
 class ClipFeatures:

@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from llama_adapter.checkpoints.adapter_header import from_json, to_json
 from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.config import AdapterConfig, Tuning, VisualConfig
 from llama_adapter.model import Llama
+from llama_adapter.vision import Scales
 from tests.llama_adapter.checkpoints.test_adapter_file import rewrite
 
 TUNING = Tuning(("bias", "scale", "norm"), ("wq", "w2", "output"), "input")
@@ -74,7 +75,7 @@ def test_older_versions_read_what_they_know(tuned: Path, tiny_model: Llama) -> N
         from_json(content | {"linears": ["wq"]}, "file")
 
 
-VISUAL = VisualConfig(11, (7, 5), "gelu", "random numbers")
+VISUAL = VisualConfig(11, (7, 5), "gelu", "random numbers", scales=Scales((3, 5), "mean"))
 
 
 def test_an_adapter_of_images_keeps_its_projector(tiny_model: Llama, tmp_path: Path) -> None:
@@ -131,10 +132,18 @@ def test_images_fused_early_keep_their_gates(scope: str, tiny_model: Llama, tmp_
             from_json(json.loads(json.dumps(content | change)), "file")
 
 
+SEEN: dict[str, Any] = json.loads(json.dumps(asdict(VISUAL)))
+SCALES: dict[str, Any] = SEEN["scales"]
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"visual": None}, r"groups \('prompts', 'gates', 'projector'\) do not go with visual None"),
     ({"groups": ["prompts", "gates"]}, "do not go with visual VisualConfig"),
-    ({"visual": {"features": 11}}, "visual has missing fields: activation, encoder, fusion, hid"),
+    (
+        {"visual": {"features": 11}},
+        "visual has missing fields: activation, encoder, fusion, hid",
+    ),
+    ({"visual": SEEN | {"scales": {"pool": "cls"}}}, "scales has missing fields: layers"),
+    ({"visual": SEEN | {"scales": SCALES | {"layers": [0]}}}, "config: layers must be numbers"),
+    ({"visual": SEEN | {"scales": SCALES | {"layers": 4}}}, "scales: layers must be .*, got 4"),
     ({"visual": "clip"}, "visual must be .*VisualConfig.*, got 'clip'"),
     ({"format_version": 2}, "header has unknown fields: visual"),
 ]

@@ -8,46 +8,17 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor
 
-from llama_adapter.multimodal.clip import ClipFeatures, Scales
+from llama_adapter.multimodal.clip import ClipFeatures
 from llama_adapter.multimodal.features import FeatureCache
-
-SHAPE = {
-    "hidden_size": 24,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 3,
-    "image_size": 24,
-    "patch_size": 8,
-    "projection_dim": 10,
-}
-
-
-def random_clip(**shape: int) -> CLIPVisionModelWithProjection:
-    torch.manual_seed(3)
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**SHAPE | shape))
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model.eval()
+from llama_adapter.vision import Scales
+from tests.llama_adapter.clip_models import SHAPE, picture, random_clip, save_clip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as transformers leaves it."""
-    path = tmp_path_factory.mktemp("clip")
-    random_clip().save_pretrained(path)
-    sizes = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
-    CLIPImageProcessor(**sizes).save_pretrained(path)
-    return path
-
-
-def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (31, 40)) -> Path:
-    g = torch.Generator().manual_seed(size[0])
-    pixels = torch.randint(256, (size[1], size[0], 3), generator=g, dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).convert(mode).save(path)
-    return path
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.mark.parametrize(
