@@ -140,6 +140,8 @@ class Given(Typed):
 def captured(call: Callable[[], Out], pool: Any) -> Callable[[], Out]:
     """A call as a CUDA graph, as decoding runs: the host takes longer to launch it than it takes.
 
+    What is returned holds the call: a graph does not keep the tensors that it reads alive.
+
     Args:
         call: what is captured, compiled and warm after two passes.
         pool: of memory, which graphs that never run at the same time may share.
@@ -157,11 +159,11 @@ def captured(call: Callable[[], Out], pool: Any) -> Callable[[], Out]:
     with torch.cuda.graph(graph, pool=pool):
         out = call()
 
-    def replay() -> Out:
+    def replay(_: Callable[[], Out]) -> Out:
         graph.replay()
         return out
 
-    return replay
+    return partial(replay, call)
 
 
 def work(provider: Provider, given: Given, pool: Any) -> Work:

@@ -4,6 +4,7 @@ Weights are random but for the bundled base's; what a step takes does not depend
 shares the tensors that it does not change, so that all of them fit one GPU side by side.
 """
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from benchmarks.baselines import wider
 from benchmarks.command import installed
 from benchmarks.roofline import DTYPES
 from llama_adapter.adapter import Adapter
@@ -168,3 +170,17 @@ class Models:
             from benchmarks.generate_theirs import Theirs
 
             return Theirs(self.base, self.adapter(0))
+
+    def wider_base(self, dtype: torch.dtype = torch.float32) -> Llama:
+        """A copy of the base in another dtype; it lives as long as the caller wants."""
+        return copy.deepcopy(self.base).to(dtype)
+
+    def wider_theirs(self) -> "Theirs | None":
+        """`theirs` in the dtype of the truth; it lives as long as the caller wants."""
+        if self.theirs is None:
+            return None
+        with _quiet():
+            from benchmarks.generate_theirs import Theirs
+
+            base = self.wider_base(wider(self.base.output_weight.dtype))
+            return Theirs(base, self.adapter(0))

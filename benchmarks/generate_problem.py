@@ -202,7 +202,7 @@ def our_logits(given: Problem, provider: Provider) -> Tensor:
 def _answers(tokens: Tensor, logits: Tensor) -> Results:
     """What is compared: the first tokens twice, for how they differ and for how many do."""
     tokens = tokens[:, :TOKENS]
-    return {"logits": logits, "tokens": tokens, "differing": tokens}
+    return {"logits": logits, "moved": logits, "tokens": tokens, "differing": tokens}
 
 
 def our_work(given: Problem, provider: Provider, mode: str) -> Work:

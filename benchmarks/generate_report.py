@@ -44,8 +44,8 @@ LEGEND = (
     "unquantised weights; ties: of at most 8 sequences, those that left the truth's greedy tokens "
     "within the first 8, where its two likeliest are as close as rounding. The truth is "
 )
-THEIR_TRUTH = "that of PEFT and transformers, without a cache."
-OWN_TRUTH = "our own pass without a cache: PEFT or transformers is not installed."
+THEIR_TRUTH = "that of PEFT and transformers in a wider dtype, without a cache."
+OWN_TRUTH = "our own pass in a wider dtype, without a cache: PEFT or transformers is not installed."
 
 
 def on_gpu(setting: Setting) -> bool:
@@ -115,7 +115,7 @@ def _per_step(row: Row) -> list[float]:
 
 def _checks(row: Row) -> list[str]:
     errors = row.get("errors", {})
-    off, ties = errors.get("logits"), errors.get("differing")
+    off, ties = errors.get("moved", errors.get("logits")), errors.get("differing")
     return ["-" if off is None else f"{off:.1e}", "-" if ties is None else f"{ties:.0f}"]
 
 

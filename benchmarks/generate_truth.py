@@ -1,8 +1,10 @@
 """What a provider must answer: greedy decoding without a cache, by another implementation.
 
-PEFT's for one adapter, transformers' for none, PEFT's one sequence at a time for a bank; of
-quantised weights our own without cache and engine, beside how far they move the logits. A token may
-differ where the truth's two likeliest are closer than rounding; what follows is not compared.
+PEFT's for one adapter, transformers' for none, PEFT's one sequence at a time for a bank, all in a
+wider dtype; their own answer in the benchmark's dtype tells how far off rounding may be. Of
+quantised weights it is our own without cache and engine, beside how far they move the logits. A
+token may differ where the truth's two likeliest are closer than rounding; what follows is not
+compared.
 """
 
 import math
@@ -22,28 +24,26 @@ from benchmarks.generate_problem import (
     adapters_of,
     prompts_of,
     sequences_of,
-    their_model,
 )
-from benchmarks.harness import Expected
-
-# the most that logits may be off, as a part of the largest, and that two likeliest may be apart
-TOLERANCES = {"float32": (1e-3, 1e-3), "bfloat16": (5e-2, 0.25)}
-# the most that quantised weights may move logits: a gate against mistakes, the row tells how far
-DEVIATIONS = {"int8": 0.1, "int4": 0.5}
+from benchmarks.harness import Expected, expect
+from benchmarks.roofline import DTYPES
+from llama_adapter.adapter import Adapter
 
 
 class Truth(NamedTuple):
     """Greedy decoding of a few sequences without a cache.
 
     Attributes:
-        logits: (rows, V) float32, at the prompts' ends.
+        logits: (rows, V), at the prompts' ends, in float32 or a wider dtype.
         tokens: (rows, TOKENS) int64.
-        gaps: (rows, TOKENS) float32, of the two largest logits at each token.
+        gaps: (rows, TOKENS), of the two largest logits at each token.
+        off: how far logits may be off, as a part of the largest.
     """
 
     logits: Tensor
     tokens: Tensor
     gaps: Tensor
+    off: float = 0.0
 
 
 @torch.inference_mode()
@@ -51,7 +51,8 @@ def greedy(last: Callable[[Tensor], Tensor], tokens: Tensor, count: int) -> Trut
     """Decode with a function from tokens (rows, T) to the logits (rows, V) behind them."""
     chosen, gaps, first = [], [], None
     for _ in range(count):
-        logits = last(tokens).float()
+        logits = last(tokens)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         first = logits if first is None else first
         top, ids = logits.topk(2)
         chosen.append(ids[:, 0])
@@ -72,20 +73,42 @@ def own_truth(given: Problem, kind: str, weights: str | None, count: int) -> Tru
     return greedy(lambda x: model.logits(model.hidden(x, prompts)[:, -1]), rows, count)
 
 
-def their_truth(given: Problem, kind: str, count: int) -> Truth:
-    """transformers', or PEFT's; of a bank, one sequence after the other."""
-    rows, theirs = _rows(given, kind), given.models.theirs
-    last = their_model(given.models, kind).last_logits
-    assert theirs is not None
+def alone(given: Problem, kind: str, count: int, wide: bool) -> Truth:
+    """transformers' or PEFT's, or ours where they are missing; of a bank, one sequence at a time.
+
+    Args:
+        given: the problem.
+        kind: of adapters.
+        count: tokens.
+        wide: whether the weights are in a wider dtype, ours in float32, by a copy that lives as
+            long as this call.
+    """
+    rows, models = _rows(given, kind), given.models
+    theirs = models.wider_theirs() if wide else models.theirs
+    if theirs is not None:
+        last = theirs.adapted.last_logits if ADAPTERS[kind] else theirs.plain.last_logits
+        wear = theirs.wear
+    else:
+        model, worn = models.wider_base() if wide else models.base, {}
+
+        def wear(adapter: Adapter) -> None:
+            worn["prompts"] = model.project(adapter)
+
+        def last(tokens: Tensor) -> Tensor:
+            return model.logits(model.hidden(tokens, worn.get("prompts"))[:, -1])
+
     if ADAPTERS[kind] <= 1:
+        if ADAPTERS[kind]:
+            wear(models.adapter(0))
         return greedy(last, rows, count)
-    alone = []
+    found = []
     for row, name in zip(rows, adapters_of(kind, len(rows)), strict=True):
         assert name is not None
-        theirs.wear(given.models.adapter(name))
-        alone.append(greedy(last, row[None], count))
-    theirs.wear(given.models.adapter(0))
-    return Truth(*(torch.cat(parts) for parts in zip(*alone, strict=True)))
+        wear(models.adapter(name))
+        found.append(greedy(last, row[None], count))
+    wear(models.adapter(0))
+    logits, tokens, gaps, _ = zip(*found, strict=True)
+    return Truth(torch.cat(logits), torch.cat(tokens), torch.cat(gaps))
 
 
 def _relative(got: Tensor, truth: Tensor) -> Tensor:
@@ -119,10 +142,14 @@ class Truths:
     def _truth(self, kind: str, weights: str | None) -> Truth:
         if (kind, weights) not in self._found:
             given, count = self._given, min(TOKENS, self._given.setting.new)
-            if weights is None and given.models.theirs is not None:
-                found = their_truth(given, kind, count)
+            if weights is None:
+                found = alone(given, kind, count, wide=True)
+                own = alone(given, kind, 1, wide=False).logits.to(DTYPES[given.setting.dtype])
+                bound = expect({"logits": found.logits}, {"logits": own})["logits"].bound
+                found = found._replace(off=bound / float(found.logits.abs().max()))
             else:
                 found = own_truth(given, kind, weights, count)
+                found = found._replace(off=self._truth(kind, None).off)
             self._found[kind, weights] = found
         return self._found[kind, weights]
 
@@ -133,14 +160,16 @@ class Truths:
             provider: with a kind of adapters.
             mode: DECODE, or PREFILL, which answers one token.
         """
-        exact = self._truth(provider.kind, None)
         truth = self._truth(provider.kind, provider.weights)
         tokens = truth.tokens[:, : 1 if mode == PREFILL else None]
-        off, apart = TOLERANCES[self._given.setting.dtype]
-        if provider.weights is not None:
-            off = DEVIATIONS[provider.weights]
-        return {
-            "logits": Expected(exact.logits, off, _relative),
+        # two logits, each as far off as it may be
+        apart = 2 * truth.off * float(truth.logits.abs().max())
+        found = {
+            "logits": Expected(truth.logits, truth.off, _relative),
             "tokens": Expected(tokens, apart, partial(_first_gaps, truth.gaps)),
             "differing": Expected(tokens, math.inf, _sequences),
         }
+        if provider.weights is not None:
+            exact = self._truth(provider.kind, None)
+            found["moved"] = Expected(exact.logits, math.inf, _relative)
+        return found

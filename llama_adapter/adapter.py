@@ -1,14 +1,15 @@
 """The adapter: prompts and gates of the adapted layers, as data beside a frozen model.
 
 With LLaMA-Adapter V2's groups also biases and scales of linear maps, and norms; for images the
-projector that makes a token of their features. An `Adapter` holds
-parameters and knows where they belong. `Llama.project` turns it into `Prompts`, what the model's
-layers take; whoever calls the model owns the result, so training projects anew at each step and
-inference once per adapter.
+projector that makes tokens of their features, and gates where those are a prompt of their own. An
+`Adapter` holds parameters and knows where they belong. `Llama.project` turns it into `Prompts`,
+what the model's layers take; whoever calls the model owns the result, so training projects anew at
+each step and inference once per adapter.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,25 @@ from torch import Tensor, nn
 from llama_adapter.config import AdapterConfig, LlamaConfig, Tuning, VisualConfig, shape_of
 from llama_adapter.projector import Projector
 from llama_adapter.tuned_modules import TunedModules
+
+# groups of parameters that text trains, and that images train (LLaMA-Adapter V2, section 4.2)
+LANGUAGE = ("prompts", "gates", "bias", "scale", "norm")
+VISUAL = ("projector", "visual_gates")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a layer projects for a prompt segment.
+
+    Attributes:
+        prompt: (P, C), or (B, P, C).
+        gate: multipliers (H,), or (B, H).
+        image: (B, C), added to all rows of a sequence; None adds nothing.
+    """
+
+    prompt: Tensor
+    gate: Tensor
+    image: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,16 +57,38 @@ class Prompts:
         prompt_lengths: (A,) int32, prompt rows in use per adapter of a bank.
         tuned: the layers as an adapter's biases, scales and norms make them, for the whole batch;
             None leaves the model's own.
+        visual: layer index to the segment of images fused early, k and v (B,P_v,G,D), gate (B,H).
+        visual_index: (B,) int32, each sequence's row of `visual`, -1 for none; in a bank (A,).
     """
 
     layers: Mapping[int, LayerPrompt]
     adapter_index: Tensor | None = None
     prompt_lengths: Tensor | None = None
     tuned: TunedModules | None = None
+    visual: Mapping[int, LayerPrompt] = field(default_factory=dict)
+    visual_index: Tensor | None = None
 
     def of(self, adapter_index: Tensor) -> "Prompts":
         """A bank's prompts for a batch whose sequences have these rows (B,) int32."""
-        return Prompts(self.layers, adapter_index, self.prompt_lengths, self.tuned)
+        images = self.visual_index
+        if images is not None:
+            own = images[adapter_index.long().clamp(min=0)]
+            images = torch.where(adapter_index < 0, adapter_index, own)
+        return replace(self, adapter_index=adapter_index, visual_index=images)
+
+    def segments(self, layer: int) -> list[dict[str, Any]]:
+        """A layer's prompt, then its images', as attention takes them; at least one of nothing."""
+        held = (
+            (self.layers, self.adapter_index, self.prompt_lengths),
+            (self.visual, self.visual_index, None),
+        )
+        found = []
+        for prompts, index, lengths in held:
+            one = prompts.get(layer)
+            if one is not None:
+                segment = {"prompt_k": one.k, "prompt_v": one.v, "gate": one.gate}
+                found.append(segment | {"adapter_index": index, "prompt_lengths": lengths})
+        return found or [{}]
 
 
 class Adapter(nn.Module):
@@ -60,6 +102,7 @@ class Adapter(nn.Module):
         layers: the L layer indices that the rows belong to, ascending; none with a tuning alone.
         tuning: which biases, scales and norms there are besides; see `tuned_parameters`.
         projector: of an image's features; None without images.
+        visual_gates: (K, H) or (K, 1), of the first K layers' images; None but with early fusion.
     """
 
     def __init__(
@@ -83,12 +126,17 @@ class Adapter(nn.Module):
             visual: the features of images that it takes; None takes none.
 
         Raises:
-            ValueError: a layer index is repeated or outside the model, or there is a projector
-                without a prompt.
+            ValueError: a layer index is repeated or outside the model, there is a projector
+                without a prompt, or more layers see the images than there are.
         """
         super().__init__()
         self.config = config
-        self.layers = config.layers_of(model.n_layers) if layers is None else tuple(layers)
+        early = 0 if visual is None else visual.layers
+        if early > model.n_layers:
+            raise ValueError(f"visual layers must be at most {model.n_layers}, got {early}")
+        if layers is None:
+            layers = config.layers_of(model.n_layers, *([early] if early else []))
+        self.layers = tuple(layers)
         fits = all(0 <= layer < model.n_layers for layer in self.layers)
         self.tuning = Tuning() if tuning is None else tuning
         given = self.layers or self.tuning.groups
@@ -106,19 +154,66 @@ class Adapter(nn.Module):
         self.projector = None
         if visual is not None:
             self.projector = Projector(visual, model.dim, generator=generator)
-        for name, tuned_shape in self.tuning.shapes(shape_of(model)).items():
+        self.visual_gates = nn.Parameter(torch.zeros(early, heads)) if early else None
+        shapes = self.tuning.shapes(shape_of(model))
+        self._tuned = frozenset(shapes)
+        for name, tuned_shape in shapes.items():
             value = torch.zeros if name.startswith("bias_") else torch.ones
             self.register_parameter(name, nn.Parameter(value(tuned_shape)))
 
     def multipliers(self) -> Tensor:
-        """Gate multipliers (L, H) in float32: the only place where tanh is applied to a gate."""
-        gates = self.gates.float()
+        """Gate multipliers (L, H) in float32."""
+        return self._multipliers(self.gates)
+
+    def _multipliers(self, gates: Tensor) -> Tensor:
+        """Multipliers (n, H) of n layers' gates: the only place where tanh is applied to a gate."""
+        gates = gates.float()
         if self.config.gate_activation == "tanh":
             gates = gates.tanh()
         return gates.expand(-1, self.n_heads)
 
+    def prompt_rows(self, visual: Tensor | None = None) -> dict[int, Rows]:
+        """What every adapted layer projects, by layer index.
+
+        Args:
+            visual: what `visual_tokens` returned, which late fusion adds to the rows
+                (LLaMA-Adapter, equation 10).
+
+        Raises:
+            ValueError: visual has the form of another fusion.
+        """
+        early = self.visual_gates is not None
+        if visual is not None and visual.ndim != (3 if early else 2):
+            form = "(B, P, C) for early" if early else "(B, C) for late"
+            raise ValueError(f"visual must have shape {form} fusion, got {(*visual.shape,)}")
+        gates, added = self.multipliers(), None if early else visual
+        return {
+            layer: Rows(self.prompts[i], gates[i], added) for i, layer in enumerate(self.layers)
+        }
+
+    def visual_rows(self, visual: Tensor | None = None) -> dict[int, Rows]:
+        """What the first K layers project of images fused early, by layer index: none with late.
+
+        Args:
+            visual: (B, P_v, C), what `visual_tokens` returned: rows of their own.
+        """
+        if visual is None or self.visual_gates is None:
+            return {}
+        gates = self._multipliers(self.visual_gates)
+        return {n: Rows(visual, gate.expand(len(visual), -1)) for n, gate in enumerate(gates)}
+
+    def visual_index(self, visual: Tensor | None) -> Tensor | None:
+        """(B,) int32: each sequence's own row of `visual_rows`, -1 for tokens that are all zero."""
+        if visual is None or self.visual_gates is None:
+            return None
+        rows = torch.arange(len(visual), dtype=torch.int32, device=visual.device)
+        return rows.masked_fill(~visual.detach().flatten(1).any(1), -1)
+
     def visual_tokens(self, features: Tensor, present: Tensor | None = None) -> Tensor:
-        """Each sequence's token (B, C) for `Llama.project`, differentiable in the projector.
+        """What `Llama.project` takes for the images of a batch, differentiable in the projector.
+
+        One token (B, C) each, with early fusion P_v tokens (B, P_v, C); zeros where there is no
+        image, which is how the model tells.
 
         Args:
             features: (B, F) of an image each; anything where there is none.
@@ -135,15 +230,14 @@ class Adapter(nn.Module):
         if present is None:
             return self.projector(features)
         # not by a product: what stands for an image that is not there may be NaN
-        absent = ~present[:, None]
-        return self.projector(features.masked_fill(absent, 0.0)).masked_fill(absent, 0.0)
+        absent = ~present
+        found = self.projector(features.masked_fill(absent[:, None], 0.0))
+        return found.masked_fill(absent.view(-1, *[1] * (found.ndim - 1)), 0.0)
 
     def tuned_parameters(self) -> dict[str, nn.Parameter]:
         """The tuning's parameters by name: "bias_wq" (N, out), "norm" (C,), of N layers each."""
         return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if name not in ("prompts", "gates") and not name.startswith("projector.")
+            name: parameter for name, parameter in self.named_parameters() if name in self._tuned
         }
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -151,6 +245,8 @@ class Adapter(nn.Module):
         found = {"prompts": [self.prompts], "gates": [self.gates]} if self.layers else {}
         if self.projector is not None:
             found["projector"] = list(self.projector.parameters())
+        if self.visual_gates is not None:
+            found["visual_gates"] = [self.visual_gates]
         for group in self.tuning.groups:
             found[group] = [
                 parameter

@@ -5,6 +5,7 @@ adapter can be replaced or unloaded while requests run: they finish on what they
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -220,12 +221,14 @@ class RowBank:
 
         Raises:
             ValueError: they belong to another number of rows, or biases, scales or norms come
-                with a bank.
+                or images come with a bank.
         """
         index, layers = prompts.adapter_index, prompts.layers
         if index is not None:
-            if prompts.tuned is not None:
-                raise ValueError("adapter_index must be None with an adapter's bias, scale or norm")
+            if prompts.tuned is not None or prompts.visual:
+                raise ValueError(
+                    "adapter_index must be None with an adapter's bias, scale or norm, or images"
+                )
             if tuple(index.shape) != (batch,):
                 raise ValueError(
                     f"adapter_index must have shape (B,) = ({batch},), got {tuple(index.shape)}"
@@ -234,11 +237,13 @@ class RowBank:
             self.prompts = Prompts(layers, None, prompts.prompt_lengths)
             return
         # one layer's segment may be shared and another's not
-        single = all(prompt.k.ndim == 3 for prompt in layers.values())
+        single = all(prompt.k.ndim == 3 for prompt in layers.values()) and not prompts.visual
         self._rows = [0] * batch if single else list(range(batch))
         rows = 1 if single else batch
-        banked = {n: _rows_of(n, p, rows) for n, p in layers.items()}
-        self.prompts = Prompts(banked, tuned=prompts.tuned)
+        banked, images = (
+            {n: _rows_of(n, p, rows) for n, p in held.items()} for held in (layers, prompts.visual)
+        )
+        self.prompts = replace(prompts, layers=banked, visual=images)
 
     def acquire(self, name: Hashable) -> int:
         """The bank's row of a row of the batch."""

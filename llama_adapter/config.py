@@ -172,7 +172,9 @@ class AdapterConfig:
 
     prompt_length: int = _option(10, "learnable prompt rows per adapted layer (the papers' K)")
     n_layers: int | None = _option(
-        None, "adapted layers, counted from the top; default: all but the two lowest"
+        None,
+        "adapted layers, counted from the top; default: all but the two lowest, with early fusion "
+        "all but those that see the images",
     )
     prompt_std: float = _option(1.0, "standard deviation of the prompts' initial values")
     gate_activation: str = _option(
@@ -200,13 +202,17 @@ class AdapterConfig:
                 got = getattr(self, spec.name)
                 raise ValueError(f"{spec.name} must be one of {choices}, got {got!r}")
 
-    def layers_of(self, n_layers: int) -> tuple[int, ...]:
+    def layers_of(self, n_layers: int, lowest: int = 2) -> tuple[int, ...]:
         """Indices of the adapted layers in a model of `n_layers`: the topmost ones.
+
+        Args:
+            n_layers: of the model.
+            lowest: layers that are left without prompts where no number is given.
 
         Raises:
             ValueError: more layers are asked for than the model has.
         """
-        adapted = max(1, n_layers - 2) if self.n_layers is None else self.n_layers
+        adapted = max(1, n_layers - lowest) if self.n_layers is None else self.n_layers
         if adapted > n_layers:
             raise ValueError(f"n_layers must be at most the model's {n_layers}, got {adapted}")
         return tuple(range(n_layers - adapted, n_layers))
@@ -227,6 +233,9 @@ SCALE_SIDES = ("input", "output")
 # the trained norms of a layer
 LAYER_NORMS = ("attention_norm", "ffn_norm")
 PROJECTOR_ACTIVATIONS = ("silu", "gelu")
+FUSIONS = ("late", "early")
+# LLaMA-Adapter V2, section 5.1
+EARLY_TOKENS, EARLY_LAYERS = 20, 1
 
 
 @dataclass(frozen=True)
@@ -296,6 +305,11 @@ class VisualConfig:
         activation: of the projector, "silu" or "gelu".
         encoder: digest of what makes the features, which must be the same one again; "" where the
             caller makes them.
+        fusion: "late", one token that is added to every prompt row (LLaMA-Adapter, equation 10), or
+            "early", tokens that are a gated prompt of their own in the first layers (LLaMA-Adapter
+            V2, section 4.3).
+        tokens: P_v, tokens of an image; 1 for late fusion.
+        layers: K, the first layers that see them; 0 for late fusion, whose layers are the prompts'.
         scales: which features of a CLIP they are; None where the caller makes them.
     """
 
@@ -303,9 +317,25 @@ class VisualConfig:
     hidden: tuple[int, ...] = (64,)
     activation: str = "silu"
     encoder: str = ""
+    fusion: str = "late"
+    tokens: int = 1
+    layers: int = 0
     scales: Scales | None = None
 
     def __post_init__(self) -> None:
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion must be one of {FUSIONS}, got {self.fusion!r}")
+        early = self.fusion == "early"
+        if early and not (1 <= self.tokens <= _LONGEST_PROMPT and self.layers >= 1):
+            raise ValueError(
+                f"tokens must be from 1 to {_LONGEST_PROMPT} and layers at least 1 for early "
+                f"fusion, got {self.tokens} and {self.layers}"
+            )
+        if not early and (self.tokens, self.layers) != (1, 0):
+            raise ValueError(
+                f"tokens must be 1 and layers 0 for late fusion, got {self.tokens} and "
+                f"{self.layers}"
+            )
         if min((self.features, *self.hidden)) < 1:
             raise ValueError(
                 f"features and hidden must be at least 1, got {self.features} and {self.hidden}"

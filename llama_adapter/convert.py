@@ -114,6 +114,13 @@ def describe_adapter(path: Path) -> list[str]:
             steps = [name for name in ("post_norm", "project", "normalise") if vars(scales)[name]]
             layers = " ".join(map(str, scales.layers))
             lines.append(f"scales      {', '.join([f'{scales.pool} of layers {layers}', *steps])}")
+        if visual.fusion == "early":
+            gates = tensors["visual_gates"]
+            values = gates.tanh() if header.config.gate_activation == "tanh" else gates
+            lines.append(
+                f"fusion      early: {visual.tokens} tokens in the first {visual.layers} layers, "
+                f"multipliers from {values.min():.3f} to {values.max():.3f}"
+            )
     if header.linears:
         side = "" if header.scale_side is None else f"; scale on the {header.scale_side} side"
         lines.append(f"linear maps {', '.join(header.linears)}{side}")

@@ -387,7 +387,7 @@ def _checked(prompts: Prompts, model: Llama) -> Prompts:
     """A bank's prompts, once they are known to be for this model."""
     config, weight = model.config, model.output_weight
     inner = (config.kv_heads, config.head_dim)
-    for layer, prompt in prompts.layers.items():
+    for layer, prompt in (*prompts.layers.items(), *prompts.visual.items()):
         shapes = {tuple(x.shape[2:]) for x in (prompt.k, prompt.v)}
         kinds = {(x.dtype, x.device) for x in (prompt.k, prompt.v)}
         fits = shapes == {inner} and prompt.gate.shape[1:] == (config.n_heads,)

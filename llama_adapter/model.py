@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from adapter_kernels import (
     apply_rotary,
+    gated_prompt_attention,
     linear,
     write_cache,
     zero_init_attention,
     zero_init_attention_decode,
     zero_init_attention_varlen,
 )
-from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
+from llama_adapter.adapter import Adapter, LayerPrompt, Prompts, Rows
 from llama_adapter.cache import KVCache, PagePool, Span
 from llama_adapter.config import LlamaConfig
 from llama_adapter.layers import FeedForward, Linear, RMSNorm
@@ -63,52 +64,47 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, self.kv_heads * self.head_dim)
         self.wo = Linear(self.n_heads * self.head_dim, config.dim)
 
-    def project_prompt(self, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    def project_prompt(self, rows: Rows) -> LayerPrompt:
         """Keys and values (..., P, G, D) of prompt rows (..., P, C).
 
         The layer's own frozen projections (equations 3 and 4), without norm and without rotary
         embedding: a prompt has no position.
         """
+        prompt = rows.prompt
+        if rows.image is not None:
+            prompt = prompt + rows.image[:, None].to(prompt.dtype)
         prompt = prompt.to(self.wk.weight.dtype)
         heads = (self.kv_heads, self.head_dim)
-        return self.wk(prompt).unflatten(-1, heads), self.wv(prompt).unflatten(-1, heads)
+        k, v = self.wk(prompt).unflatten(-1, heads), self.wv(prompt).unflatten(-1, heads)
+        return LayerPrompt(k, v, rows.gate)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """Attend from (B, T, C) normed tokens; returns (B, T, C)."""
         q = self.wq(x).unflatten(-1, (self.n_heads, self.head_dim))
         k = self.wk(x).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.wv(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        segment = self._prompt_arguments(step.prompts)
+        segments = [{}] if step.prompts is None else step.prompts.segments(self.layer)
         if step.pool is None or step.span is None:
             q, k = apply_rotary(q, k, step.cos, step.sin, interleaved=True)
             if step.packing is None:
-                out = zero_init_attention(q, k, v, **segment)
+                out = zero_init_attention(q, k, v, **segments[0])
+                out = _add(q, segments[1:], out)
             else:
                 # flattened, not indexed: the gradient of x[0] is a copy into zeros
+                q = q.flatten(0, 1)
                 packed = step.packing.arguments(k.flatten(0, 1), v.flatten(0, 1))
-                out = zero_init_attention_varlen(q.flatten(0, 1), **packed, **segment)[None]
+                out = zero_init_attention_varlen(q, **packed, **segments[0])
+                out = _add(q, segments[1:], out, step.packing.cu_seqlens)[None]
         else:
-            out = self._attend_cached(q, k, v, segment, step, step.pool, step.span)
+            out = self._attend_cached(q, k, v, segments, step, step.pool, step.span)
         return self.wo(out.flatten(-2))
-
-    def _prompt_arguments(self, prompts: Prompts | None) -> dict[str, Any]:
-        prompt = None if prompts is None else prompts.layers.get(self.layer)
-        if prompts is None or prompt is None:
-            return {}
-        return {
-            "prompt_k": prompt.k,
-            "prompt_v": prompt.v,
-            "gate": prompt.gate,
-            "adapter_index": prompts.adapter_index,
-            "prompt_lengths": prompts.prompt_lengths,
-        }
 
     def _attend_cached(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        segment: dict[str, Any],
+        segments: list[dict[str, Any]],
         step: Step,
         pool: PagePool,
         span: Span,
@@ -121,26 +117,37 @@ class Attention(nn.Module):
         q = write_cache(k, v, *pool.row(self.layer), positions=span.slots, cos=cos, sin=sin, q=q)
         q = q.view(shape)
         if span.cu_seqlens_q is None or span.cu_seqlens_k is None:
-            return zero_init_attention_decode(
+            out = zero_init_attention_decode(
                 q,
                 k_pages,
                 v_pages,
-                **segment,
+                **segments[0],
                 cache_lengths=span.cache_lengths,
                 page_table=span.page_table,
             )
+            return _add(q, segments[1:], out)
+        q = q.flatten(0, 1)
         out = zero_init_attention_varlen(
-            q.flatten(0, 1),
+            q,
             k_pages,
             v_pages,
-            **segment,
+            **segments[0],
             cu_seqlens_q=span.cu_seqlens_q,
             cu_seqlens_k=span.cu_seqlens_k,
             max_seqlen_q=span.longest_q,
             max_seqlen_k=span.longest_k,
             page_table=span.page_table,
         )
-        return out.view(q.shape)
+        return _add(q, segments[1:], out, span.cu_seqlens_q).view(shape)
+
+
+def _add(
+    q: Tensor, segments: list[dict[str, Any]], out: Tensor, cu_seqlens_q: Tensor | None = None
+) -> Tensor:
+    """out + g softmax(q k_p) v_p of every further segment, with a softmax of its own each."""
+    for segment in segments:
+        out = gated_prompt_attention(q, **segment, cu_seqlens_q=cu_seqlens_q, out=out)
+    return out
 
 
 class Block(nn.Module):
@@ -196,28 +203,29 @@ class Llama(nn.Module):
 
         Args:
             adapter: prompts (L, P, C) and gates (L, H) for this model; any biases, scales, norms.
-            visual: (B, C), the token of each sequence's image, added to all of its prompt rows in
-                every layer (equation 10); zeros where a sequence has none. None for a batch without
-                images, whose sequences share their prompts.
+            visual: what `adapter.visual_tokens` returned for the batch: (B, C), each sequence's
+                token, added to all of its prompt rows (equation 10), or fused early (B, P_v, C), a
+                gated prompt of the first layers beside theirs, if any (LLaMA-Adapter V2, section
+                4.3). Zeros where a sequence has no image; None for a batch without any.
 
         Returns:
             Prompts that live as long as the caller wants: one step in training (the projection is
             part of the graph), as long as the adapter is loaded at inference.
+
+        Raises:
+            ValueError: visual has the form of another fusion than the adapter's.
         """
-        multipliers = adapter.multipliers()
-        layers, tuned = {}, None
+        tuned = None
         if adapter.tuning.groups:
             parameters, side = adapter.tuned_parameters(), adapter.tuning.scale_side
             tuned = tune(self, self.output_weight, parameters, side)
         blocks = self.layers if tuned is None else tuned.layers
-        for row, layer in enumerate(adapter.layers):
-            block = cast(Block, blocks[layer])
-            prompt = adapter.prompts[row]
-            if visual is not None:
-                prompt = prompt + visual[:, None].to(prompt.dtype)
-            k, v = block.attention.project_prompt(prompt)
-            layers[layer] = LayerPrompt(k, v, multipliers[row])
-        return Prompts(layers, tuned=tuned)
+        layers, images = (
+            {n: cast(Block, blocks[n]).attention.project_prompt(one) for n, one in rows.items()}
+            for rows in (adapter.prompt_rows(visual), adapter.visual_rows(visual))
+        )
+        index = adapter.visual_index(visual)
+        return Prompts(layers, tuned=tuned, visual=images, visual_index=index)
 
     def hidden(
         self,

@@ -1,4 +1,4 @@
-"""What maps the features of an image to one token of the language model."""
+"""What maps the features of an image to tokens of the language model."""
 
 from itertools import pairwise
 
@@ -10,6 +10,8 @@ from llama_adapter.config import VisualConfig
 
 class Projector(nn.Module):
     """I_p = W_n a(... a(W_1 x + b_1) ...) + b_n, from features (B, F) to one token (B, C) each.
+
+    For early fusion the last map makes P_v tokens (B, P_v, C), side by side.
 
     The paper gives "simple cascaded MLPs" and, in its Table 3, parameters: 6 features of 768, a
     hidden width of 64 and C = 4096 are 561,216, which with the prompts and gates of 30 layers are
@@ -35,7 +37,7 @@ class Projector(nn.Module):
         """
         super().__init__()
         self.config = config
-        widths = pairwise((config.features, *config.hidden, dim))
+        widths = pairwise((config.features, *config.hidden, config.tokens * dim))
         maps = [nn.Linear(inputs, outputs) for inputs, outputs in widths]
         for one in maps:
             nn.init.normal_(one.weight, std=one.in_features**-0.5, generator=generator)
@@ -43,10 +45,11 @@ class Projector(nn.Module):
         self.maps = nn.ModuleList(maps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C) in float32 of features (B, F) in any dtype."""
+        """(B, C), early (B, P_v, C), in float32 of features (B, F) in any dtype."""
         activation = getattr(nn.functional, self.config.activation)
         first, *others = self.maps
         x = first(x.float())
         for one in others:
             x = one(activation(x))
-        return x
+        early = self.config.fusion == "early"
+        return x.unflatten(-1, (self.config.tokens, -1)) if early else x

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
+from llama_adapter.adapter import Adapter, LayerPrompt, Prompts, Rows
 from llama_adapter.model import Block, Llama
 from llama_adapter.world import World
 
@@ -114,24 +114,25 @@ def _from_parts(
     )
 
 
-def project_in_place(model: Llama, adapter: Adapter) -> Prompts:
+def project_in_place(model: Llama, adapter: Adapter, visual: Tensor | None = None) -> Prompts:
     """As `Llama.project`, but each layer's prompt is projected when the layer runs.
 
     Its weights are there only then: before, they would be gathered once more for this alone.
     """
-    return Prompts(_ProjectedInPlace(model, adapter))
+    layers, images = (
+        _ProjectedInPlace(model, rows)
+        for rows in (adapter.prompt_rows(visual), adapter.visual_rows(visual))
+    )
+    return Prompts(layers, visual=images, visual_index=adapter.visual_index(visual))
 
 
 class _ProjectedInPlace(Mapping[int, LayerPrompt]):
-    def __init__(self, model: Llama, adapter: Adapter) -> None:
-        self.model, self.prompts, self.multipliers = model, adapter.prompts, adapter.multipliers()
-        self.rows = {layer: row for row, layer in enumerate(adapter.layers)}
+    def __init__(self, model: Llama, rows: Mapping[int, Rows]) -> None:
+        self.model, self.rows = model, rows
 
     def __getitem__(self, layer: int) -> LayerPrompt:
-        row = self.rows[layer]
-        block = cast(Block, self.model.layers[layer])
-        k, v = block.attention.project_prompt(self.prompts[row])
-        return LayerPrompt(k, v, self.multipliers[row])
+        rows = self.rows[layer]
+        return cast(Block, self.model.layers[layer]).attention.project_prompt(rows)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.rows)

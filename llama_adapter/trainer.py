@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import linear_cross_entropy
-from llama_adapter.adapter import Adapter
+from llama_adapter.adapter import VISUAL, Adapter
 from llama_adapter.checkpoints.quantize import is_quantized, passes_gradients
 from llama_adapter.data.examples import Batch, Example
 from llama_adapter.data.feed import ahead
-from llama_adapter.data.packed import Collated, PackedBatch, Prefix, collate, micro_batches
+from llama_adapter.data.packed import (
+    Collated,
+    Features,
+    PackedBatch,
+    Prefix,
+    collate,
+    micro_batches,
+)
 from llama_adapter.model import Llama
 from llama_adapter.recompute import RECOMPUTED
 from llama_adapter.sharding import is_sharded, project_in_place
@@ -65,6 +72,7 @@ class Trainer:
         *,
         micro_batch_tokens: int,
         prefixes: Sequence[Prefix] = (),
+        features: Features | None = None,
         weight_decay: float = 0.02,
         betas: tuple[float, float] = (0.9, 0.95),
         clip: float | None = None,
@@ -78,6 +86,7 @@ class Trainer:
             adapter: float32, on the model's device.
             micro_batch_tokens: tokens per forward pass; changes memory and time, not results.
             prefixes: beginnings that examples may share, computed once per pass: the template's.
+            features: of the images that examples name, by any thread; None takes no images.
             weight_decay: of every group; prompts and gates are decayed alike, as in the official
                 recipe.
             betas: AdamW's.
@@ -89,8 +98,8 @@ class Trainer:
 
         Raises:
             ValueError: the base is in int4 or not frozen, a parameter of the adapter is not
-                float32, it has biases, scales or norms, which run but are not trained yet, or
-                recompute is unknown.
+                float32, it has biases, scales or norms, which run but are not trained yet, there
+                are features and no projector, or recompute is unknown.
         """
         if not passes_gradients(model):
             raise ValueError(
@@ -109,9 +118,12 @@ class Trainer:
             raise ValueError(
                 f"adapter must have prompts and gates alone to be trained, got {groups}"
             )
+        if features is not None and adapter.projector is None:
+            raise ValueError("features must be left out: this adapter has no projector")
         if recompute not in (None, *RECOMPUTED):
             raise ValueError(f"recompute must be one of {RECOMPUTED} or None, got {recompute!r}")
         self.model, self.adapter, self.world = model, adapter, world or World()
+        self.features = features
         self.recompute = recompute
         self.quantized, self.sharded = is_quantized(model), is_sharded(model)
         self.micro_batch_tokens, self.prefixes, self.clip = micro_batch_tokens, prefixes, clip
@@ -130,7 +142,8 @@ class Trainer:
     def collate(self, examples: Sequence[Example]) -> Collated:
         """The examples of one forward pass, packed for the model's device."""
         on_gpu = self.model.output_weight.is_cuda
-        return collate(examples, self.prefixes, on_gpu, GPU_ROWS if on_gpu else 1)
+        rows = GPU_ROWS if on_gpu else 1
+        return collate(examples, self.prefixes, on_gpu, rows, self.features)
 
     def loss_sum(self, part: Collated) -> Tensor:
         """Cross entropy in nats summed over the examples' labels, differentiable in the adapter."""
@@ -151,7 +164,10 @@ class Trainer:
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Final hidden states (total, C) of packed examples, differentiable in the adapter."""
         project = project_in_place if self.sharded else Llama.project
-        prompts = project(self.model, self.adapter)
+        visual = None
+        if batch.features is not None:
+            visual = self.adapter.visual_tokens(batch.features, batch.present)
+        prompts = project(self.model, self.adapter, visual)
         return self.model.hidden_packed(
             batch.tokens, batch.packing, prompts, recompute=self.recompute
         )
@@ -161,7 +177,8 @@ class Trainer:
 
         The loss is the mean over all labels of the batch, however it is cut into micro-batches, so
         accumulation is exact. (The official code averages each micro-batch by itself, which weighs
-        a label by the company it is in.) A batch without any label has the loss 0.
+        a label by the company it is in.) A batch without any label has the loss 0. One without any
+        image leaves the groups alone that images alone reach.
 
         Args:
             work: examples, and the groups that they train; or what `prepare` made of them.
@@ -171,7 +188,8 @@ class Trainer:
             The loss in nats per label and the norm of its gradient.
 
         Raises:
-            ValueError: the batch names no group, or one that the adapter does not have.
+            ValueError: the batch names no group, one that the adapter does not have, or none but
+                those of images without having one.
             FloatingPointError: the loss or the gradient is not finite; nothing was changed.
         """
         batch = work if isinstance(work, Batch) else work.batch
@@ -180,9 +198,15 @@ class Trainer:
             raise ValueError(
                 f"train_groups must name some of {tuple(self.groups)}, got {batch.train_groups}"
             )
+        train_groups = batch.train_groups
+        if all(example.image is None for example in batch.examples):
+            # in every process alike, whichever examples are its share
+            train_groups = tuple(name for name in train_groups if name not in VISUAL)
+            if not train_groups:
+                raise ValueError(f"a batch without images cannot train {batch.train_groups} alone")
         for name, parameters in self.groups.items():
             for parameter in parameters:
-                parameter.requires_grad_(name in batch.train_groups)
+                parameter.requires_grad_(name in train_groups)
                 parameter.grad = None
         losses = []
         parts = (self.prepare(work) if isinstance(work, Batch) else work).parts
@@ -190,12 +214,14 @@ class Trainer:
         for part in parts:
             # gradients of the sum, divided afterwards: a mean's could vanish in float16
             loss = self.loss_sum(part)
-            with phase("backward"):
-                loss.backward()
+            # a pass without images may have nothing to train
+            if loss.requires_grad:
+                with phase("backward"):
+                    loss.backward()
             losses.append(loss.detach())
         for part in idle:
             (self.loss_sum(part) * 0).backward()
-        trained = [p for name in batch.train_groups for p in self.groups[name]]
+        trained = [p for name in train_groups for p in self.groups[name]]
         count = max(1, sum(example.n_labels for example in batch.examples))
         with phase("reduce"):
             total = self._total(losses)
@@ -214,7 +240,7 @@ class Trainer:
         if self.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(trained, self.clip, norm)
         with phase("optimiser"):
-            for name in batch.train_groups:
+            for name in train_groups:
                 for options in self.optimisers[name].param_groups:
                     options["lr"] = lr
                 self.optimisers[name].step()

@@ -11,6 +11,7 @@ from itertools import pairwise
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from llama_adapter.adapter import VISUAL
 from llama_adapter.checkpoints.fingerprint import Fingerprint, sample_count
 from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, Tuning, VisualConfig
 from llama_adapter.vision import Scales
@@ -37,7 +38,8 @@ class AdapterHeader:
         linears: the linear maps that bias and scale groups belong to.
         origin: where it is from, if that does not tell the base: the format it was converted from,
             or QUANTIZED; then `base` may know some of the shape and no weights. None otherwise.
-        visual: what images it takes, which goes with the group "projector"; None without one.
+        visual: what images it takes, which goes with the group "projector", and with early fusion
+            "visual_gates"; None without one.
     """
 
     groups: tuple[str, ...]
@@ -66,9 +68,16 @@ def _gate_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
     return {"gates": (len(header.layers), heads)}
 
 
+def _visual_gate_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
+    assert header.visual is not None
+    heads = header.base.shape["n_heads"] if header.config.gate_scope == "head" else 1
+    return {"visual_gates": (header.visual.layers, heads)}
+
+
 def _projector_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
     assert header.visual is not None
-    widths = (header.visual.features, *header.visual.hidden, header.base.shape["dim"])
+    outputs = header.visual.tokens * header.base.shape["dim"]
+    widths = (header.visual.features, *header.visual.hidden, outputs)
     found: dict[str, tuple[int, ...]] = {}
     for number, (inputs, outputs) in enumerate(pairwise(widths)):
         found[f"projector.maps.{number}.weight"] = (outputs, inputs)
@@ -92,11 +101,12 @@ GROUPS: dict[str, Callable[[AdapterHeader], dict[str, tuple[int, ...]]]] = {
     "prompts": _prompt_shapes,
     "gates": _gate_shapes,
     "projector": _projector_shapes,
+    "visual_gates": _visual_gate_shapes,
     "bias": _tuned_shapes("bias"),
     "scale": _tuned_shapes("scale"),
     "norm": _tuned_shapes("norm"),
 }
-PROMPT_GROUPS = ("prompts", "gates", "projector")
+PROMPT_GROUPS = ("prompts", "gates", "projector", "visual_gates")
 
 
 def expected_tensors(header: AdapterHeader, where: str) -> dict[str, tuple[int, ...]]:
@@ -181,8 +191,13 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         raise ValueError(
             f"{where}: groups must be some of {tuple(GROUPS)} in this order, got {header.groups}"
         )
-    if ("projector" in header.groups) != (visual is not None):
+    images = () if visual is None else VISUAL if visual.fusion == "early" else VISUAL[:1]
+    if tuple(group for group in header.groups if group in VISUAL) != images:
         raise ValueError(f"{where}: groups {header.groups} do not go with visual {visual}")
+    if visual is not None and visual.layers > base.shape["n_layers"]:
+        raise ValueError(
+            f"{where}: visual layers must be at most {base.shape['n_layers']}, got {visual.layers}"
+        )
     if not header.groups or ("prompts" in header.groups) != bool(header.layers):
         raise ValueError(
             f"{where}: groups {header.groups} do not go with {len(header.layers)} adapted layers"

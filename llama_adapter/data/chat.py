@@ -45,6 +45,7 @@ def encode_chat(
     tokenizer: Tokenizer,
     max_length: int,
     system: str = SYSTEM,
+    image: str | None = None,
 ) -> Example:
     """Tokenise a conversation, with labels on the answers and on the separators that end them.
 
@@ -57,6 +58,7 @@ def encode_chat(
         tokenizer: the base model's.
         max_length: tokens kept, BOS included, from the left.
         system: the sentence before the turns.
+        image: path of the picture that they are about.
 
     Returns:
         The example, which has no label at all where the first question fills max_length.
@@ -79,7 +81,7 @@ def encode_chat(
         if answered:
             labels[start:end] = tokens[start:end]
         start = end
-    return Example(index, tuple(tokens[:max_length]), tuple(labels[:max_length]))
+    return Example(index, tuple(tokens[:max_length]), tuple(labels[:max_length]), image)
 
 
 def _pieces(turns: Sequence[Turn], system: str) -> list[tuple[str, bool]]:

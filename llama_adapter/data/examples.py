@@ -21,11 +21,13 @@ class Example:
         index: the record's position in its file, for error messages.
         tokens: BOS, prompt, output, EOS as ids, cut at max_length.
         labels: the same ids, IGNORE_INDEX on BOS and prompt; as long as `tokens`.
+        image: path of the picture that it is about, as the file has it; None without one.
     """
 
     index: int
     tokens: tuple[int, ...]
     labels: tuple[int, ...]
+    image: str | None = None
 
     @property
     def n_labels(self) -> int:
@@ -69,4 +71,5 @@ def encode_record(record: Record, tokenizer: Tokenizer, max_length: int) -> Exam
     masked = len(tokenizer.encode(prompt, bos=True))
     tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
     labels = [IGNORE_INDEX] * min(masked, len(tokens)) + tokens[masked:]
-    return Example(record.index, tuple(tokens[:max_length]), tuple(labels[:max_length]))
+    kept = tuple(tokens[:max_length]), tuple(labels[:max_length])
+    return Example(record.index, *kept, record.image)

@@ -32,6 +32,12 @@ class Conversation:
     image: str | None
     turns: tuple[Turn, ...]
 
+    @property
+    def question(self) -> tuple[str, ...]:
+        """What is asked, for telling duplicates; one turn is as an instruction without input."""
+        asked = *(turn.question.strip() for turn in self.turns), ""
+        return asked if self.image is None else (*asked, self.image)
+
 
 def load_conversations(path: str | Path) -> tuple[list[Conversation], list[Problem]]:
     """Read a file of conversations and check every record.

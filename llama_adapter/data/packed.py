@@ -5,7 +5,7 @@ a batch is cut: losses and gradients are sums over its examples.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -19,6 +19,8 @@ from llama_adapter.packing import Packing, Shared
 from llama_adapter.tokenizer import Tokenizer
 
 Prefix = tuple[int, ...]
+# of the images' paths, None for none: features (B, F), and which of them there are (B,)
+Features = Callable[[Sequence[str | None]], tuple[Tensor, Tensor]]
 # numbers of 8 bytes: as far apart as tensors of their own would be
 _ALIGNMENT = 32
 # instructions that begin with every kind of character, so that none is taken for the template's
@@ -46,6 +48,8 @@ class PackedBatch:
         rows: (n,) int64, the rows whose next token carries loss, in the examples' order.
         targets: (n,) int64, those tokens.
         counts: how many of them each example has.
+        features: (B, F), of the image of each sequence of `packing`; None where none has one.
+        present: (B,) bool, which of them have one.
     """
 
     tokens: Tensor
@@ -53,10 +57,18 @@ class PackedBatch:
     rows: Tensor
     targets: Tensor
     counts: tuple[int, ...]
+    features: Tensor | None = None
+    present: Tensor | None = None
 
 
 def prefix_of(example: Example, prefixes: Sequence[Prefix]) -> Prefix:
-    """The longest of `prefixes` that an example begins with, none of it with loss; or ()."""
+    """The longest of `prefixes` that an example begins with, none of it with loss; or ().
+
+    None of an example with an image: its prompts are its own, and already the template's tokens
+    attend to them.
+    """
+    if example.image is not None:
+        return ()
     fitting = [
         prefix
         for prefix in prefixes
@@ -79,6 +91,7 @@ class Collated:
         longest: of the packing.
         spans: first row and length of each shared beginning.
         counts: labels of each example.
+        visual: `features` and `present` of the packed batch; None without images.
     """
 
     examples: tuple[Example, ...]
@@ -87,6 +100,7 @@ class Collated:
     longest: int
     spans: tuple[tuple[int, int], ...]
     counts: tuple[int, ...]
+    visual: tuple[Tensor, Tensor] | None = None
 
     @property
     def computed(self) -> tuple[int, int]:
@@ -107,7 +121,8 @@ class Collated:
             bank = bank.view(len(self.spans), -1)
             shared = Shared(self.spans, bank, _narrow(index), _narrow(lengths))
             packing = replace(packing, shared=shared)
-        return PackedBatch(tokens, packing, rows, targets, self.counts)
+        visual = [x.to(device, non_blocking=True) for x in self.visual or ()]
+        return PackedBatch(tokens, packing, rows, targets, self.counts, *visual)
 
 
 def _narrow(part: Tensor) -> Tensor:
@@ -124,6 +139,7 @@ def pack(
     examples: Sequence[Example],
     device: torch.device | str = "cpu",
     prefixes: Sequence[Prefix] = (),
+    features: Features | None = None,
 ) -> PackedBatch:
     """Put examples one after the other; those that begin with the same prefix share its rows.
 
@@ -131,11 +147,12 @@ def pack(
         examples: at least one.
         device: where the tensors go.
         prefixes: beginnings that may be shared, such as those of the prompt template.
+        features: of images, where examples have some.
 
     Raises:
-        ValueError: examples is empty.
+        ValueError: examples is empty, or there are images and no features.
     """
-    return collate(examples, prefixes).to(device)
+    return collate(examples, prefixes, features=features).to(device)
 
 
 def collate(
@@ -143,6 +160,7 @@ def collate(
     prefixes: Sequence[Prefix] = (),
     pinned: bool = False,
     multiple: int = 1,
+    features: Features | None = None,
 ) -> Collated:
     """What `pack` does before a device takes part.
 
@@ -152,9 +170,10 @@ def collate(
         pinned: whether to use memory that a GPU copies from by itself.
         multiple: of which there are so many rows, and rows with loss: a sequence of its own that
             carries no loss fills them up, and labels that are ignored.
+        features: of images, where examples have some.
 
     Raises:
-        ValueError: examples is empty.
+        ValueError: examples is empty, or there are images and no features.
     """
     if not examples:
         raise ValueError("examples must hold at least one example, got none")
@@ -212,6 +231,9 @@ def collate(
         part = part.view(np.int32)[: len(column)] if narrow else part
         part[:] = column
         at += _padded(len(column))
+    # neither a beginning that is shared nor what fills up has an image
+    filler = len(ends) - 1 - len(alike) - len(examples)
+    images = [None] * len(alike) + [example.image for example in examples] + [None] * filler
     return Collated(
         examples=tuple(examples),
         buffer=buffer,
@@ -219,7 +241,21 @@ def collate(
         longest=max(b - a for a, b in pairwise(ends)),
         spans=spans,
         counts=tuple(counts),
+        visual=_visual(images, features, pinned),
     )
+
+
+def _visual(
+    images: Sequence[str | None], features: Features | None, pinned: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Features of the images of a batch, if there are any."""
+    given = next((image for image in images if image is not None), None)
+    if given is None:
+        return None
+    if features is None:
+        raise ValueError(f"examples must have no image without features, got {given}")
+    found, present = features(images)
+    return (found.pin_memory(), present.pin_memory()) if pinned else (found, present)
 
 
 def micro_batches(

@@ -1,7 +1,8 @@
 """Which records of an instruction file can be trained on.
 
 Files are Alpaca's: a JSON list of {"instruction", "input", "output"}, or one such object per line
-in a `.jsonl` file. What cannot be used is named by index and reason.
+in a `.jsonl` file; with an "image" a record is about a picture. What cannot be used is named by
+index and reason.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,17 +19,22 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Record:
-    """One instruction with its answer, and its position in the file, counted from 0."""
+    """One instruction with its answer, and its position in the file, counted from 0.
+
+    `image` is the path of the picture that it is about, as the file has it; None without one.
+    """
 
     index: int
     instruction: str
     input: str
     output: str
+    image: str | None = None
 
     @property
-    def question(self) -> tuple[str, str]:
-        """What is asked, for telling duplicates: instruction and input without outer blanks."""
-        return self.instruction.strip(), self.input.strip()
+    def question(self) -> tuple[str, ...]:
+        """What is asked, for telling duplicates: the texts without outer blanks, and the image."""
+        asked = self.instruction.strip(), self.input.strip()
+        return asked if self.image is None else (*asked, self.image)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def load_records(path: str | Path) -> tuple[list[Record], list[Problem]]:
     """Read an instruction file and check every record.
 
     "input" may be missing, which means "". "instruction" and "output" must be there and hold more
-    than blanks; further fields are ignored.
+    than blanks, and so must an "image" that is not null; further fields are ignored.
 
     Args:
         path: a JSON list, or a `.jsonl` file with one object per line.
@@ -99,7 +105,8 @@ def check_item(index: int, item: Any) -> Record | Problem:
     reason = _reason_against(item)
     if reason is not None:
         return Problem(index, reason)
-    return Record(index, item["instruction"], item.get("input", ""), item["output"])
+    texts = item["instruction"], item.get("input", ""), item["output"]
+    return Record(index, *texts, item.get("image"))
 
 
 def _reason_against(item: Any) -> str | None:
@@ -116,7 +123,8 @@ def _reason_against(item: Any) -> str | None:
         reason = against_text(name, item[name], may_be_empty=name == "input")
         if reason is not None:
             return reason
-    return None
+    image = item.get("image")
+    return None if image is None else against_text("image", image)
 
 
 def against_text(name: str, value: Any, *, may_be_empty: bool = False) -> str | None:

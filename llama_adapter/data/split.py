@@ -10,20 +10,21 @@ from array import array
 import numpy as np
 from numpy.typing import NDArray
 
-from llama_adapter.data.records import Record
+from llama_adapter.data.mixture import AnyRecord
 
 Questions = NDArray[np.uint64]
 
 
-def question_of(record: Record) -> int:
-    """What a record asks, as a number below 2**64 that tells duplicates: instruction and input.
+def question_of(record: AnyRecord) -> int:
+    """What a record asks, as a number below 2**64 that tells duplicates: its texts and its image.
 
-    Blanks around them do not count. Of a million questions, two that differ have one number with a
+    One question about two pictures is two, and one picture may be asked about on both sides. Blanks
+    around texts do not count. Of a million questions, two that differ have one number with a
     probability of 3e-8; they would be held out together.
     """
-    instruction, extra = record.question
-    asked = f"{len(instruction)} {instruction}{extra}".encode()
-    return int.from_bytes(hashlib.blake2b(asked, digest_size=8).digest(), "little")
+    *first, last = record.question
+    asked = "".join(f"{len(text)} {text}" for text in first) + last
+    return int.from_bytes(hashlib.blake2b(asked.encode(), digest_size=8).digest(), "little")
 
 
 def hold_out(questions: Questions, size: int, seed: int) -> NDArray[np.bool_]:

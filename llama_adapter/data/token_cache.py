@@ -3,7 +3,7 @@
 A file's name is a digest of all that decides its tokens; a file is whole or absent, and what is
 damaged is made anew. All of them may be deleted whenever no run is starting.
 
-    header, JSON in 512 bytes | tokens, int32, filled up to 8 | a ROW a record | problems, JSON
+    header, JSON in 512 bytes | WORDs, filled up to 8 | a ROW a record | problems, JSON
 """
 
 import hashlib
@@ -23,22 +23,28 @@ from tqdm import tqdm
 
 from llama_adapter.caches import cache_folder
 from llama_adapter.checkpoints.atomic import TEMPORARY_SUFFIX, replacing, temporary_prefix
-from llama_adapter.data.examples import IGNORE_INDEX, Example, encode_record
+from llama_adapter.data.examples import IGNORE_INDEX, Example
 from llama_adapter.data.items import CHUNK, check_file, is_lines, stream_items
-from llama_adapter.data.records import Problem, check_item
+from llama_adapter.data.mixture import check_any, encode_any, templates
+from llama_adapter.data.records import Problem
 from llama_adapter.data.split import question_of
-from llama_adapter.data.template import prompt_text
 from llama_adapter.tokenizer import Tokenizer
 
 # another number wherever the same records would get other tokens, labels or problems
-FORMAT = 1
+FORMAT = 2
 HEADER = 512
-# first token, their number, the first of them with a label, place in the file, what is asked
+# first token, their number, labels among them, bytes of the image's path or 0 for none, place in
+# the file, what is asked
 ROW = np.dtype(
-    [("begin", "<i8"), ("length", "<i4"), ("label", "<i4"), ("index", "<i8"), ("question", "<u8")],
+    [
+        ("begin", "<i8"), ("length", "<i4"), ("labels", "<i4"), ("image", "<i8"),
+        ("index", "<i8"), ("question", "<u8"),
+    ],
     align=True,
-)
-TOKEN = np.dtype("<i4")
+)  # fmt: skip
+# those of a record are its tokens, then the path of its image in UTF-8; a token without a label is
+# there as its complement, below zero: answers of several turns need no table
+WORD = np.dtype("<i4")
 # records between two writes
 _FLUSH = 1024
 
@@ -57,14 +63,14 @@ class TokenFile:
     """The tokens of an instruction file.
 
     Attributes:
-        tokens: (total,) int32, in memory only where they are looked at.
+        words: (total,) int32, in memory only where they are looked at.
         rows: (n,) ROW, one for each record that could be read, in the file's order.
         items: values in the file.
         problems: those of them that are no records.
         digest: SHA-256 of the instruction file.
     """
 
-    tokens: NDArray[np.int32]
+    words: NDArray[np.int32]
     rows: NDArray[Any]
     items: int
     problems: list[Problem]
@@ -73,10 +79,23 @@ class TokenFile:
     def example(self, row: int) -> Example:
         """The record of a row."""
         found = self.rows[row]
-        begin, masked = int(found["begin"]), int(found["label"])
-        tokens = self.tokens[begin : begin + int(found["length"])].tolist()
-        labels = (*[IGNORE_INDEX] * masked, *tokens[masked:])
-        return Example(int(found["index"]), tuple(tokens), labels)
+        begin, end = int(found["begin"]), int(found["begin"] + found["length"])
+        words = self.words[begin:end]
+        tokens = np.where(words < 0, ~words, words).tolist()
+        labels = np.where(words < 0, IGNORE_INDEX, words).tolist()
+        return Example(int(found["index"]), tuple(tokens), tuple(labels), self.image(row))
+
+    def image(self, row: int) -> str | None:
+        """The path of a row's image as the instruction file has it."""
+        found = self.rows[row]
+        begin, size = int(found["begin"] + found["length"]), int(found["image"])
+        words = self.words[begin : begin + _words(size)]
+        return words.tobytes()[:size].decode() if size else None
+
+
+def _words(size: int) -> int:
+    """WORDs that hold so many bytes."""
+    return -(-size // WORD.itemsize)
 
 
 class Examples(Sequence[Example]):
@@ -168,8 +187,7 @@ def _digest(path: Path) -> str:
 
 def _key(digest: str, lines: bool, tokenizer: Tokenizer, max_length: int) -> str:
     """Of all that decides the tokens."""
-    template = [prompt_text("\0"), prompt_text("\0", "\1")]
-    parts = [FORMAT, digest, lines, tokenizer.digest, template, max_length]
+    parts = [FORMAT, digest, lines, tokenizer.digest, templates(), max_length]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -201,13 +219,13 @@ def _read(target: Path, key: str, digest: str) -> TokenFile | None:
         data = np.zeros(0, np.uint8)
     try:
         header = json.loads(bytes(data[:HEADER]))
-        tokens_end = HEADER + header["tokens"] * TOKEN.itemsize
-        rows_begin = tokens_end + -tokens_end % ROW.alignment
+        words_end = HEADER + header["words"] * WORD.itemsize
+        rows_begin = words_end + -words_end % ROW.alignment
         rows_end = rows_begin + header["records"] * ROW.itemsize
         whole = header["key"] == key and len(data) == rows_end + header["problems"]
         if whole and _sealed(header, hashlib.sha256(data[HEADER:].data)) == header:
             return TokenFile(
-                tokens=data[HEADER:tokens_end].view(TOKEN),
+                words=data[HEADER:words_end].view(WORD),
                 rows=data[rows_begin:rows_end].view(ROW),
                 items=header["items"],
                 problems=[Problem(**found) for found in json.loads(bytes(data[rows_end:]))],
@@ -226,41 +244,45 @@ def _sealed(header: dict[str, Any], content: "hashlib._Hash") -> dict[str, Any]:
 
 
 class _Parts:
-    """A token file while it is written: its rows wait in another until all tokens are there."""
+    """A token file while it is written: its rows wait in another until all words are there."""
 
     def __init__(self, file: BinaryIO, side: IO[bytes]) -> None:
         self.file, self.side = file, side
-        self.tokens = self.records = 0
+        self.words = self.records = 0
         self._checked = hashlib.sha256()
         self._pending, self._rows = array("i"), []
         file.write(bytes(HEADER))
 
     def add(self, example: Example, question: int) -> None:
         """Take one record."""
-        length, masked = len(example.tokens), len(example.labels) - example.n_labels
-        begin = self.tokens + len(self._pending)
-        self._rows.append((begin, length, masked, example.index, question))
-        self._pending.extend(example.tokens)
+        begin = self.words + len(self._pending)
+        path = (example.image or "").encode()
+        sizes = len(example.tokens), example.n_labels, len(path)
+        self._rows.append((begin, *sizes, example.index, question))
+        pairs = zip(example.tokens, example.labels, strict=True)
+        self._pending.extend(~token if label == IGNORE_INDEX else token for token, label in pairs)
+        padded = path.ljust(_words(len(path)) * WORD.itemsize, b"\0")
+        self._pending.extend(np.frombuffer(padded, WORD).tolist())
         if len(self._rows) == _FLUSH:
             self._flush()
 
     def finish(self, header: dict[str, Any], problems: Sequence[Problem]) -> None:
         """Write what comes behind the tokens, and the header at last."""
         self._flush()
-        self._put(bytes(-self.tokens * TOKEN.itemsize % ROW.alignment))
+        self._put(bytes(-self.words * WORD.itemsize % ROW.alignment))
         self.side.seek(0)
         while data := self.side.read(CHUNK):
             self._put(data)
         listed = json.dumps([asdict(problem) for problem in problems]).encode()
         self._put(listed)
-        header |= {"tokens": self.tokens, "records": self.records, "problems": len(listed)}
+        header |= {"words": self.words, "records": self.records, "problems": len(listed)}
         self.file.seek(0)
         self.file.write(json.dumps(_sealed(header, self._checked)).encode().ljust(HEADER))
 
     def _flush(self) -> None:
-        self._put(np.array(self._pending, TOKEN).tobytes())
+        self._put(np.array(self._pending, WORD).tobytes())
         self.side.write(np.array(self._rows, ROW).tobytes())
-        self.tokens += len(self._pending)
+        self.words += len(self._pending)
         self.records += len(self._rows)
         self._pending, self._rows = array("i"), []
 
@@ -293,11 +315,11 @@ def _write(
         _items(path), "tokenising", unit=" records", delay=1, disable=hidden, leave=False
     ) as bar:
         for item in bar:
-            record = check_item(items, item)
+            record = check_any(items, item)
             items += 1
             if isinstance(record, Problem):
                 problems.append(record)
             else:
-                example = encode_record(record, tokenizer, max_length)
+                example = encode_any(record, tokenizer, max_length)
                 parts.add(example, question_of(record))
     parts.finish({"key": key, "items": items}, problems)

@@ -1,11 +1,15 @@
 """The decode benchmark: right before timed, bytes counted, continues, and judges as it says."""
 
+import gc
 import json
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -390,6 +394,22 @@ def test_one_pass_compiles_and_says_what_it_cannot(
     assert "tokens must be 1, got 2" in capsys.readouterr().err
 
 
+def test_a_captured_call_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, where CUDA's calls do nothing: a graph holds no tensor that it reads."""
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    own = torch.ones(3)
+    kept = weakref.ref(own)
+    replay = decode.captured(partial(torch.add, own, 1), None)
+    del own
+    gc.collect()
+    assert kept() is not None
+    assert replay().tolist() == [2.0, 2.0, 2.0]
+    del replay
+    gc.collect()
+    assert kept() is None
+
+
 def test_every_provider_is_told_of() -> None:
     for name in BY_NAME:
         known = name.startswith(("ours_bank", "two_")) or name in decode_report.LEGEND
@@ -398,10 +418,34 @@ def test_every_provider_is_told_of() -> None:
 
 
 @pytest.mark.gpu
+def test_a_captured_call_keeps_what_it_reads() -> None:
+    """A graph does not, and torch gives a tensor's memory back once nothing holds it."""
+    words = torch.randn(1 << 22, device="cuda")
+    wanted = words + 1
+
+    def build() -> torch.Tensor:
+        # memory of its own, which empty_cache would give back
+        own = words.clone()
+        kept.append(weakref.ref(own))
+        return own
+
+    kept: list[weakref.ref[torch.Tensor]] = []
+    replay = decode.captured(partial(torch.add, build(), 1), None)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert kept[0]() is not None
+    assert torch.equal(replay(), wanted)
+    del replay
+    gc.collect()
+    assert kept[0]() is None
+
+
+@pytest.mark.gpu
 def test_quick_command_on_a_gpu(tmp_path: Path) -> None:
     assert decode.main(["--quick", "--device", "cuda", "--output", str(tmp_path)]) == 0
     status = {row["provider"]: row["status"] for row in held(tmp_path)["rows"]}
-    own = [one.name for one in OURS if "cuda" in one.devices]
+    own = [name for name in OURS if name in BY_NAME and "cuda" in BY_NAME[name].devices]
+    assert "ours" in own
     for name in (*own, "sdpa", "two_sdpa", *READS):
         assert status[name] == TIMED, name
     assert WRONG not in status.values()

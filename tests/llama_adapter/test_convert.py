@@ -85,17 +85,23 @@ def test_info_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "note        gates: tanh (official's convention), one per head" in out
 
 
+@pytest.mark.parametrize("fusion", [(), ("early", 3, 2)], ids=["late", "early"])
 def test_an_adapter_of_images_is_told_and_its_projector_not_lost(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fusion: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, path = load_base(assets.BASE).model, tmp_path / "a.safetensors"
     config = AdapterConfig(gate_activation="identity", gate_scope="layer")
-    visual = VisualConfig(11, (7, 5), encoder="random numbers")
+    visual = VisualConfig(11, (7, 5), "silu", "random numbers", *fusion)
     adapter = Adapter(config, model.config, visual=visual)
+    if adapter.visual_gates is not None:
+        torch.nn.init.constant_(adapter.visual_gates, -1.25)
     save_adapter(path, adapter, fingerprint(model, "tiny"))
     assert main(["info", str(path)]) == 0
     said = "images      11 features of random numbers; projector's hidden widths 7, 5"
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert said in out
+    early = "fusion      early: 3 tokens in the first 2 layers, multipliers from -1.250 to -1.250"
+    assert (early in out) == ("early" in fusion)
     for name in WRITERS:
         out = tmp_path / f"as_{name}"
         code = main(["convert", str(path), str(out), "--to", name])

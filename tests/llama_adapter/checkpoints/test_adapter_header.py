@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +95,49 @@ def test_an_adapter_of_images_keeps_its_projector(tiny_model: Llama, tmp_path: P
     assert list(loaded.groups()) == list(adapter.groups())
 
 
+EARLY = replace(VISUAL, fusion="early", tokens=3, layers=2)
+
+
+@pytest.mark.parametrize("scope", ["head", "layer"])
+def test_images_fused_early_keep_their_gates(scope: str, tiny_model: Llama, tmp_path: Path) -> None:
+    g, path = torch.Generator().manual_seed(3), tmp_path / "adapter.safetensors"
+    settings = AdapterConfig(gate_scope=scope, prompt_length=4)
+    adapter = Adapter(settings, tiny_model.config, generator=g, visual=EARLY)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.normal_(std=1.5, generator=g)
+    save_adapter(path, adapter, fingerprint(tiny_model, "tiny"))
+    header, tensors = read_adapter(path)
+    assert header.visual == EARLY
+    assert header.groups == ("prompts", "gates", "projector", "visual_gates")
+    assert tensors["visual_gates"].shape == (2, 6 if scope == "head" else 1)
+    assert header.layers == (2, 3)
+    loaded = load_adapter(path, tiny_model, "tiny")
+    tokens, ids = adapter.visual_tokens(torch.randn(2, 11, generator=g)), torch.arange(38)
+    with torch.no_grad():
+        expected, got = (
+            tiny_model(ids.view(2, 19), tiny_model.project(one, tokens))
+            for one in (adapter, loaded)
+        )
+    assert torch.equal(got, expected)
+    content = to_json(header)
+    for change, message in (
+        ({"groups": ["prompts", "gates", "projector"]}, "do not go with visual VisualConfig"),
+        ({"visual": content["visual"] | {"layers": 5}}, "visual layers must be at most 4, got 5"),
+        ({"visual": content["visual"] | {"layers": 0}}, "layers at least 1 for early fusion"),
+        ({"visual": content["visual"] | {"fusion": "late"}}, "tokens must be 1 and layers 0"),
+        ({"visual": content["visual"] | {"fusion": "deep"}}, "fusion must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_json(json.loads(json.dumps(content | change)), "file")
+
+
 SEEN: dict[str, Any] = json.loads(json.dumps(asdict(VISUAL)))
 SCALES: dict[str, Any] = SEEN["scales"]
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"visual": None}, r"groups \('prompts', 'gates', 'projector'\) do not go with visual None"),
     ({"groups": ["prompts", "gates"]}, "do not go with visual VisualConfig"),
-    (
-        {"visual": {"features": 11}},
-        "visual has missing fields: activation, encoder, hidden, scales",
-    ),
+    ({"visual": {"features": 11}}, "visual has missing fields: activation, encoder, fusion, hid"),
     ({"visual": SEEN | {"scales": {"pool": "cls"}}}, "scales has missing fields: layers"),
     ({"visual": SEEN | {"scales": SCALES | {"layers": [0]}}}, "config: layers must be numbers"),
     ({"visual": SEEN | {"scales": SCALES | {"layers": 4}}}, "scales: layers must be .*, got 4"),

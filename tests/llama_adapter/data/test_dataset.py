@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,57 @@ def test_strict_refuses_and_lists_the_first_few(tmp_path: Path, tiny_tokenizer: 
     )
     clean = write(tmp_path / "b.json", items(9))
     assert len(load_dataset(clean, tiny_tokenizer, 130, strict=True).train) == 9
+
+
+def test_pictures_are_looked_at_before_a_record_is_used(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    data, asked = items(12), []
+    for index, name in {1: "a.png", 3: "b.png", 4: "a.png", 7: "c.png", 8: "d.png"}.items():
+        data[index]["image"] = name
+    data[8]["output"] = " "
+    path = write(tmp_path / "a.json", data)
+    val_path = write(tmp_path / "val.json", [*items(20)[15:], items(1)[0] | {"image": "c.png"}])
+    why = {"a.png": "a.png: no such file", "c.png": "c.png: no image that can be read"}
+
+    def unusable(images: Sequence[str]) -> dict[str, str]:
+        asked.append(list(images))
+        return {name: reason for name, reason in why.items() if name in images}
+
+    dataset = load_dataset(path, tiny_tokenizer, 130, val_size=2, unusable=unusable)
+    # one that is not used anyway is not looked at
+    assert asked == [["a.png", "b.png", "c.png"]]
+    assert dataset.skipped_lines() == [
+        {"file": str(path), "record": index, "reason": reason}
+        for index, reason in [
+            (1, why["a.png"]), (4, why["a.png"]), (7, why["c.png"]), (8, "output is empty")
+        ]
+    ]  # fmt: skip
+    used = [*dataset.train, *dataset.held_out]
+    assert sorted(example.index for example in used) == [0, 2, 3, 5, 6, 9, 10, 11]
+    assert [e.index for e in used if e.image == "b.png"] == [3]
+    flags = [example.image is not None for example in dataset.train]
+    assert dataset.with_image.tolist() == flags
+    with pytest.raises(ValueError, match=r"4 of 12 records cannot be used .* record 1: a\.png: no"):
+        load_dataset(path, tiny_tokenizer, 130, strict=True, unusable=unusable)
+    # a held-out file's too; its question about a picture is not the one without
+    both = load_dataset(path, tiny_tokenizer, 130, val_data=val_path, unusable=unusable)
+    assert [problem.index for problem in both.problems[str(val_path)]] == [5]
+    assert 0 in [example.index for example in both.train]
+
+
+def test_pictures_are_refused_where_none_are_taken(
+    tmp_path: Path, tiny_tokenizer: Tokenizer
+) -> None:
+    data = items(5)
+    data[2]["image"] = "a.png"
+    path = write(tmp_path / "a.json", data)
+    with pytest.raises(ValueError, match=r"has an image") as caught:
+        load_dataset(path, tiny_tokenizer, 130)
+    assert str(caught.value) == (
+        f"{path}: record 2, counted from 0, has an image: give --images, the folder that its path "
+        "starts from, and --vision-model, an encoder's"
+    )
 
 
 def test_a_file_without_a_single_label_is_refused_by_name(

@@ -6,6 +6,8 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from llama_adapter.data.chat import Turn
+from llama_adapter.data.llava_instruct import Conversation
 from llama_adapter.data.records import Record
 from llama_adapter.data.split import asked_again, hold_out, question_of
 
@@ -20,12 +22,12 @@ def numbers(records: list[Record]) -> np.ndarray:
 
 def one_by_one(records: list[Record], size: int, seed: int) -> list[bool]:
     """The same choice over dictionaries, as a text would tell it."""
-    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Record]] = defaultdict(list)
     for record in records:
         groups[record.question].append(record)
     questions = list(groups)
     random.Random(f"held out {seed}").shuffle(questions)
-    chosen: set[tuple[str, str]] = set()
+    chosen: set[tuple[str, ...]] = set()
     count = 0
     for question in questions:
         if count + len(groups[question]) <= size:
@@ -65,6 +67,22 @@ def test_a_question_is_instruction_and_input_without_outer_blanks() -> None:
         [("Reverse.", f"input {i}") for i in range(10)] + [("ab", "c"), ("a", "bc"), ("abc", "")]
     )
     assert len(set(numbers(others).tolist())) == 13
+
+
+def test_a_picture_is_part_of_a_question_and_one_turn_asks_as_an_instruction_does() -> None:
+    def chat(image: str | None, *questions: str) -> Conversation:
+        return Conversation(0, image, tuple(Turn(asked, "x") for asked in questions))
+
+    text, image = Record(0, "What is it?", "", "x"), Record(0, "What is it?", "", "x", "a.png")
+    assert question_of(chat(None, " What is it?")) == question_of(text)
+    assert question_of(chat("a.png", "What is it?\n")) == question_of(image)
+    others = [
+        text, image, chat("b.png", "What is it?"), chat("a.png", "What is it?", "And that?"),
+        chat(None, "What is it?", "And that?"), chat("a.png", "And that?"),
+    ]  # fmt: skip
+    assert len({question_of(one) for one in others}) == len(others)
+    # what earlier versions held out is held out still
+    assert question_of(Record(0, "Reverse.", " a b", "x")) == 12948535684925604086
 
 
 @pytest.mark.parametrize("size", [-1, 4, 5])

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,19 @@ import sentencepiece
 
 from llama_adapter.data import token_cache
 from llama_adapter.data.dataset import Dataset, load_dataset
-from llama_adapter.data.examples import Example, encode_record
-from llama_adapter.data.records import load_records
+from llama_adapter.data.examples import IGNORE_INDEX, Example
+from llama_adapter.data.mixture import check_any, encode_any
+from llama_adapter.data.records import checked
 from llama_adapter.data.token_cache import Examples, TokenFile, default_folder, tokenised
 from llama_adapter.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
-LENGTH = 160
+LENGTH = 240
 WORDS = ["under", "a", "green", "light", "seven", "birds", "follow", "the", "quiet", "river"]
 
 
 def items(count: int, seed: int = 3) -> list[Any]:
-    """Records of many lengths, some that are none, and one with a prompt beyond LENGTH."""
+    """Records of many lengths and kinds, some that are none, one with a prompt beyond LENGTH."""
     rng = random.Random(seed)
     made: list[Any] = [
         {
@@ -42,6 +44,13 @@ def items(count: int, seed: int = 3) -> list[Any]:
     ]
     made[2], made[5] = {"instruction": "x", "output": " "}, "text"
     made[7]["instruction"] = "stone river " * LENGTH
+    for i in range(10, count, 4):
+        # of every length that fills a word of four bytes up to another part
+        made[i]["image"] = "a/é東"[: 1 + i % 5] + "b" * (i % 7) + ".png"
+    for i in range(11, count, 5):
+        said = [" ".join(rng.choices(WORDS, k=rng.randint(1, 9))) for _ in range(2 + i % 2 * 2)]
+        turns = [{"from": ("human", "gpt")[n % 2], "value": said[n]} for n in range(len(said))]
+        made[i] = {"conversations": turns} | ({"image": f"{i}.jpg"} if i % 3 else {})
     return made
 
 
@@ -70,9 +79,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
 
     def encode(record: Any, *rest: Any) -> Example:
         counted.indices.append(record.index)
-        return encode_record(record, *rest)
+        return encode_any(record, *rest)
 
-    monkeypatch.setattr(token_cache, "encode_record", encode)
+    monkeypatch.setattr(token_cache, "encode_any", encode)
     return counted
 
 
@@ -88,8 +97,8 @@ def everything(found: TokenFile) -> tuple[Any, ...]:
 def test_cached_examples_are_those_made_directly(
     data: Path, folder: Path, tiny_tokenizer: Tokenizer, counted: Counted
 ) -> None:
-    records, problems = load_records(data)
-    direct = [encode_record(record, tiny_tokenizer, LENGTH) for record in records]
+    records, problems = checked(data, check_any)
+    direct = [encode_any(record, tiny_tokenizer, LENGTH) for record in records]
     cold = tokenised(data, tiny_tokenizer, LENGTH, folder)
     assert counted.indices == [record.index for record in records]
     warm = tokenised(data, tiny_tokenizer, LENGTH, folder)
@@ -98,10 +107,13 @@ def test_cached_examples_are_those_made_directly(
         assert everything(found)[0] == direct
         assert found.problems == problems
         assert found.items == 60
-        assert not found.tokens.flags.writeable
+        assert not found.words.flags.writeable
     assert len({len(example.tokens) for example in direct}) > 8
     assert any(len(example.tokens) == LENGTH for example in direct)
     assert 0 in [example.n_labels for example in direct]
+    assert len({example.image for example in direct}) > 15
+    turns = [sum(a == IGNORE_INDEX != b for a, b in pairwise(e.labels)) for e in direct]
+    assert {1, 2} <= set(turns)
     assert len(files(folder)) == 1
 
 
@@ -128,7 +140,9 @@ def test_a_warm_cache_reports_what_a_cold_one_does(
     val.write_text(json.dumps([*items(60)[10:14], *items(20, seed=4)]))
 
     def load(**more: Any) -> Dataset:
-        return load_dataset(data, tiny_tokenizer, LENGTH, token_cache=folder, **more)
+        return load_dataset(
+            data, tiny_tokenizer, LENGTH, token_cache=folder, unusable=lambda _: {}, **more
+        )
 
     for more in ({"val_fraction": 0.2}, {"val_data": val}):
         cold = load(**more)
@@ -176,7 +190,7 @@ def test_whatever_decides_the_tokens_makes_a_cache_of_its_own(
     data.write_text(data.read_text().replace("quiet", "loud!"))
     assert new()
     with monkeypatch.context() as patched:
-        patched.setattr(token_cache, "prompt_text", lambda a, b="": f"Do {a} {b}:")
+        patched.setattr(token_cache, "templates", lambda: ["Do \0:"])
         assert new()
     with monkeypatch.context() as patched:
         patched.setattr(token_cache, "FORMAT", 0)
@@ -225,19 +239,19 @@ def test_an_error_leaves_nothing_behind(
 
     def change(record: Any, *rest: Any) -> Example:
         data.write_text(lines + lines)
-        return encode_record(record, *rest)
+        return encode_any(record, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(token_cache, "encode_record", change)
+        patched.setattr(token_cache, "encode_any", change)
         with pytest.raises(ValueError, match=f"{data}: was changed while it was read"):
             tokenised(data, tiny_tokenizer, LENGTH, folder)
 
     def lose(record: Any, *rest: Any) -> Example:
         data.unlink(missing_ok=True)
-        return encode_record(record, *rest)
+        return encode_any(record, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(token_cache, "encode_record", lose)
+        patched.setattr(token_cache, "encode_any", lose)
         with pytest.raises(ValueError, match=f"{data}: was changed while it was read"):
             tokenised(data, tiny_tokenizer, LENGTH, folder)
     data.write_text(lines)
@@ -364,10 +378,10 @@ def start(data: Path, tokenizer: Path, folder: Path, mark: Path, last: int = 0) 
         if count == last:
             mark.write_text("there")
             time.sleep(600)
-        return encode_record(*arguments)
+        return encode_any(*arguments)
 
     try:
-        token_cache.encode_record, token_cache._FLUSH = counting, 8
+        token_cache.encode_any, token_cache._FLUSH = counting, 8
         found = tokenised(data, Tokenizer(tokenizer), LENGTH, folder)
         mark.write_text(f"{'made' if count else 'found'} {len(found.rows)}")
     finally:
