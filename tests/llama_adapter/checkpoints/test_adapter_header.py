@@ -137,10 +137,7 @@ SCALES: dict[str, Any] = SEEN["scales"]
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"visual": None}, r"groups \('prompts', 'gates', 'projector'\) do not go with visual None"),
     ({"groups": ["prompts", "gates"]}, "do not go with visual VisualConfig"),
-    (
-        {"visual": {"features": 11}},
-        "visual has missing fields: activation, encoder, fusion, hid",
-    ),
+    ({"visual": {"features": 11}}, "visual has missing fields: activation, encoder, fusion, hid"),
     ({"visual": SEEN | {"scales": {"pool": "cls"}}}, "scales has missing fields: layers"),
     ({"visual": SEEN | {"scales": SCALES | {"layers": [0]}}}, "config: layers must be numbers"),
     ({"visual": SEEN | {"scales": SCALES | {"layers": 4}}}, "scales: layers must be .*, got 4"),
