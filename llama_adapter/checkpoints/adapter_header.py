@@ -2,7 +2,7 @@
 
 The header is JSON. Files of prompts and gates have format version 1; version 2 adds which linear
 maps have a bias or a scale, and where an adapter of another format came from; version 3 what images
-an adapter takes.
+an adapter takes, and LoRA.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,19 @@ from typing import Any, get_args, get_origin
 
 from llama_adapter.adapter import VISUAL
 from llama_adapter.checkpoints.fingerprint import Fingerprint, sample_count
-from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, Tuning, VisualConfig
+from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, VisualConfig
+from llama_adapter.tuning import GROUPS as TUNED
+from llama_adapter.tuning import Lora, Tuning, tuned_group
 
 FORMAT_VERSIONS = (1, 2, 3)
 PROMPT_KINDS = ("hidden",)
 # a base whose weights were rounded when the adapter was saved
 QUANTIZED = "a quantised base"
 # fields that a version added, and what those before it mean
-ADDED: dict[int, dict[str, Any]] = {2: {"linears": (), "origin": None}, 3: {"visual": None}}
+ADDED: dict[int, dict[str, Any]] = {
+    2: {"linears": (), "origin": None},
+    3: {"visual": None, "lora": None},
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class AdapterHeader:
             or QUANTIZED; then `base` may know some of the shape and no weights. None otherwise.
         visual: what images it takes, which goes with the group "projector", and with early fusion
             "visual_gates"; None without one.
+        lora: of the group "lora"; None without one.
     """
 
     groups: tuple[str, ...]
@@ -50,12 +56,13 @@ class AdapterHeader:
     linears: tuple[str, ...] = ()
     origin: str | None = None
     visual: VisualConfig | None = None
+    lora: Lora | None = None
 
     @property
     def tuning(self) -> Tuning:
-        """The groups of biases, scales and norms."""
+        """The groups of biases, scales, norms and LoRA."""
         groups = tuple(group for group in self.groups if group not in PROMPT_GROUPS)
-        return Tuning(groups, self.linears, self.scale_side)
+        return Tuning(groups, self.linears, self.scale_side, self.lora)
 
 
 def _prompt_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
@@ -87,10 +94,7 @@ def _projector_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
 def _tuned_shapes(group: str) -> Callable[[AdapterHeader], dict[str, tuple[int, ...]]]:
     def shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
         found = header.tuning.shapes(header.base.shape)
-        prefixes = ("bias_", "scale_")
-        if group == "norm":
-            return {name: shape for name, shape in found.items() if not name.startswith(prefixes)}
-        return {name: shape for name, shape in found.items() if name.startswith(f"{group}_")}
+        return {name: shape for name, shape in found.items() if tuned_group(name) == group}
 
     return shapes
 
@@ -101,9 +105,7 @@ GROUPS: dict[str, Callable[[AdapterHeader], dict[str, tuple[int, ...]]]] = {
     "gates": _gate_shapes,
     "projector": _projector_shapes,
     "visual_gates": _visual_gate_shapes,
-    "bias": _tuned_shapes("bias"),
-    "scale": _tuned_shapes("scale"),
-    "norm": _tuned_shapes("norm"),
+    **{group: _tuned_shapes(group) for group in TUNED},
 }
 PROMPT_GROUPS = ("prompts", "gates", "projector", "visual_gates")
 
@@ -156,13 +158,17 @@ def from_json(content: Any, where: str) -> AdapterHeader:
     _check_fields(Fingerprint, values["base"], f"{where}: base")
     base = Fingerprint(**values["base"] | {"samples": tuple(values["base"]["samples"])})
     _check_base(base, values["origin"], where)
-    visual = values["visual"]
+    visual, lora = values["visual"], values["lora"]
     if visual is not None:
         _check_fields(VisualConfig, visual, f"{where}: visual")
         visual = visual | {"hidden": tuple(visual["hidden"])}
+    if lora is not None:
+        _check_fields(Lora, lora, f"{where}: lora")
+        lora = lora | {"linears": tuple(lora["linears"])}
     try:
         config = AdapterConfig(**values["config"])
         visual = None if visual is None else VisualConfig(**visual)
+        lora = None if lora is None else Lora(**lora)
     except ValueError as error:
         raise ValueError(f"{where}: config: {error}") from None
     header = AdapterHeader(
@@ -175,6 +181,7 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         linears=tuple(values["linears"]),
         origin=values["origin"],
         visual=visual,
+        lora=lora,
     )
     _check_known("prompt_kind", header.prompt_kind, PROMPT_KINDS, where)
     for group in header.groups:
@@ -252,7 +259,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, dict)
     # JSON writes 1.0 as a float, but an int is as good
     kinds = (int | float) if annotation is float else annotation
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, kinds) and isinstance(value, bool) == (annotation is bool)
 
 
 def _check_known(what: str, value: Any, known: tuple[Any, ...], where: str) -> None:

@@ -9,12 +9,13 @@ from torch import Tensor
 from llama_adapter.adapter import LANGUAGE, VISUAL, Adapter, Prompts
 from llama_adapter.adapter_bank import AdapterBank, RowBank
 from llama_adapter.cache import KVCache
-from llama_adapter.config import LINEARS, PRESETS, AdapterConfig, LlamaConfig, Tuning, VisualConfig
+from llama_adapter.config import PRESETS, AdapterConfig, LlamaConfig, VisualConfig
 from llama_adapter.generation import generate
 from llama_adapter.model import Llama
 from llama_adapter.packing import Packing
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.tokenizer import Tokenizer
+from llama_adapter.tuning import LINEARS, Tuning
 from tests.llama_adapter.plain_llama import PlainLlama, precise
 
 EARLY = VisualConfig(11, (7,), "gelu", fusion="early", tokens=3, layers=1)
