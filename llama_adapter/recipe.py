@@ -11,6 +11,7 @@ from typing import Any
 
 from llama_adapter.config import AdapterConfig
 from llama_adapter.recompute import RECOMPUTED
+from llama_adapter.tuning import TuningOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
 # formats of the base's weights that pass gradients
@@ -83,7 +84,9 @@ class FinetuneConfig:
     base_lr: float = _recipe(9e-3, "learning rate per 256 records of a batch")
     lr: float | None = _recipe(None, "learning rate; default: base lr * batch size / 256")
     min_lr: float = _recipe(0.0, "learning rate that the cosine ends at")
-    weight_decay: float = _recipe(0.02, "AdamW's decay, of prompts and gates alike")
+    weight_decay: float = _recipe(
+        0.02, "AdamW's decay, of prompts and gates alike; biases, scales and norms have none"
+    )
     betas: tuple[float, float] = _recipe((0.9, 0.95), "AdamW's two decay rates")
     clip: float | None = _recipe(None, "largest norm of the gradient; default: no limit")
     seed: int = _option(0, "of the prompts' initial values, the held-out choice and the order")
@@ -100,6 +103,7 @@ class FinetuneConfig:
     threads: int | None = _option(None, "CPU threads; default: torch's choice")
     profile: bool = _option(False, "write a trace and a table of where a few steps' time goes")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tuning: TuningOptions = field(default_factory=TuningOptions)
 
     def __post_init__(self) -> None:
         for name in (
@@ -142,6 +146,11 @@ class FinetuneConfig:
             raise ValueError(
                 f"quantize must be left out with shard, got {self.quantize!r}: such weights cannot "
                 "be split over processes"
+            )
+        if self.shard and self.tuning.tune:
+            raise ValueError(
+                f"tune must be left out with shard, got {self.tuning.tune}: no process holds the "
+                "layers that it changes"
             )
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")

@@ -28,6 +28,7 @@ from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.run_folder import OWN_FIELDS, Row, RunFolder, describe_environment
 from llama_adapter.step_profile import outside, phase, profiled
 from llama_adapter.trainer import Prepared, Trainer
+from llama_adapter.tuned_modules import copy_norms
 from llama_adapter.utilisation import Speed, linear_flops, speed_of
 from llama_adapter.world import World, join
 
@@ -152,7 +153,10 @@ def _finetune(
     device = base.model.output_weight.device
     with _settings(config, device):
         generator = torch.Generator().manual_seed(config.seed)
-        adapter = Adapter(config.adapter, base.model.config, generator=generator).to(device)
+        adapter = Adapter(
+            config.adapter, base.model.config, generator=generator, tuning=config.tuning.tuning
+        ).to(device)
+        copy_norms(base.model, adapter.tuned_parameters())
         trainer = Trainer(
             base.model,
             adapter,
