@@ -3,7 +3,8 @@
 Imported only where images are: transformers and Pillow read them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers.utils import logging
 
 from llama_adapter.multimodal.features import digest_of
 from llama_adapter.vision import Scales
@@ -68,9 +70,10 @@ class ClipFeatures:
         """
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, of a CLIP that transformers saved")
-        model = CLIPVisionModelWithProjection.from_pretrained(
-            folder, dtype=dtype, local_files_only=True
-        )
+        with _quiet():
+            model = CLIPVisionModelWithProjection.from_pretrained(
+                folder, dtype=dtype, local_files_only=True
+            )
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         nn.Module.to(model, device)
         return cls(model, processor, scales)
@@ -102,6 +105,18 @@ class ClipFeatures:
                 x = self._model.visual_projection(x)
             found.append(x / x.norm(dim=-1, keepdim=True) if self.scales.normalise else x)
         return torch.cat(found, -1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar, which takes longer to read than the weights."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _opened(image: str | Path | Image.Image) -> Image.Image:

@@ -144,22 +144,8 @@ class Pictures:
         return replace(own, **shape)
 
     def path(self, image: str | Path) -> Path:
-        """Where an image lies.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the path leaves the root.
-        """
-        if self.root is None:
-            found = Path(image)
-        else:
-            root = os.path.normpath(self.root.absolute())
-            found = Path(os.path.normpath(os.path.join(root, image)))
-            if not found.is_relative_to(root):
-                raise ValueError(f"image {str(image)!r} must lie in {self.root}, got {found}")
-        if not _is_file(found):
-            raise FileNotFoundError(f"image {found}: no such file")
-        return found
+        """Where an image lies; errors as `located`."""
+        return located(image, self.root)
 
     def unusable(self, images: Iterable[str | Path]) -> dict[str, str]:
         """Why images cannot be used, by their paths as given; those that can are absent."""
@@ -200,6 +186,28 @@ class Pictures:
         if given:
             features[present] = self._cache(given)
         return features, present
+
+
+def located(image: str | Path, root: Path | None) -> Path:
+    """Where an image lies.
+
+    Args:
+        image: its path.
+        root: folder that the path starts from and may not leave; None takes it as it is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the path leaves the root.
+    """
+    found = Path(image)
+    if root is not None:
+        top = os.path.normpath(root.absolute())
+        found = Path(os.path.normpath(os.path.join(top, image)))
+        if not found.is_relative_to(top):
+            raise ValueError(f"image {str(image)!r} must lie in {root}, got {found}")
+    if not _is_file(found):
+        raise FileNotFoundError(f"image {found}: no such file")
+    return found
 
 
 def _is_file(path: Path) -> bool:
