@@ -147,8 +147,16 @@ class Pictures:
         """Where an image lies; errors as `located`."""
         return located(image, self.root)
 
+    @property
+    def content(self) -> str:
+        """Digest of the content of all images that `unusable` has found usable."""
+        return self._cache.known
+
     def unusable(self, images: Iterable[str | Path]) -> dict[str, str]:
-        """Why images cannot be used, by their paths as given; those that can are absent."""
+        """Why images cannot be used, by their paths as given; those that can are absent.
+
+        Their features are in the cache then, and `content` is of them too.
+        """
         found: dict[str, str] = {}
         asked = list(dict.fromkeys(images))
         hidden = None if self._progress is None else not self._progress
@@ -156,7 +164,7 @@ class Pictures:
             for start in range(0, len(asked), _TOGETHER):
                 some = asked[start : start + _TOGETHER]
                 try:
-                    self._cache([self.path(image) for image in some])
+                    self._cache([self.path(image) for image in some], know=True)
                 except (FileNotFoundError, ValueError):
                     # one of them, or several
                     found |= {str(image): why for image in some if (why := self._problem(image))}
@@ -165,7 +173,7 @@ class Pictures:
 
     def _problem(self, image: str | Path) -> str | None:
         try:
-            self._cache([self.path(image)])
+            self._cache([self.path(image)], know=True)
         except (FileNotFoundError, ValueError) as error:
             return str(error)
         return None

@@ -205,7 +205,7 @@ def test_a_stopped_run_resumes_bitwise(
     assert result.val_losses[steps] == expected.val_losses[steps]
 
 
-def test_another_encoder_is_told_when_a_run_resumes(
+def test_another_encoder_or_picture_is_told_when_a_run_resumes(
     base: Base, config: Callable[..., FinetuneConfig], tmp_path: Path
 ) -> None:
     folder = save_clip(tmp_path / "encoder")
@@ -222,6 +222,12 @@ def test_another_encoder_is_told_when_a_run_resumes(
     # where its features are kept does not matter
     moved = replace(own, vision=replace(own.vision, feature_cache=tmp_path / "g"), max_steps=3)
     finetune(moved, base=base, resume=True)
+    stone, river = (tmp_path / "pictures" / "of" / f"{name}.png" for name in ("stone", "river"))
+    before = stone.read_bytes()
+    stone.write_bytes(river.read_bytes())
+    with pytest.raises(ValueError, match=r"the content of .*pictures has changed since the run"):
+        finetune(own, base=base, resume=True)
+    stone.write_bytes(before)
     save_clip(folder, seed=4)
     with pytest.raises(ValueError, match=f"the content of {folder} has changed since the run beg"):
         finetune(own, base=base, resume=True)
