@@ -17,8 +17,8 @@ from llama_adapter.config import VisualConfig
 from llama_adapter.multimodal.features import Encoder, FeatureCache
 from llama_adapter.vision import Scales, VisionOptions
 
-# images that are looked at together
-_TOGETHER = 256
+# images whose features are in memory together
+_TOGETHER = 4096
 
 
 class Pictures:
@@ -148,23 +148,21 @@ class Pictures:
 
     def unusable(self, images: Iterable[str | Path]) -> dict[str, str]:
         """Why images cannot be used, by their paths as given; those that can are absent."""
-        found: dict[str, str] = {}
         asked = list(dict.fromkeys(images))
+        found: dict[str, str] = {}
         for start in range(0, len(asked), _TOGETHER):
-            some = asked[start : start + _TOGETHER]
-            try:
-                self._cache([self.path(image) for image in some])
-            except (FileNotFoundError, ValueError):
-                # one of them, or several
-                found |= {str(image): why for image in some if (why := self._problem(image))}
+            found |= self._problems(asked[start : start + _TOGETHER])
         return found
 
-    def _problem(self, image: str | Path) -> str | None:
+    def _problems(self, images: list[str | Path]) -> dict[str, str]:
         try:
-            self._cache([self.path(image)])
+            self._cache([self.path(image) for image in images])
         except (FileNotFoundError, ValueError) as error:
-            return str(error)
-        return None
+            if len(images) == 1:
+                return {str(images[0]): str(error)}
+            half = len(images) // 2
+            return self._problems(images[:half]) | self._problems(images[half:])
+        return {}
 
     def __call__(self, images: Sequence[str | Path | None]) -> tuple[Tensor, Tensor]:
         """Features (B, F) in float32 on the CPU, zeros where there is no image, and (B,) bool.
