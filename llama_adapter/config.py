@@ -3,7 +3,6 @@
 Both are frozen dataclasses of plain values: what a `params.json` or an adapter file's header holds.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -227,72 +226,10 @@ def shape_of(config: LlamaConfig) -> dict[str, int]:
     return {name: getattr(config, name) for name in SHAPE_FIELDS}
 
 
-# the linear maps of a layer in Meta's names, and the projection to logits
-LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
-SCALE_SIDES = ("input", "output")
-# the trained norms of a layer
-LAYER_NORMS = ("attention_norm", "ffn_norm")
 PROJECTOR_ACTIVATIONS = ("silu", "gelu")
 FUSIONS = ("late", "early")
 # LLaMA-Adapter V2, section 5.1
 EARLY_TOKENS, EARLY_LAYERS = 20, 1
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What an adapter changes of the base besides attention (LLaMA-Adapter V2, section 3.1).
-
-    Attributes:
-        groups: of "bias", "scale" and "norm", those that the adapter has.
-        linears: of LINEARS, the linear maps that have a bias and a scale.
-        scale_side: "input", y = W (s * x) + b as in the official chat65b code, or "output",
-            y = s * (W x + b) as in litgpt; None without a scale.
-    """
-
-    groups: tuple[str, ...] = ()
-    linears: tuple[str, ...] = ()
-    scale_side: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, values, known in (
-            ("groups", self.groups, ("bias", "scale", "norm")),
-            ("linears", self.linears, LINEARS),
-        ):
-            if list(values) != [one for one in known if one in values]:
-                raise ValueError(f"{name} must be some of {known} in this order, got {values}")
-        if bool(self.linears) != ("bias" in self.groups or "scale" in self.groups):
-            raise ValueError(
-                f"linears must be named for a bias or a scale and for nothing else, got "
-                f"{self.linears} with groups {self.groups}"
-            )
-        wanted = SCALE_SIDES if "scale" in self.groups else (None,)
-        if self.scale_side not in wanted:
-            raise ValueError(
-                f"scale_side must be one of {wanted} with groups {self.groups}, got "
-                f"{self.scale_side!r}"
-            )
-
-    def shapes(self, base: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors, one row per layer of the base.
-
-        Args:
-            base: dim, n_layers, n_heads and so on; those that the shapes follow from.
-
-        Raises:
-            KeyError: a number is needed that `base` does not have.
-        """
-        found: dict[str, tuple[int, ...]] = {}
-        for linear in self.linears:
-            n_in, n_out = linear_widths(linear, base)
-            rows = () if linear == "output" else (base["n_layers"],)
-            if "bias" in self.groups:
-                found[f"bias_{linear}"] = (*rows, n_out)
-            if "scale" in self.groups:
-                found[f"scale_{linear}"] = (*rows, n_in if self.scale_side == "input" else n_out)
-        if "norm" in self.groups:
-            found |= dict.fromkeys(LAYER_NORMS, (base["n_layers"], base["dim"]))
-            found["norm"] = (base["dim"],)
-        return found
 
 
 @dataclass(frozen=True)
@@ -344,17 +281,3 @@ class VisualConfig:
             raise ValueError(
                 f"activation must be one of {PROJECTOR_ACTIVATIONS}, got {self.activation!r}"
             )
-
-
-def linear_widths(linear: str, base: Mapping[str, int]) -> tuple[int, int]:
-    """Input and output width of a linear map of LINEARS in a base of this shape."""
-    heads = {"wq": "n_heads", "wk": "kv_heads", "wv": "kv_heads"}
-    if linear in heads:
-        return base["dim"], base[heads[linear]] * base["head_dim"]
-    if linear == "wo":
-        return base["n_heads"] * base["head_dim"], base["dim"]
-    if linear == "output":
-        return base["dim"], base["vocab_size"]
-    if linear == "w2":
-        return base["hidden_dim"], base["dim"]
-    return base["dim"], base["hidden_dim"]

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--leave-out",
         nargs="*",
         default=(),
-        choices=("lora", "new_gate", "visual"),
+        choices=("new_gate", "visual"),
         help="drop tensors that this package cannot run",
     )
     parser.add_argument(
@@ -82,7 +82,7 @@ def describe_adapter(path: Path) -> list[str]:
         ValueError: it cannot be read; see `read_any_adapter`.
     """
     # an answer about a file needs no picture, and says what it holds besides
-    stored = read_any_adapter(path, ReadOptions(leave_out=("lora", "new_gate", "visual")))
+    stored = read_any_adapter(path, ReadOptions(leave_out=("new_gate", "visual")))
     header, tensors = stored.header, stored.tensors
     converted = header.origin not in (None, stored.format)
     path = adapter_path(path) or path
@@ -124,6 +124,9 @@ def describe_adapter(path: Path) -> list[str]:
     if header.linears:
         side = "" if header.scale_side is None else f"; scale on the {header.scale_side} side"
         lines.append(f"linear maps {', '.join(header.linears)}{side}")
+    if (lora := header.lora) is not None:
+        reach = "prompts and tokens" if lora.prompts else "tokens alone"
+        lines.append(f"lora        rank {lora.rank} of {', '.join(lora.linears)}, for {reach}")
     fitting = ", ".join(fitting_presets(header.base.shape)) or "no published LLaMA"
     lines.append(f"fits        {fitting} (by shape)")
     return [*lines, *(f"note        {note}" for note in stored.notes)]

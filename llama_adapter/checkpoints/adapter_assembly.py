@@ -14,17 +14,10 @@ from torch import Tensor
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.adapter_file import adapter_from_tensors
 from llama_adapter.checkpoints.adapter_header import AdapterHeader
-from llama_adapter.checkpoints.adapter_source import NORM_NAMES, Source, group_of
+from llama_adapter.checkpoints.adapter_source import Source
 from llama_adapter.checkpoints.fingerprint import Fingerprint
-from llama_adapter.config import (
-    LINEARS,
-    PRESETS,
-    SHAPE_FIELDS,
-    AdapterConfig,
-    LlamaConfig,
-    Tuning,
-    shape_of,
-)
+from llama_adapter.config import PRESETS, SHAPE_FIELDS, AdapterConfig, LlamaConfig, shape_of
+from llama_adapter.tuning import GROUPS, LINEARS, Lora, Tuning, tuned_group
 
 
 @dataclass(frozen=True)
@@ -35,8 +28,8 @@ class ReadOptions:
         gate_activation: "tanh" or "identity" in place of the format's own convention.
         gate_scope: "head" or "layer" in place of what the gates' shapes say.
         prompt_length: rows per layer, where the format stores them in one block; None is 10.
-        leave_out: of "lora", "new_gate" and "visual", what may be dropped although it would change
-            the answers to a text.
+        leave_out: of "new_gate" and "visual", what may be dropped although it would change the
+            answers to a text.
         base: shape of the base, where it is known.
         fingerprint: of the base's weights, where it is known.
     """
@@ -87,6 +80,7 @@ class Pieces:
         layers: ascending.
         tuned: stacked tensors by our names.
         scale_side: of the scales among them.
+        lora_prompts: whether prompts pass through the LoRA among them.
         activation: the format's convention for gates.
         notes: what was assumed.
     """
@@ -96,6 +90,7 @@ class Pieces:
     layers: tuple[int, ...] = ()
     tuned: dict[str, Tensor] = field(default_factory=dict)
     scale_side: str | None = None
+    lora_prompts: bool = False
     activation: str = "tanh"
     notes: list[str] = field(default_factory=list)
 
@@ -118,15 +113,9 @@ def assemble(
     source.finish()
     notes, path = list(pieces.notes), source.path
     shape = _known_shape(source, n_layers)
-    groups = {group_of(name) for name in pieces.tuned}
-    linears = {name.partition("_")[2] for name in pieces.tuned if name not in NORM_NAMES}
-    tuning = Tuning(
-        tuple(group for group in ("bias", "scale", "norm") if group in groups),
-        tuple(linear for linear in LINEARS if linear in linears),
-        pieces.scale_side if "scale" in groups else None,
-    )
+    tuning = _tuning_of(pieces)
     if pieces.prompts is None and not pieces.tuned:
-        raise ValueError(f"{path} holds neither prompts nor biases, scales or norms")
+        raise ValueError(f"{path} holds neither prompts nor biases, scales, norms or LoRA")
     scope = "head" if pieces.gates is None or pieces.gates.shape[1] > 1 else "layer"
     if scope == "layer" and shape.get("n_heads") == 1:
         scope = "head"
@@ -159,12 +148,33 @@ def assemble(
         scale_side=tuning.scale_side,
         linears=tuning.linears,
         origin=name,
+        lora=tuning.lora,
     )
     if pieces.layers and pieces.layers[-1] >= base.shape["n_layers"]:
         raise ValueError(
             f"{path} adapts layer {pieces.layers[-1]} of a base of {base.shape['n_layers']} layers"
         )
     return StoredAdapter(header, tensors, name, tuple(notes))
+
+
+def _tuning_of(pieces: Pieces) -> Tuning:
+    """The groups of what a reader found, and of which maps."""
+    groups = {tuned_group(name) for name in pieces.tuned}
+
+    def linears(*groups: str) -> tuple[str, ...]:
+        ends = {n.rpartition("_")[2] for n in pieces.tuned if tuned_group(n) in groups}
+        return tuple(linear for linear in LINEARS if linear in ends)
+
+    lora = None
+    if "lora" in groups:
+        first = next(value for name, value in pieces.tuned.items() if name.startswith("lora_a_"))
+        lora = Lora(first.shape[-2], linears("lora"), pieces.lora_prompts)
+    return Tuning(
+        tuple(group for group in GROUPS if group in groups),
+        linears("bias", "scale"),
+        pieces.scale_side if "scale" in groups else None,
+        lora,
+    )
 
 
 def _known_shape(source: Source, n_layers: int | None) -> dict[str, int]:

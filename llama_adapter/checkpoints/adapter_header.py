@@ -2,7 +2,7 @@
 
 The header is JSON. Files of prompts and gates have format version 1; version 2 adds which linear
 maps have a bias or a scale, and where an adapter of another format came from; version 3 what images
-an adapter takes.
+an adapter takes, and LoRA.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,9 @@ from typing import Any, get_args, get_origin
 
 from llama_adapter.adapter import VISUAL
 from llama_adapter.checkpoints.fingerprint import Fingerprint, sample_count
-from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, Tuning, VisualConfig
+from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, VisualConfig
+from llama_adapter.tuning import GROUPS as TUNED
+from llama_adapter.tuning import Lora, Tuning, tuned_group
 from llama_adapter.vision import Scales
 
 FORMAT_VERSIONS = (1, 2, 3)
@@ -21,7 +23,10 @@ PROMPT_KINDS = ("hidden",)
 # a base whose weights were rounded when the adapter was saved
 QUANTIZED = "a quantised base"
 # fields that a version added, and what those before it mean
-ADDED: dict[int, dict[str, Any]] = {2: {"linears": (), "origin": None}, 3: {"visual": None}}
+ADDED: dict[int, dict[str, Any]] = {
+    2: {"linears": (), "origin": None},
+    3: {"visual": None, "lora": None},
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class AdapterHeader:
             or QUANTIZED; then `base` may know some of the shape and no weights. None otherwise.
         visual: what images it takes, which goes with the group "projector", and with early fusion
             "visual_gates"; None without one.
+        lora: of the group "lora"; None without one.
     """
 
     groups: tuple[str, ...]
@@ -51,12 +57,13 @@ class AdapterHeader:
     linears: tuple[str, ...] = ()
     origin: str | None = None
     visual: VisualConfig | None = None
+    lora: Lora | None = None
 
     @property
     def tuning(self) -> Tuning:
-        """The groups of biases, scales and norms."""
+        """The groups of biases, scales, norms and LoRA."""
         groups = tuple(group for group in self.groups if group not in PROMPT_GROUPS)
-        return Tuning(groups, self.linears, self.scale_side)
+        return Tuning(groups, self.linears, self.scale_side, self.lora)
 
 
 def _prompt_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
@@ -88,10 +95,7 @@ def _projector_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
 def _tuned_shapes(group: str) -> Callable[[AdapterHeader], dict[str, tuple[int, ...]]]:
     def shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
         found = header.tuning.shapes(header.base.shape)
-        prefixes = ("bias_", "scale_")
-        if group == "norm":
-            return {name: shape for name, shape in found.items() if not name.startswith(prefixes)}
-        return {name: shape for name, shape in found.items() if name.startswith(f"{group}_")}
+        return {name: shape for name, shape in found.items() if tuned_group(name) == group}
 
     return shapes
 
@@ -102,9 +106,7 @@ GROUPS: dict[str, Callable[[AdapterHeader], dict[str, tuple[int, ...]]]] = {
     "gates": _gate_shapes,
     "projector": _projector_shapes,
     "visual_gates": _visual_gate_shapes,
-    "bias": _tuned_shapes("bias"),
-    "scale": _tuned_shapes("scale"),
-    "norm": _tuned_shapes("norm"),
+    **{group: _tuned_shapes(group) for group in TUNED},
 }
 PROMPT_GROUPS = ("prompts", "gates", "projector", "visual_gates")
 
@@ -157,7 +159,7 @@ def from_json(content: Any, where: str) -> AdapterHeader:
     _check_fields(Fingerprint, values["base"], f"{where}: base")
     base = Fingerprint(**values["base"] | {"samples": tuple(values["base"]["samples"])})
     _check_base(base, values["origin"], where)
-    visual = values["visual"]
+    visual, lora = values["visual"], values["lora"]
     if visual is not None:
         _check_fields(VisualConfig, visual, f"{where}: visual")
         scales = visual["scales"]
@@ -165,12 +167,16 @@ def from_json(content: Any, where: str) -> AdapterHeader:
             _check_fields(Scales, scales, f"{where}: scales")
             scales = scales | {"layers": tuple(scales["layers"])}
         visual = visual | {"hidden": tuple(visual["hidden"]), "scales": scales}
+    if lora is not None:
+        _check_fields(Lora, lora, f"{where}: lora")
+        lora = lora | {"linears": tuple(lora["linears"])}
     try:
         config = AdapterConfig(**values["config"])
         if visual is not None:
             if visual["scales"] is not None:
                 visual["scales"] = Scales(**visual["scales"])
             visual = VisualConfig(**visual)
+        lora = None if lora is None else Lora(**lora)
     except ValueError as error:
         raise ValueError(f"{where}: config: {error}") from None
     header = AdapterHeader(
@@ -183,6 +189,7 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         linears=tuple(values["linears"]),
         origin=values["origin"],
         visual=visual,
+        lora=lora,
     )
     _check_known("prompt_kind", header.prompt_kind, PROMPT_KINDS, where)
     for group in header.groups:

@@ -3,7 +3,8 @@
 chat65b       {"model": ...}, y = W (s * x) + b in every linear map of the layers
 layers.{}.attention.wq_bias, wq_scale and so on; norms; perhaps prompts and gates as version 1's
 multimodal    {"model": ..., "config": ...}, names under llama. (in old files llma.)
-biases of wq, wo, w1, w2, w3; norms; prompts and gates; a visual tower, LoRA
+biases of wq, wo, w1, w2, w3; norms; prompts and gates; a visual tower, which is not read
+layers.{}.attention.lora_wq_l1 (rank, in), lora_wq_l2 (out, rank) and so on, of tokens alone
 """
 
 import re
@@ -46,7 +47,10 @@ CHAT_TABLE = {
 MULTIMODAL_TABLE = {
     f"bias_{name}": f"{PLACES[name]}.bias" for name in ("wq", "wo", "w1", "w2", "w3")
 } | NORMS
-LORA = r"layers\.\d+\.(attention|feed_forward)\.lora_\w+\.weight|layers\.\d+\..*\.lora_[ab]\.weight"
+LORA_TABLE: dict[str, tuple[str, str]] = {}
+for _name, _place in PLACES.items():
+    _first, _second = (_place.replace(_name, f"lora_{_name}_l{n}.weight") for n in (1, 2))
+    LORA_TABLE[_name] = (_first, _second)
 NEW_GATE = r"layers\.\d+\.attention\.new_gate"
 VISUAL = r"(clip|clip_proj|clip_proj_norm|visual_(query|blocks|proj|proj_norm))(\..*)?"
 PREFIXED = re.compile(r"(llama|llma)\.(.*)", re.DOTALL)
@@ -89,7 +93,6 @@ def read_multimodal(source: Source, options: ReadOptions) -> StoredAdapter:
     pieces = Pieces()
     if source.drop(BASE_LINEARS):
         pieces.notes.append("left out: the base's own weights")
-    leave_out(source, "lora", LORA, options, pieces.notes)
     leave_out(
         source,
         "visual",
@@ -101,6 +104,7 @@ def read_multimodal(source: Source, options: ReadOptions) -> StoredAdapter:
     leave_out_new_gates(source, NEW_GATE, (1, 1, 1, 1), options, pieces.notes)
     n_layers = take_prompts(source, PROMPTS, GATE, options, pieces)
     pieces.tuned = source.tuned(MULTIMODAL_TABLE, n_layers, "output")
+    pieces.tuned |= source.lora(LORA_TABLE, n_layers)
     return assemble(source, MULTIMODAL, pieces, options, n_layers)
 
 

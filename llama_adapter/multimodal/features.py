@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llama_adapter.checkpoints.atomic import write_atomically
 
@@ -40,18 +39,15 @@ class FeatureCache:
         folder: of this encoder's features.
     """
 
-    def __init__(
-        self, folder: str | Path, encoder: Encoder, *, batch_size: int = 32, progress: bool = False
-    ) -> None:
+    def __init__(self, folder: str | Path, encoder: Encoder, *, batch_size: int = 32) -> None:
         """Keep an encoder's features.
 
         Args:
             folder: of all encoders' features; made when something is kept.
             encoder: that makes what is missing.
             batch_size: images that it takes at a time.
-            progress: show a bar on stderr while images are encoded.
         """
-        self._encoder, self._batch, self._progress = encoder, batch_size, progress
+        self._encoder, self._batch = encoder, batch_size
         self.folder = Path(folder) / encoder.digest
 
     def __call__(self, images: Sequence[str | Path]) -> Tensor:
@@ -69,16 +65,13 @@ class FeatureCache:
             for digest, image in zip(digests, images, strict=True)
             if found[digest] is None
         }
-        bar = tqdm(total=len(missing), desc="images", disable=not (self._progress and missing))
         names = list(missing)
-        with bar:
-            for start in range(0, len(names), self._batch):
-                some = names[start : start + self._batch]
-                features = self._encoder(self._encoder.pixels([missing[one] for one in some]))
-                for name, row in zip(some, features.float().cpu(), strict=True):
-                    self._write(name, row)
-                    found[name] = row
-                bar.update(len(some))
+        for start in range(0, len(names), self._batch):
+            some = names[start : start + self._batch]
+            features = self._encoder(self._encoder.pixels([missing[one] for one in some]))
+            for name, row in zip(some, features.float().cpu(), strict=True):
+                self._write(name, row)
+                found[name] = row
         rows = [row for digest in digests if (row := found[digest]) is not None]
         return torch.stack(rows) if rows else torch.empty(0, self._encoder.width)
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from llama_adapter.caches import cache_folder
 from llama_adapter.config import VisualConfig
 from llama_adapter.multimodal.features import Encoder, FeatureCache
 from llama_adapter.vision import Scales, VisionOptions
 
-# images whose features are in memory together
-_TOGETHER = 4096
+# images that are looked at together, between two steps of the bar
+_TOGETHER = 256
 
 
 class Pictures:
@@ -36,7 +37,7 @@ class Pictures:
         root: str | Path | None = None,
         *,
         scales: Scales | None = None,
-        progress: bool = False,
+        progress: bool | None = False,
     ) -> None:
         """Keep an encoder's features.
 
@@ -46,7 +47,7 @@ class Pictures:
             root: folder that no path may leave; None takes paths as they are.
             scales: what the encoder takes of an image, for adapters to remember; None where it is
                 no CLIP.
-            progress: show a bar on stderr while images are encoded.
+            progress: show a bar on stderr while images are encoded; None on a terminal.
 
         Raises:
             NotADirectoryError: root is no folder.
@@ -57,7 +58,7 @@ class Pictures:
         if self.root is not None and not self.root.is_dir():
             raise NotADirectoryError(f"{root}: no such folder, of images")
         kept = cache_folder("features", "--feature-cache") if folder is None else folder
-        self._cache = FeatureCache(kept, encoder, progress=progress)
+        self._cache, self._progress = FeatureCache(kept, encoder), progress
 
     @classmethod
     def load(
@@ -67,7 +68,7 @@ class Pictures:
         *,
         visual: VisualConfig | None = None,
         device: torch.device | str = "cpu",
-        progress: bool = False,
+        progress: bool | None = False,
     ) -> "Pictures":
         """The encoder and the images that options name.
 
@@ -76,7 +77,7 @@ class Pictures:
             scales: what is taken of an image; None for an adapter's, or `Scales()`.
             visual: of an adapter that is to take the features: it says the scales.
             device: of the encoder.
-            progress: show a bar on stderr while images are encoded.
+            progress: show a bar on stderr while images are encoded; None on a terminal.
 
         Raises:
             FileNotFoundError: a folder does not exist.
@@ -150,8 +151,12 @@ class Pictures:
         """Why images cannot be used, by their paths as given; those that can are absent."""
         asked = list(dict.fromkeys(images))
         found: dict[str, str] = {}
-        for start in range(0, len(asked), _TOGETHER):
-            found |= self._problems(asked[start : start + _TOGETHER])
+        hidden = None if self._progress is None else not self._progress
+        with tqdm(total=len(asked), desc="images", delay=1, disable=hidden, leave=False) as bar:
+            for start in range(0, len(asked), _TOGETHER):
+                some = asked[start : start + _TOGETHER]
+                found |= self._problems(some)
+                bar.update(len(some))
         return found
 
     def _problems(self, images: list[str | Path]) -> dict[str, str]:

@@ -9,12 +9,13 @@ from torch import Tensor
 from llama_adapter.adapter import LANGUAGE, VISUAL, Adapter, Prompts
 from llama_adapter.adapter_bank import AdapterBank, RowBank
 from llama_adapter.cache import KVCache
-from llama_adapter.config import LINEARS, PRESETS, AdapterConfig, LlamaConfig, Tuning, VisualConfig
+from llama_adapter.config import PRESETS, AdapterConfig, LlamaConfig, VisualConfig
 from llama_adapter.generation import generate
 from llama_adapter.model import Llama
 from llama_adapter.packing import Packing
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.tokenizer import Tokenizer
+from llama_adapter.tuning import LINEARS, Tuning
 from tests.llama_adapter.plain_llama import PlainLlama, precise
 
 EARLY = VisualConfig(11, (7,), "gelu", fusion="early", tokens=3, layers=1)
@@ -268,7 +269,7 @@ def test_the_engine_answers_about_each_text_s_image(
 @torch.no_grad()
 def test_a_bank_serves_the_text_part_and_refuses_images(tiny_model: Llama) -> None:
     adapter = random_adapter(tiny_model.config, EARLY, (1, 3))
-    bank = AdapterBank(tiny_model, capacity=1, prompt_length=5)
+    bank = AdapterBank(tiny_model, capacity=1, prompt_length=5, visual_layers=1, visual_tokens=3)
     bank.load("a", adapter)
     ids = tokens_of(tiny_model.config)
     rows = torch.zeros(3, dtype=torch.int32)

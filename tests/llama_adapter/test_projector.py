@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from llama_adapter.adapter import Adapter
-from llama_adapter.config import PRESETS, AdapterConfig, Tuning, VisualConfig
+from llama_adapter.config import PRESETS, AdapterConfig, VisualConfig
 from llama_adapter.model import Llama
 from llama_adapter.packing import Packing
 from llama_adapter.projector import Projector
+from llama_adapter.tuning import Tuning
 
 
 def random_projector(features: int, dim: int) -> Projector:

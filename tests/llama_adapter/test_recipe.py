@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from llama_adapter.recipe import FinetuneConfig, learning_rate
+from llama_adapter.data.feed import ORDERS
+from llama_adapter.recipe import JOINT, FinetuneConfig, learning_rate
+from llama_adapter.vision import VisionOptions
 
 PAPERS = FinetuneConfig(data=Path("a.json"), output=Path("run"))
 
@@ -30,6 +32,19 @@ def test_the_learning_rate_scales_with_the_effective_batch() -> None:
     assert replace(PAPERS, batch_size=32).peak_lr == 1.125e-3
     assert replace(PAPERS, micro_batch_tokens=64).peak_lr == 2.25e-3
     assert replace(PAPERS, lr=0.1).peak_lr == 0.1
+
+
+def test_joint_orders_are_those_that_there_are() -> None:
+    assert ("off", *ORDERS) == JOINT
+
+
+def test_paths_become_those_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vision = VisionOptions(Path("clip"), Path("/pictures"))
+    found = replace(PAPERS, base=Path("base"), vision=vision).absolute()
+    assert (found.data, found.base) == (tmp_path / "a.json", tmp_path / "base")
+    assert (found.val_data, found.token_cache, found.output) == (None, None, Path("run"))
+    assert found.vision == VisionOptions(tmp_path / "clip", Path("/pictures"))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +85,20 @@ def test_schedule_with_a_lower_limit_and_without_warmup_or_cosine() -> None:
             {"quantize": "int4"},
             "quantize must be one of ('int8', 'nf4', 'fp8') to train, got 'int4'",
         ),
+        (
+            {"joint": "both"},
+            "joint must be one of ('off', 'alternate', 'proportional', 'concat'), got 'both'",
+        ),
+        ({"joint": "concat"}, "images and vision_model must be given for joint = concat"),
+        (
+            {"vision": VisionOptions(images=Path("a"))},
+            "images and vision_model must be given together, got images = a",
+        ),
+        (
+            {"vision": VisionOptions(vision_model=Path("a"))},
+            "images and vision_model must be given together, got vision_model = a",
+        ),
+        ({"projector_hidden": (64, 0)}, "projector_hidden must be at least 1, got (64, 0)"),
         ({"recompute": "all"}, "recompute must be one of ('mlp', 'block'), got 'all'"),
         ({"save_every": 0}, "save_every must be at least 1, got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),

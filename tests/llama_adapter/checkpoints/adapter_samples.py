@@ -103,6 +103,17 @@ def multimodal_tensors(prefix: str = "llama.") -> dict[str, Tensor]:
     return prompt_tensors(prefix) | bias_tensors(prefix)
 
 
+def lora_tensors(names: Callable[[str, str], tuple[str, str]]) -> dict[str, Tensor]:
+    """A (3, in) and B (out, 3) of seven maps, by a format's names of (place, linear)."""
+    source, found = generator(14), dict[str, Tensor]()
+    for layer in range(4):
+        for linear, (n_in, n_out) in WIDTHS.items():
+            first, second = names(place(layer, linear), linear)
+            found[first] = torch.randn(3, n_in, generator=source) * 0.2
+            found[second] = torch.randn(n_out, 3, generator=source) * 0.2
+    return found
+
+
 def accessory_tensors() -> dict[str, Tensor]:
     source = generator(11)
     return bias_tensors("llma.") | {
@@ -150,6 +161,7 @@ def transcribe(
     linear: Callable[[str, Tensor, Tensor], Tensor] = lambda name, x, w: x @ w.T,
     norms: Mapping[str, Tensor] | None = None,
     prompts: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    of_prompts: Callable[[str, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Logits (B, T, V) of the papers' equations in float64, one sequence and one head at a time.
 
@@ -159,6 +171,7 @@ def transcribe(
         linear: y of (name, x, weight), the format's linear map.
         norms: weights in place of the base's.
         prompts: layer to rows (P, C) and the multipliers (H,) of their attention.
+        of_prompts: the linear map of their keys and values; None is that of tokens.
     """
     config = model.config
     weights = {name: value.double() for name, value in model.state_dict().items()}
@@ -196,8 +209,14 @@ def transcribe(
                 out = scores.softmax(-1) @ v[:, key]
                 if prompts and layer in prompts:
                     rows, gate = prompts[layer]
-                    pk = apply(f"{at}.attention.wk", rows.double())[:, key]
-                    pv = apply(f"{at}.attention.wv", rows.double())[:, key]
+                    pk, pv = (
+                        (of_prompts or linear)(
+                            f"{at}.attention.{name}",
+                            rows.double(),
+                            weights[f"{at}.attention.{name}.weight"],
+                        )[:, key]
+                        for name in ("wk", "wv")
+                    )
                     out = out + gate.double()[h] * ((query @ pk.T).softmax(-1) @ pv)
                 heads.append(out)
             x = x + apply(f"{at}.attention.wo", torch.cat(heads, 1))
