@@ -230,10 +230,10 @@ def test_groups_of_language_and_images_are_all_there_are(tiny_config: LlamaConfi
 @torch.no_grad()
 def test_tokens_of_another_fusion_are_refused(tiny_model: Llama) -> None:
     adapter = random_adapter(tiny_model.config, EARLY, None)
-    with pytest.raises(ValueError, match=r"\(B, P, C\) for early fusion, got \(3, 48\)"):
+    with pytest.raises(ValueError, match=r"\(B, P, C\) for this early fusion, got \(3, 48\)"):
         tiny_model.project(adapter, torch.randn(3, 48))
     late = Adapter(AdapterConfig(), tiny_model.config, visual=VisualConfig(11))
-    with pytest.raises(ValueError, match=r"\(B, C\) for late fusion, got \(3, 3, 48\)"):
+    with pytest.raises(ValueError, match=r"\(B, C\) for this late fusion, got \(3, 3, 48\)"):
         tiny_model.project(late, torch.randn(3, 3, 48))
 
 
@@ -286,9 +286,10 @@ def test_a_bank_serves_the_text_part_and_refuses_images(tiny_model: Llama) -> No
     ("arguments", "message"),
     [
         ({"fusion": "middle"}, r"fusion must be one of \('late', 'early'\), got 'middle'"),
-        ({"tokens": 2}, "tokens must be 1 and layers 0 for late fusion, got 2 and 0"),
-        ({"layers": 1}, "tokens must be 1 and layers 0 for late fusion, got 1 and 1"),
-        ({"fusion": "early"}, "layers at least 1 for early fusion, got 1 and 0"),
+        ({"layers": 1}, "at least 1 for early fusion and 0 for late, got 1 for late"),
+        ({"layers": -1}, "at least 1 for early fusion and 0 for late, got -1 for late"),
+        ({"fusion": "early"}, "at least 1 for early fusion and 0 for late, got 0 for early"),
+        ({"tokens": 0}, "tokens must be from 1 to 65536, got 0"),
         ({"fusion": "early", "layers": 1, "tokens": 0}, "tokens must be from 1 to 65536"),
     ],
 )
