@@ -1,9 +1,7 @@
 """What sees images in the official multimodal 7B and in Accessory's files: queries of a CLIP.
 
-    clip_proj, clip_proj_norm           (W, E) of CLIP's tokens, then a layer norm
-    visual_query                        (P, W)
+    clip_proj (W, E), clip_proj_norm; visual_query (P, W); visual_proj (C, W), visual_proj_norm
     visual_blocks.{i}.norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2
-    visual_proj, visual_proj_norm       (C, W), then a layer norm
 
 P tokens come out, which are added to the P rows of every prompt, each to its own. CLIP is ViT-L/14,
 of which all 257 tokens come in, normed and projected; its own weights, frozen, are not read.
