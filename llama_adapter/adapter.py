@@ -1,8 +1,8 @@
 """The adapter: prompts and gates of the adapted layers, as data beside a frozen model.
 
-With LLaMA-Adapter V2's groups also biases and scales of linear maps, and norms; for images the
-projector that makes tokens of their features, and gates where those are a prompt of their own. An
-`Adapter` holds parameters and knows where they belong. `Llama.project` turns it into `Prompts`,
+With LLaMA-Adapter V2's groups also biases, scales and LoRA of linear maps, and norms; for images
+the projector that makes tokens of their features, and gates where those are a prompt of their own.
+An `Adapter` holds parameters and knows where they belong. `Llama.project` turns it into `Prompts`,
 what the model's layers take; whoever calls the model owns the result, so training projects anew at
 each step and inference once per adapter.
 """
@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.config import AdapterConfig, LlamaConfig, Tuning, VisualConfig, shape_of
-from llama_adapter.projector import Projector
+from llama_adapter.config import AdapterConfig, LlamaConfig, VisualConfig, shape_of
+from llama_adapter.projector import make_projector
 from llama_adapter.tuned_modules import TunedModules
+from llama_adapter.tuning import GROUPS as TUNED
+from llama_adapter.tuning import Tuning, tuned_group
 
 # groups of parameters that text trains, and that images train (LLaMA-Adapter V2, section 4.2)
-LANGUAGE = ("prompts", "gates", "bias", "scale", "norm")
+LANGUAGE = ("prompts", "gates", *TUNED)
 VISUAL = ("projector", "visual_gates")
 
 
@@ -30,7 +32,7 @@ class Rows:
     Attributes:
         prompt: (P, C), or (B, P, C).
         gate: multipliers (H,), or (B, H).
-        image: (B, C), added to all rows of a sequence; None adds nothing.
+        image: (B, C), added to all rows of a sequence, or (B, P, C); None adds nothing.
     """
 
     prompt: Tensor
@@ -100,7 +102,7 @@ class Adapter(nn.Module):
         prompts: (L, P, C), the rows prepended to a layer's tokens (equation 1).
         gates: (L, H), or (L, 1) with gate_scope "layer" (equation 7); before the activation.
         layers: the L layer indices that the rows belong to, ascending; none with a tuning alone.
-        tuning: which biases, scales and norms there are besides; see `tuned_parameters`.
+        tuning: which biases, scales, norms, LoRA there are besides; see `tuned_parameters`.
         projector: of an image's features; None without images.
         visual_gates: (K, H) or (K, 1), of the first K layers' images; None but with early fusion.
     """
@@ -122,7 +124,8 @@ class Adapter(nn.Module):
             model: the shape of the base model.
             layers: explicit layer indices in place of the topmost `config.n_layers`.
             generator: source of the prompts' random values.
-            tuning: groups of biases (0 at first), scales (1) and norms (1, not the base's own).
+            tuning: groups of biases (0 at first), scales (1), norms (1, not the base's own) and
+                LoRA (A uniform within in ** -0.5, B 0, so that nothing changes at first).
             visual: the features of images that it takes; None takes none.
 
         Raises:
@@ -151,15 +154,24 @@ class Adapter(nn.Module):
         self.gates = nn.Parameter(torch.zeros(count, heads))
         if visual is not None and not self.layers:
             raise ValueError("visual needs layers with prompts, got none")
+        if visual is not None and not early and visual.tokens not in (1, config.prompt_length):
+            raise ValueError(
+                "visual tokens fused late must be 1 or one for each of the "
+                f"{config.prompt_length} prompt rows, got {visual.tokens}"
+            )
         self.projector = None
         if visual is not None:
-            self.projector = Projector(visual, model.dim, generator=generator)
+            self.projector = make_projector(visual, model.dim, generator=generator)
         self.visual_gates = nn.Parameter(torch.zeros(early, heads)) if early else None
         shapes = self.tuning.shapes(shape_of(model))
         self._tuned = frozenset(shapes)
         for name, tuned_shape in shapes.items():
-            value = torch.zeros if name.startswith("bias_") else torch.ones
-            self.register_parameter(name, nn.Parameter(value(tuned_shape)))
+            value = torch.zeros if name.startswith(("bias_", "lora_b_")) else torch.ones
+            parameter = nn.Parameter(value(tuned_shape))
+            if name.startswith("lora_a_"):
+                bound = tuned_shape[-1] ** -0.5
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            self.register_parameter(name, parameter)
 
     def multipliers(self) -> Tensor:
         """Gate multipliers (L, H) in float32."""
@@ -183,9 +195,13 @@ class Adapter(nn.Module):
             ValueError: visual has the form of another fusion.
         """
         early = self.visual_gates is not None
-        if visual is not None and visual.ndim != (3 if early else 2):
-            form = "(B, P, C) for early" if early else "(B, C) for late"
-            raise ValueError(f"visual must have shape {form} fusion, got {(*visual.shape,)}")
+        single = self.projector is None or self.projector.config.single
+        if visual is not None and visual.ndim != (2 if single else 3):
+            form = "(B, C)" if single else "(B, P, C)"
+            kind = "early" if early else "late"
+            raise ValueError(
+                f"visual must have shape {form} for this {kind} fusion, got {(*visual.shape,)}"
+            )
         gates, added = self.multipliers(), None if early else visual
         return {
             layer: Rows(self.prompts[i], gates[i], added) for i, layer in enumerate(self.layers)
@@ -212,8 +228,8 @@ class Adapter(nn.Module):
     def visual_tokens(self, features: Tensor, present: Tensor | None = None) -> Tensor:
         """What `Llama.project` takes for the images of a batch, differentiable in the projector.
 
-        One token (B, C) each, with early fusion P_v tokens (B, P_v, C); zeros where there is no
-        image, which is how the model tells.
+        One token (B, C) each, or several (B, P_v, C); zeros where there is no image, which is how
+        the model tells.
 
         Args:
             features: (B, F) of an image each; anything where there is none.
@@ -251,8 +267,7 @@ class Adapter(nn.Module):
             found[group] = [
                 parameter
                 for name, parameter in self.tuned_parameters().items()
-                if (name.partition("_")[0] if name.startswith(("bias_", "scale_")) else "norm")
-                == group
+                if tuned_group(name) == group
             ]
         return found
 

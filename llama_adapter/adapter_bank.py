@@ -1,10 +1,11 @@
 """Many adapters in one model: a bank of projected prompts that sequences of a batch choose from.
 
-Every adapter is a row of the bank's tensors. A row that a sequence uses is never written, so an
-adapter can be replaced or unloaded while requests run: they finish on what they began with.
+Every adapter is a row of the bank's tensors, and so is an adapter with an image, for the request
+that it belongs to. A row that a sequence uses is never written, so an adapter can be replaced or
+unloaded while requests run: they finish on what they began with.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
+from llama_adapter.config import EARLY_TOKENS
 from llama_adapter.model import Llama
 
 
@@ -30,6 +32,14 @@ class Bank(Protocol):
 
     def acquire(self, name: Hashable) -> int:
         """The row of an adapter, which stays as it is until `release`; ValueError if unknown."""
+        ...
+
+    def check_image(self, row: int, features: Tensor) -> None:
+        """Raise ValueError unless an adapter's row takes features (F,) of an image."""
+        ...
+
+    def see(self, row: int, features: Tensor) -> int:
+        """A row of an adapter's with an image, until `release`; BankFull if there is none left."""
         ...
 
     def release(self, row: int) -> None:
@@ -55,35 +65,63 @@ class AdapterBank:
         capacity: int,
         prompt_length: int = 10,
         layers: Sequence[int] | None = None,
+        visual_layers: int = 0,
+        visual_tokens: int = EARLY_TOKENS,
     ) -> None:
         """Allocate an empty bank.
 
         Args:
             model: what the adapters belong to.
-            capacity: adapters A that fit, counting those replaced or unloaded but still in use.
-                One that requests use is replaced through a row to spare.
+            capacity: adapters A that fit, counting those replaced or unloaded but still in use, and
+                every running request with an image. One that requests use is replaced through a row
+                to spare.
             prompt_length: P, of the longest adapter.
             layers: that an adapter may adapt; default all.
+            visual_layers: K, the most layers that see images fused early; 0 leaves room for none.
+            visual_tokens: P_v, tokens of an image of every adapter with early fusion.
 
         Raises:
-            ValueError: capacity or prompt_length is below 1, or a layer is not the model's.
+            ValueError: a number is too small, or a layer is not the model's.
         """
-        for name, value in (("capacity", capacity), ("prompt_length", prompt_length)):
+        for name, value in (
+            ("capacity", capacity),
+            ("prompt_length", prompt_length),
+            ("visual_tokens", visual_tokens),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= visual_layers <= model.config.n_layers:
+            raise ValueError(
+                f"visual_layers must be from 0 to {model.config.n_layers}, got {visual_layers}"
+            )
         config, weight = model.config, model.output_weight
         wanted = range(config.n_layers) if layers is None else sorted(set(layers))
         if not all(0 <= layer < config.n_layers for layer in wanted):
             raise ValueError(f"layers must be below {config.n_layers}, got {list(wanted)}")
-        shape = (capacity, prompt_length, config.kv_heads, config.head_dim)
-        segments = {}
-        for layer in wanted:
-            k, v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in "kv")
-            gate = torch.zeros(capacity, config.n_heads, device=weight.device)
-            segments[layer] = LayerPrompt(k, v, gate)
+
+        def empty(layers: Iterable[int], length: int) -> dict[int, LayerPrompt]:
+            shape = (capacity, length, config.kv_heads, config.head_dim)
+            found = {}
+            for layer in layers:
+                k, v = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in "kv")
+                gate = torch.zeros(capacity, config.n_heads, device=weight.device)
+                found[layer] = LayerPrompt(k, v, gate)
+            return found
+
         self.capacity, self._model, self._longest = capacity, model, prompt_length
         self._lengths = torch.zeros(capacity, dtype=torch.int32, device=weight.device)
-        self.prompts = Prompts(segments, None, self._lengths)
+        # a row's image is in the same row of the tensors of images
+        self._images = torch.full_like(self._lengths, -1) if visual_layers else None
+        self._visual = (visual_layers, visual_tokens)
+        self.prompts = Prompts(
+            empty(wanted, prompt_length),
+            None,
+            self._lengths,
+            visual=empty(range(visual_layers), visual_tokens),
+            visual_index=self._images,
+        )
+        # of each row in use, for its images
+        self._adapters: dict[int, Adapter] = {}
         self._rows: dict[Hashable, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
         # users of a row; the name that leads to it is one of them
@@ -112,12 +150,11 @@ class AdapterBank:
                 f"{type(adapter).__name__}"
             )
         self._check(name, adapter)
-        projected = self._model.project(adapter).layers
+        projected = self._model.project(adapter)
         old = self._rows.get(name)
         if old is not None and self._users[old] == 1:
             # the name is its only user
-            self._free.append(old)
-            self._users[old] = 0
+            self.release(old)
             del self._rows[name]
             old = None
         if not self._free:
@@ -125,23 +162,33 @@ class AdapterBank:
                 f"the bank must have a free row for adapter {name!r}, got {self.capacity} of "
                 f"{self.capacity} in use: unload one, wait for its requests, or raise capacity"
             )
-        row, length = self._free[-1], adapter.prompts.shape[1]
-        for layer, held in self.prompts.layers.items():
-            new = projected.get(layer)
-            # what an earlier adapter left would be seen with any gate, were it no number
-            for tensor in (held.k, held.v, held.gate):
-                tensor[row] = 0.0
-            if new is not None:
-                held.k[row, :length] = new.k
-                held.v[row, :length] = new.v
-                held.gate[row] = new.gate
-        self._lengths[row] = length
+        row = self._free[-1]
+        self._write(row, adapter, projected)
         # only now, so that a failure above loses no row
         self._free.pop()
         self._users[row] = 1
         self._rows[name] = row
         if old is not None:
             self.release(old)
+
+    def _write(self, row: int, adapter: Adapter, projected: Prompts) -> None:
+        """Fill a free row with an adapter, and with its image if there is one."""
+        held = ((self.prompts.layers, projected.layers), (self.prompts.visual, projected.visual))
+        for segments, given in held:
+            for layer, segment in segments.items():
+                # what an earlier adapter left would be seen with any gate, were it no number
+                for tensor in (segment.k, segment.v, segment.gate):
+                    tensor[row] = 0.0
+                new = given.get(layer)
+                if new is not None:
+                    length = new.k.shape[-3]
+                    segment.k[row, :length] = new.k
+                    segment.v[row, :length] = new.v
+                    segment.gate[row] = new.gate
+        self._lengths[row] = adapter.prompts.shape[1]
+        if self._images is not None:
+            self._images[row] = row if projected.visual else -1
+        self._adapters[row] = adapter
 
     def _check(self, name: Hashable, adapter: Adapter) -> None:
         """Raise unless an adapter belongs to the model's shape and to the bank."""
@@ -162,6 +209,17 @@ class AdapterBank:
             raise ValueError(
                 f"adapter {name!r} must have a prompt length of at most {self._longest}, as the "
                 f"bank was made for, got {length}"
+            )
+        seen = None if adapter.projector is None else adapter.projector.config
+        if (
+            seen is not None
+            and seen.layers
+            and not (seen.layers <= self._visual[0] and seen.tokens == self._visual[1])
+        ):
+            raise ValueError(
+                f"adapter {name!r} must fuse images late, or {self._visual[1]} tokens in at most "
+                f"{self._visual[0]} layers, as the bank was made for, got {seen.tokens} in "
+                f"{seen.layers}"
             )
         others = [layer for layer in adapter.layers if layer not in self.prompts.layers]
         if others:
@@ -198,11 +256,55 @@ class AdapterBank:
         self._users[row] += 1
         return row
 
+    def check_image(self, row: int, features: Tensor) -> None:
+        """Raise unless an adapter takes features of an image.
+
+        Args:
+            row: of `acquire`.
+            features: (F,) of an image.
+
+        Raises:
+            ValueError: it takes no images, or other features.
+        """
+        projector = self._adapters[row].projector
+        if projector is None:
+            raise ValueError("image must be None: the adapter takes no images")
+        wanted = projector.config.features
+        if not isinstance(features, Tensor) or tuple(features.shape) != (wanted,):
+            got = tuple(features.shape) if isinstance(features, Tensor) else features
+            raise ValueError(f"image must be features (F,) = ({wanted},) of one, got {got!r}")
+
+    @torch.inference_mode()
+    def see(self, row: int, features: Tensor) -> int:
+        """An adapter with an image, in a row of its own until `release`.
+
+        Args:
+            row: of `acquire`, which the image's does not depend on any more.
+            features: (F,) of the image.
+
+        Raises:
+            BankFull: every row is in use.
+            ValueError: the adapter takes no images, or other features.
+        """
+        self.check_image(row, features)
+        if not self._free:
+            raise BankFull(
+                f"the bank must have a free row for an image, got {self.capacity} of "
+                f"{self.capacity} in use: raise capacity"
+            )
+        adapter, own = self._adapters[row], self._free[-1]
+        tokens = adapter.visual_tokens(features[None].to(adapter.prompts.device))
+        self._write(own, adapter, self._model.project(adapter, tokens))
+        self._free.pop()
+        self._users[own] = 1
+        return own
+
     def release(self, row: int) -> None:
         """One user less of a row; without any it is free."""
         self._users[row] -= 1
         if self._users[row] == 0:
             self._free.append(row)
+            del self._adapters[row]
 
 
 class RowBank:
@@ -250,6 +352,14 @@ class RowBank:
         assert isinstance(name, int)
         return self._rows[name]
 
+    def check_image(self, row: int, features: Tensor) -> None:
+        """Images are in the prompts already."""
+        raise ValueError("image must be None with prompts of rows")
+
+    def see(self, row: int, features: Tensor) -> int:
+        """As `check_image`."""
+        raise ValueError("image must be None with prompts of rows")
+
     def release(self, row: int) -> None:
         """Nothing is ever written here."""
 
@@ -264,3 +374,20 @@ def _rows_of(layer: int, prompt: LayerPrompt, rows: int) -> LayerPrompt:
     if len(k) != rows:
         raise ValueError(f"prompts of layer {layer} must be for B = {rows} texts, got {len(k)}")
     return LayerPrompt(k, v, gate)
+
+
+def checked_bank(prompts: Prompts, model: Llama) -> Prompts:
+    """A bank's prompts, once they are known to be for this model."""
+    config, weight = model.config, model.output_weight
+    inner = (config.kv_heads, config.head_dim)
+    for layer, prompt in (*prompts.layers.items(), *prompts.visual.items()):
+        shapes = {tuple(x.shape[2:]) for x in (prompt.k, prompt.v)}
+        kinds = {(x.dtype, x.device) for x in (prompt.k, prompt.v)}
+        fits = shapes == {inner} and prompt.gate.shape[1:] == (config.n_heads,)
+        if not fits or layer >= config.n_layers or kinds != {(weight.dtype, weight.device)}:
+            raise ValueError(
+                f"bank must be of this model, {config.describe()}, {weight.dtype} on "
+                f"{weight.device}; got another's prompts in layer {layer}: keys "
+                f"{tuple(prompt.k.shape)}, {prompt.k.dtype} on {prompt.k.device}"
+            )
+    return prompts

@@ -6,31 +6,24 @@ line on stderr and exit code 2; `--debug` shows the traceback instead.
 
 import argparse
 import importlib.metadata
-import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llama_adapter import assets
-from llama_adapter.adapter import Prompts
-from llama_adapter.checkpoints import Base, default_device, load_base
-from llama_adapter.checkpoints.adapter_file import load_adapter
+from llama_adapter import assets, generate_command
+from llama_adapter.answering import Answerer, ModelOptions
+from llama_adapter.checkpoints import load_base
 from llama_adapter.checkpoints.adapter_formats import adapter_path
-from llama_adapter.checkpoints.quantize import FORMATS
 from llama_adapter.convert import add_arguments, convert, describe_adapter
-from llama_adapter.data.items import read_items
 from llama_adapter.data.template import prompt_text
-from llama_adapter.generation import stream
+from llama_adapter.evaluation import command
+from llama_adapter.generate_command import generate, tell
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
-from llama_adapter.recipe import DTYPES, FinetuneConfig
+from llama_adapter.recipe import FinetuneConfig
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.step_profile import TABLE
 from llama_adapter.training import finetune
@@ -39,60 +32,6 @@ CHAT_HELP = """Type an instruction and press Enter. Each answer stands alone.
   /input TEXT   text that the next instruction is about
   /base         answer without the adapter from here on; /adapter switches back
   /quit         leave (or Ctrl-D)"""
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Model."""
-
-    base: Path = field(
-        default=assets.BASE,
-        metadata={
-            "help": "folder of the base model, Meta's, Hugging Face's or litgpt's; the bundled one"
-        },
-    )
-    adapter: Path | None = field(
-        default=None, metadata={"help": "adapter file; without it the base answers alone"}
-    )
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "of the base's weights; default: the files' own",
-            "choices": DTYPES,
-        },
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "cpu or cuda; default: the GPU, if there is one"}
-    )
-    quantize: str | None = field(
-        default=None,
-        metadata={
-            "help": "hold the base's linear weights in 8 or 4 bits; default: as they are",
-            "choices": tuple(FORMATS),
-        },
-    )
-
-    threads: int | None = field(
-        default=None,
-        metadata={"help": "CPU threads; default: torch's choice. One is enough for a small base"},
-    )
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads must be at least 1, got {self.threads}")
-
-    def load(self) -> tuple[Base, Prompts | None]:
-        """The base, and the adapter's prompts projected once."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        device = default_device() if self.device is None else self.device
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        base = load_base(self.base, dtype=dtype, device=device, quantize=self.quantize)
-        if self.adapter is None:
-            return base, None
-        adapter = load_adapter(self.adapter, base.model, base.name, base=base.fingerprint)
-        with torch.no_grad():
-            return base, base.model.project(adapter)
 
 
 def _given(options: argparse.Namespace, cls: type) -> dict[str, Any]:
@@ -131,98 +70,19 @@ def _finetune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _answer(
-    base: Base, prompts: Prompts | None, text: str, sampling: SamplingConfig, echo: bool
-) -> str:
-    """One completion without its leading blanks, printed piece by piece where `echo` is set."""
-    answer = ""
-    try:
-        pieces = stream(base.model, base.tokenizer, [text], sampling, prompts=prompts)
-    except ValueError as error:
-        raise ValueError(str(error).replace("texts[0]", "the instruction's prompt")) from error
-    for piece in pieces:
-        shown = piece.text if answer else piece.text.lstrip()
-        answer += shown
-        if echo:
-            print(shown, end="", flush=True)
-    if echo:
-        print()
-    return answer
-
-
-def _read_questions(path: Path) -> list[dict[str, str]]:
-    """Objects with an instruction and perhaps an input, from a JSON list or a `.jsonl` file."""
-    try:
-        items = read_items(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--data {error}") from error
-    for index, item in enumerate(items):
-        where = f"--data {path}: record {index}, counted from 0"
-        if not isinstance(item, dict) or not isinstance(item.get("instruction"), str):
-            raise UsageError(f"{where}, has no instruction")
-        if not isinstance(item.get("input", ""), str):
-            raise UsageError(f"{where}: input must be a string")
-    return items
-
-
-def _generate(options: argparse.Namespace) -> int:
-    if (options.instruction is None) == (options.data is None):
-        raise UsageError("give either an instruction or --data")
-    if options.batch_size is not None and options.data is None:
-        raise UsageError("--batch-size goes with --data")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, got {options.batch_size}")
-    if options.data is not None and options.input:
-        raise UsageError("--input goes with an instruction; the records of --data have their own")
-    sampling = build(SamplingConfig, vars(options))
-    items = None if options.data is None else _read_questions(options.data)
-    base, prompts = build(ModelOptions, vars(options)).load()
-    if items is None:
-        _answer(base, prompts, prompt_text(options.instruction, options.input), sampling, True)
-        return 0
-    texts = [prompt_text(item["instruction"], item.get("input", "")) for item in items]
-    answers: dict[int, str] = {}
-    try:
-        # every record is answered as it would be alone
-        pieces = stream(
-            base.model,
-            base.tokenizer,
-            texts,
-            sampling,
-            prompts=prompts,
-            row_seeds=[0] * len(texts),
-            max_batch=8 if options.batch_size is None else options.batch_size,
-        )
-        printed = 0
-        for piece in pieces:
-            if piece.completion is not None:
-                answers[piece.row] = piece.completion.text.lstrip()
-            while printed in answers:
-                item, answer = items[printed], answers.pop(printed)
-                line = {"instruction": item["instruction"], "input": item.get("input", "")}
-                print(json.dumps({**line, "output": answer}, ensure_ascii=False), flush=True)
-                printed += 1
-    except ValueError as error:
-        told = re.sub(
-            r"texts\[(\d+)\]",
-            lambda found: f"record {found[1]}, counted from 0: the instruction's prompt",
-            str(error),
-        )
-        raise UsageError(f"--data {options.data}: {told}") from error
-    return 0
-
-
 def _chat(options: argparse.Namespace) -> int:
     sampling = build(SamplingConfig, vars(options))
-    base, adapted = build(ModelOptions, vars(options)).load()
-    prompts, given_input = adapted, ""
+    adapted = build(ModelOptions, vars(options)).load()
+    base = Answerer(adapted.base)
+    answerer, given_input = adapted, ""
     # with instructions from a pipe, the output holds the answers alone
     if sys.stdin is None:
         raise UsageError("instructions come from standard input, which is closed")
     typed = sys.stdin.isatty()
     say = partial(print, file=sys.stdout if typed else sys.stderr)
     if typed:
-        print(f"{base.name}, {'with' if adapted else 'without'} adapter. /help lists commands.")
+        having = "without" if adapted.adapter is None else "with"
+        print(f"{base.base.name}, {having} adapter. /help lists commands.")
     while True:
         try:
             line = input("> " if typed else "").strip()
@@ -236,14 +96,14 @@ def _chat(options: argparse.Namespace) -> int:
         if command == "/input":
             given_input = rest.strip()
         elif command in ("/base", "/adapter"):
-            if command == "/adapter" and adapted is None:
+            if command == "/adapter" and adapted.adapter is None:
                 say("no adapter is loaded: start with --adapter FILE")
-            prompts = adapted if command == "/adapter" else None
+            answerer = adapted if command == "/adapter" else base
         elif command.startswith("/"):
             say(CHAT_HELP)
         elif line:
             try:
-                _answer(base, prompts, prompt_text(line, given_input), sampling, True)
+                tell(answerer, prompt_text(line, given_input), sampling)
             except ValueError as error:
                 if not typed:
                     raise UsageError(f"{error}, in the instruction {line!a}") from error
@@ -307,19 +167,14 @@ def _parser() -> Parser:
     tune.add_argument("--quiet", action="store_true", help="no progress bar")
     add_options(tune, FinetuneConfig)
 
-    make = _command(commands, "generate", _generate, "Answer one instruction, or a file of them.")
-    make.add_argument("instruction", nargs="?", help="the instruction")
-    make.add_argument("--input", default="", help="text that the instruction is about")
-    make.add_argument(
-        "--data", type=Path, help="file of instructions, JSON or .jsonl; prints JSON lines"
-    )
-    make.add_argument(
-        "--batch-size", type=int, help="instructions of --data answered together (default: 8)"
-    )
+    make = _command(commands, "generate", generate, "Answer one instruction, or a file of them.")
+    generate_command.add_arguments(make)
     chat = _command(commands, "chat", _chat, "Answer instructions as they are typed.")
-    for command in (make, chat):
-        add_options(command, ModelOptions)
-        add_options(command, SamplingConfig)
+    for cls in (ModelOptions, SamplingConfig):
+        add_options(chat, cls)
+
+    test = _command(commands, "evaluate", command.run, "Ask a benchmark's questions and score.")
+    command.add_arguments(test)
 
     info = _command(commands, "info", _info, "Say what an adapter file or a model folder is.")
     info.add_argument("path", type=Path, help="adapter file or folder of a base model")

@@ -3,7 +3,6 @@
 Both are frozen dataclasses of plain values: what a `params.json` or an adapter file's header holds.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -227,11 +226,6 @@ def shape_of(config: LlamaConfig) -> dict[str, int]:
     return {name: getattr(config, name) for name in SHAPE_FIELDS}
 
 
-# the linear maps of a layer in Meta's names, and the projection to logits
-LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
-SCALE_SIDES = ("input", "output")
-# the trained norms of a layer
-LAYER_NORMS = ("attention_norm", "ffn_norm")
 PROJECTOR_ACTIVATIONS = ("silu", "gelu")
 FUSIONS = ("late", "early")
 # LLaMA-Adapter V2, section 5.1
@@ -239,60 +233,27 @@ EARLY_TOKENS, EARLY_LAYERS = 20, 1
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """What an adapter changes of the base besides attention (LLaMA-Adapter V2, section 3.1).
+class Resampler:
+    """A projector of learned queries that attend to many tokens of an image, and to each other.
 
     Attributes:
-        groups: of "bias", "scale" and "norm", those that the adapter has.
-        linears: of LINEARS, the linear maps that have a bias and a scale.
-        scale_side: "input", y = W (s * x) + b as in the official chat65b code, or "output",
-            y = s * (W x + b) as in litgpt; None without a scale.
+        inputs: width of one of those tokens, so many of which are the features, side by side.
+        width: of the queries and blocks.
+        blocks: transformer layers over queries and tokens.
+        heads: of their attention.
     """
 
-    groups: tuple[str, ...] = ()
-    linears: tuple[str, ...] = ()
-    scale_side: str | None = None
+    inputs: int = 768
+    width: int = 768
+    blocks: int = 8
+    heads: int = 16
 
     def __post_init__(self) -> None:
-        for name, values, known in (
-            ("groups", self.groups, ("bias", "scale", "norm")),
-            ("linears", self.linears, LINEARS),
-        ):
-            if list(values) != [one for one in known if one in values]:
-                raise ValueError(f"{name} must be some of {known} in this order, got {values}")
-        if bool(self.linears) != ("bias" in self.groups or "scale" in self.groups):
+        if min(self.inputs, self.width, self.blocks, self.heads) < 1 or self.width % self.heads:
             raise ValueError(
-                f"linears must be named for a bias or a scale and for nothing else, got "
-                f"{self.linears} with groups {self.groups}"
+                "inputs, width, blocks and heads must be at least 1 and heads divide width, got "
+                f"{self.inputs}, {self.width}, {self.blocks} and {self.heads}"
             )
-        wanted = SCALE_SIDES if "scale" in self.groups else (None,)
-        if self.scale_side not in wanted:
-            raise ValueError(
-                f"scale_side must be one of {wanted} with groups {self.groups}, got "
-                f"{self.scale_side!r}"
-            )
-
-    def shapes(self, base: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors, one row per layer of the base.
-
-        Args:
-            base: dim, n_layers, n_heads and so on; those that the shapes follow from.
-
-        Raises:
-            KeyError: a number is needed that `base` does not have.
-        """
-        found: dict[str, tuple[int, ...]] = {}
-        for linear in self.linears:
-            n_in, n_out = linear_widths(linear, base)
-            rows = () if linear == "output" else (base["n_layers"],)
-            if "bias" in self.groups:
-                found[f"bias_{linear}"] = (*rows, n_out)
-            if "scale" in self.groups:
-                found[f"scale_{linear}"] = (*rows, n_in if self.scale_side == "input" else n_out)
-        if "norm" in self.groups:
-            found |= dict.fromkeys(LAYER_NORMS, (base["n_layers"], base["dim"]))
-            found["norm"] = (base["dim"],)
-        return found
 
 
 @dataclass(frozen=True)
@@ -305,12 +266,13 @@ class VisualConfig:
         activation: of the projector, "silu" or "gelu".
         encoder: digest of what makes the features, which must be the same one again; "" where the
             caller makes them.
-        fusion: "late", one token that is added to every prompt row (LLaMA-Adapter, equation 10), or
-            "early", tokens that are a gated prompt of their own in the first layers (LLaMA-Adapter
-            V2, section 4.3).
-        tokens: P_v, tokens of an image; 1 for late fusion.
+        fusion: "late", one token that is added to every prompt row (LLaMA-Adapter, equation 10) or
+            a token for each, or "early", tokens that are a gated prompt of their own in the first
+            layers (LLaMA-Adapter V2, section 4.3).
+        tokens: P_v, tokens of an image; for late fusion 1, or as many as a layer has prompt rows.
         layers: K, the first layers that see them; 0 for late fusion, whose layers are the prompts'.
         scales: which features of a CLIP they are; None where the caller makes them.
+        resampler: the projector of the official multimodal 7B; None is the cascade of `hidden`.
     """
 
     features: int
@@ -321,40 +283,33 @@ class VisualConfig:
     tokens: int = 1
     layers: int = 0
     scales: Scales | None = None
+    resampler: Resampler | None = None
+
+    @property
+    def single(self) -> bool:
+        """Whether an image is one token (B, C), not (B, P_v, C)."""
+        return self.fusion == "late" and self.tokens == 1
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {FUSIONS}, got {self.fusion!r}")
-        early = self.fusion == "early"
-        if early and not (1 <= self.tokens <= _LONGEST_PROMPT and self.layers >= 1):
+        if not 1 <= self.tokens <= _LONGEST_PROMPT:
+            raise ValueError(f"tokens must be from 1 to {_LONGEST_PROMPT}, got {self.tokens}")
+        if (self.layers >= 1) != (self.fusion == "early") or self.layers < 0:
             raise ValueError(
-                f"tokens must be from 1 to {_LONGEST_PROMPT} and layers at least 1 for early "
-                f"fusion, got {self.tokens} and {self.layers}"
-            )
-        if not early and (self.tokens, self.layers) != (1, 0):
-            raise ValueError(
-                f"tokens must be 1 and layers 0 for late fusion, got {self.tokens} and "
-                f"{self.layers}"
+                "layers must be at least 1 for early fusion and 0 for late, got "
+                f"{self.layers} for {self.fusion}"
             )
         if min((self.features, *self.hidden)) < 1:
             raise ValueError(
                 f"features and hidden must be at least 1, got {self.features} and {self.hidden}"
             )
+        if self.resampler is not None and (self.hidden or self.features % self.resampler.inputs):
+            raise ValueError(
+                "hidden must be empty with a resampler, and features a multiple of its inputs "
+                f"{self.resampler.inputs}, got {self.hidden} and {self.features}"
+            )
         if self.activation not in PROJECTOR_ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {PROJECTOR_ACTIVATIONS}, got {self.activation!r}"
             )
-
-
-def linear_widths(linear: str, base: Mapping[str, int]) -> tuple[int, int]:
-    """Input and output width of a linear map of LINEARS in a base of this shape."""
-    heads = {"wq": "n_heads", "wk": "kv_heads", "wv": "kv_heads"}
-    if linear in heads:
-        return base["dim"], base[heads[linear]] * base["head_dim"]
-    if linear == "wo":
-        return base["n_heads"] * base["head_dim"], base["dim"]
-    if linear == "output":
-        return base["dim"], base["vocab_size"]
-    if linear == "w2":
-        return base["hidden_dim"], base["dim"]
-    return base["dim"], base["hidden_dim"]

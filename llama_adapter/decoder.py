@@ -7,13 +7,14 @@ and sequences may change between two replays.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from llama_adapter.adapter import Prompts
 from llama_adapter.cache import PAGE_SIZE, PagePool, decode_span, pages_for
+from llama_adapter.completion import Row
 from llama_adapter.model import Llama, Step
 from llama_adapter.rotary_angles import rotary_angles
 
@@ -38,6 +39,39 @@ class Live:
     length: int
     adapter: int
     table: Tensor
+
+
+@dataclass(eq=False)
+class Request:
+    """A row on its way through the engine.
+
+    Attributes:
+        row: its prompt and its tokens.
+        adapter: its row of the bank, held until it ends; -1 for the base model.
+        image: features of its image, until they are in a row of their own.
+        pages: its pages, none while it waits.
+        table: the same as the decoder takes them.
+        read: tokens of its prompt that are cached; those after them are, but for the newest.
+    """
+
+    row: Row
+    adapter: int
+    image: Tensor | None = None
+    pages: list[int] = field(default_factory=list)
+    table: Tensor = field(default_factory=lambda: torch.empty(0))
+    read: int = 0
+
+    @property
+    def need(self) -> int:
+        """Pages for the prompt and the longest answer, whose last token is never cached."""
+        return pages_for(len(self.row.prompt) + self.row.limit - 1)
+
+    @property
+    def live(self) -> Live:
+        """The next step of a request whose prompt is read."""
+        row = self.row
+        length = len(row.prompt) + len(row.tokens)
+        return Live(row.tokens[-1], length, self.adapter, self.table)
 
 
 def bucket_sizes(largest: int) -> list[int]:

@@ -9,53 +9,20 @@ behind it, which keeps a long request from starving.
 
 from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 
 import torch
 from torch import Tensor
 
 from adapter_kernels import load_native
-from llama_adapter.adapter import Prompts
-from llama_adapter.adapter_bank import Bank
+from llama_adapter.adapter_bank import Bank, BankFull, checked_bank
 from llama_adapter.cache import PAGE_SIZE, PagePool, packed_span, pages_for
 from llama_adapter.completion import Completion, Piece, Row
-from llama_adapter.decoder import Decoder, Live
+from llama_adapter.decoder import Decoder, Request
 from llama_adapter.model import Llama, Step
 from llama_adapter.rotary_angles import rotary_angles
 from llama_adapter.sampling import SamplingConfig, choose
 from llama_adapter.tokenizer import Tokenizer
-
-
-@dataclass(eq=False)
-class _Request:
-    """A row on its way through the engine.
-
-    Attributes:
-        row: its prompt and its tokens.
-        adapter: its row of the bank, held until it ends; -1 for the base model.
-        pages: its pages, none while it waits.
-        table: the same as the decoder takes them.
-        read: tokens of its prompt that are cached; those after them are, but for the newest.
-    """
-
-    row: Row
-    adapter: int
-    pages: list[int] = field(default_factory=list)
-    table: Tensor = field(default_factory=lambda: torch.empty(0))
-    read: int = 0
-
-    @property
-    def need(self) -> int:
-        """Pages for the prompt and the longest answer, whose last token is never cached."""
-        return pages_for(len(self.row.prompt) + self.row.limit - 1)
-
-    @property
-    def live(self) -> Live:
-        """The next step of a request whose prompt is read."""
-        row = self.row
-        length = len(row.prompt) + len(row.tokens)
-        return Live(row.tokens[-1], length, self.adapter, self.table)
 
 
 class EngineBusy(ValueError):
@@ -133,7 +100,7 @@ class Engine:
         )
         if weight.device.type == "cpu":
             load_native()
-        self._prompts = None if bank is None else _checked(bank.prompts, model)
+        self._prompts = None if bank is None else checked_bank(bank.prompts, model)
         self.decoder = Decoder(
             model,
             self.pool,
@@ -145,10 +112,10 @@ class Engine:
         self._tickets = count()
         # text that is decided and not handed out yet
         self._pieces: deque[Piece] = deque()
-        self._waiting: deque[_Request] = deque()
+        self._waiting: deque[Request] = deque()
         # those whose prompts are not wholly cached, then those that are
-        self._reading: list[_Request] = []
-        self._writing: list[_Request] = []
+        self._reading: list[Request] = []
+        self._writing: list[Request] = []
         self.held_back = 0
 
     @property
@@ -167,6 +134,7 @@ class Engine:
         sampling: SamplingConfig,
         *,
         adapter: Hashable | None = None,
+        image: Tensor | None = None,
         row_seed: int = 0,
         name: str = "text",
     ) -> int:
@@ -177,6 +145,8 @@ class Engine:
             sampling: how its tokens are chosen and when it stops.
             adapter: name in the bank; None is the base model. The adapter that bears the name now
                 is used to the request's end.
+            image: features (F,) of an image for that adapter, which need a row of the bank while
+                the request runs.
             row_seed: with `sampling.seed` seeds its random numbers.
             name: of the text, for messages.
 
@@ -186,7 +156,8 @@ class Engine:
         Raises:
             EngineBusy: as many requests wait as may.
             UnknownAdapter: the bank has no such adapter.
-            ValueError: the text is empty, or too long for the context or for the pool.
+            ValueError: the text is empty, or too long for the context or for the pool; the adapter
+                takes no such image.
         """
         if self._max_waiting is not None:
             self._admit()
@@ -198,7 +169,7 @@ class Engine:
             raise ValueError(f"sampling must be a SamplingConfig, got {type(sampling).__name__}")
         context = self._max_tokens
         row = Row(next(self._tickets), row_seed, text, self.tokenizer, sampling, context, name)
-        request = _Request(row, -1)
+        request = Request(row, -1)
         if request.need > self.pool.size:
             raise ValueError(
                 f"{name} must fit the pool of {self.pool.size} pages of {PAGE_SIZE} tokens, got "
@@ -209,10 +180,19 @@ class Engine:
             if self._bank is None:
                 raise ValueError(f"adapter must be None without a bank, got {adapter!r}")
             request.adapter = self._bank.acquire(adapter)
+        elif image is not None:
+            raise ValueError("image must be None without an adapter")
         elif self._prompts is not None and self._prompts.tuned is not None:
             raise ValueError(
                 "adapter must be named: the bank's biases, scales and norms are of all"
             )
+        if image is not None and self._bank is not None:
+            try:
+                self._bank.check_image(request.adapter, image)
+            except ValueError:
+                self._end(request)
+                raise
+            request.image = image
         self._waiting.append(request)
         return row.index
 
@@ -288,18 +268,37 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting and self.running < self._max_batch:
             request = self._waiting[0]
-            if request.need > self.pool.free:
+            if request.need > self.pool.free or not self._see(request):
                 return
             request.pages = self.pool.take(request.need)
             request.table = torch.zeros(self.decoder.longest, dtype=torch.int32)
             request.table[: request.need] = torch.tensor(request.pages)
             self._reading.append(self._waiting.popleft())
 
+    def _see(self, request: Request) -> bool:
+        """Put a request's image, if it has one, into a row of the bank; False where it must wait.
+
+        Without a running request nobody would ever make room, unless it is another engine.
+        """
+        if request.image is None or self._bank is None:
+            return True
+        try:
+            own = self._bank.see(request.adapter, request.image)
+        except BankFull:
+            if self.running:
+                return False
+            self._end(request)
+            self._pieces.append(request.row.fail())
+            raise
+        self._bank.release(request.adapter)
+        request.adapter, request.image = own, None
+        return True
+
     @torch.inference_mode()
     def _read(self) -> None:
         """Cache the next chunk of prompts, and choose the first tokens of those that it ends."""
         parts: list[list[int]] = []
-        chosen: list[_Request] = []
+        chosen: list[Request] = []
         room = self._chunk
         for request in self._reading:
             part = request.row.prompt[request.read : request.read + room]
@@ -349,7 +348,7 @@ class Engine:
         return self.model.run(tokens, Step(*angles, prompts, self.pool, span))
 
     @torch.inference_mode()
-    def _write(self, requests: Sequence[_Request], logits: Tensor) -> None:
+    def _write(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Choose the next token of requests, one after the other; those that end leave."""
         rows = [request.row for request in requests]
         # rows of the embedding beyond the tokenizer's are padding
@@ -371,7 +370,7 @@ class Engine:
             if piece.text or piece.completion is not None:
                 self._pieces.append(piece)
 
-    def _end(self, request: _Request) -> None:
+    def _end(self, request: Request) -> None:
         """Take a request out, wherever it is; its pages and its adapter's row are free."""
         for group in (self._waiting, self._reading, self._writing):
             if request in group:
@@ -381,20 +380,3 @@ class Engine:
         row, request.adapter = request.adapter, -1
         if self._bank is not None and row >= 0:
             self._bank.release(row)
-
-
-def _checked(prompts: Prompts, model: Llama) -> Prompts:
-    """A bank's prompts, once they are known to be for this model."""
-    config, weight = model.config, model.output_weight
-    inner = (config.kv_heads, config.head_dim)
-    for layer, prompt in (*prompts.layers.items(), *prompts.visual.items()):
-        shapes = {tuple(x.shape[2:]) for x in (prompt.k, prompt.v)}
-        kinds = {(x.dtype, x.device) for x in (prompt.k, prompt.v)}
-        fits = shapes == {inner} and prompt.gate.shape[1:] == (config.n_heads,)
-        if not fits or layer >= config.n_layers or kinds != {(weight.dtype, weight.device)}:
-            raise ValueError(
-                f"bank must be of this model, {config.describe()}, {weight.dtype} on "
-                f"{weight.device}; got another's prompts in layer {layer}: keys "
-                f"{tuple(prompt.k.shape)}, {prompt.k.dtype} on {prompt.k.device}"
-            )
-    return prompts

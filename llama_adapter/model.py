@@ -28,6 +28,7 @@ from llama_adapter.packing import Packing
 from llama_adapter.recompute import call
 from llama_adapter.rotary_angles import rotary_angles
 from llama_adapter.tuned_modules import tune
+from llama_adapter.tuning import tuned_group
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class Attention(nn.Module):
         """
         prompt = rows.prompt
         if rows.image is not None:
-            prompt = prompt + rows.image[:, None].to(prompt.dtype)
+            # one token for every row, or one for each
+            image = rows.image[:, None] if rows.image.ndim == 2 else rows.image
+            prompt = prompt + image.to(prompt.dtype)
         prompt = prompt.to(self.wk.weight.dtype)
         heads = (self.kv_heads, self.head_dim)
         k, v = self.wk(prompt).unflatten(-1, heads), self.wv(prompt).unflatten(-1, heads)
@@ -216,10 +219,13 @@ class Llama(nn.Module):
             ValueError: visual has the form of another fusion than the adapter's.
         """
         tuned = None
-        if adapter.tuning.groups:
-            parameters, side = adapter.tuned_parameters(), adapter.tuning.scale_side
+        parameters, side = adapter.tuned_parameters(), adapter.tuning.scale_side
+        if parameters:
             tuned = tune(self, self.output_weight, parameters, side)
         blocks = self.layers if tuned is None else tuned.layers
+        if adapter.tuning.lora is not None and not adapter.tuning.lora.prompts:
+            own = {n: x for n, x in parameters.items() if tuned_group(n) != "lora"}
+            blocks = tune(self, self.output_weight, own, side).layers
         layers, images = (
             {n: cast(Block, blocks[n]).attention.project_prompt(one) for n, one in rows.items()}
             for rows in (adapter.prompt_rows(visual), adapter.visual_rows(visual))

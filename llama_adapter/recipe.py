@@ -5,16 +5,26 @@ in its official training code.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.config import AdapterConfig
+from llama_adapter.config import (
+    EARLY_LAYERS,
+    EARLY_TOKENS,
+    FUSIONS,
+    AdapterConfig,
+    VisualConfig,
+)
 from llama_adapter.recompute import RECOMPUTED
+from llama_adapter.tuning import TuningOptions
+from llama_adapter.vision import ScaleOptions, VisionOptions
 
 DTYPES = ("float32", "bfloat16", "float16")
 # formats of the base's weights that pass gradients
 QUANTIZED = ("int8", "nf4", "fp8")
+# how batches of pictures and of text take turns; "off" mixes them and trains everything on each
+JOINT = ("off", "alternate", "proportional", "concat")
 # beyond any sensible rate, count or size, and within what torch takes
 _LARGEST = 1e30
 # more ends the process, not the run
@@ -30,6 +40,43 @@ def _option(
 
 def _recipe(default: Any, help: str) -> Any:
     return _option(default, help, recipe=True)
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """How an image reaches the layers."""
+
+    fusion: str = _option(
+        "late",
+        "late adds a token of the image to every prompt row, as in LLaMA-Adapter; early makes "
+        "tokens of it a gated prompt of their own in the first layers, as in V2",
+        FUSIONS,
+        recipe=True,
+    )
+    visual_tokens: int | None = _recipe(
+        None, f"tokens of an image; default: {EARLY_TOKENS} for early fusion, 1 for late"
+    )
+    visual_layers: int | None = _recipe(
+        None, f"first layers that see them, of early fusion; default: {EARLY_LAYERS}"
+    )
+    projector_hidden: tuple[int, ...] = _recipe(
+        (64,), "widths between an image's features and its tokens"
+    )
+
+    def __post_init__(self) -> None:
+        # what does not go together is said by whoever takes it
+        VisualConfig(1, **self.shape)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Those fields of a `VisualConfig`."""
+        tokens, layers = (EARLY_TOKENS, EARLY_LAYERS) if self.fusion == "early" else (1, 0)
+        return {
+            "hidden": tuple(self.projector_hidden),
+            "fusion": self.fusion,
+            "tokens": tokens if self.visual_tokens is None else self.visual_tokens,
+            "layers": layers if self.visual_layers is None else self.visual_layers,
+        }
 
 
 @dataclass(frozen=True)
@@ -83,9 +130,18 @@ class FinetuneConfig:
     base_lr: float = _recipe(9e-3, "learning rate per 256 records of a batch")
     lr: float | None = _recipe(None, "learning rate; default: base lr * batch size / 256")
     min_lr: float = _recipe(0.0, "learning rate that the cosine ends at")
-    weight_decay: float = _recipe(0.02, "AdamW's decay, of prompts and gates alike")
+    weight_decay: float = _recipe(
+        0.02, "AdamW's decay, of prompts and gates alike; biases, scales and norms have none"
+    )
     betas: tuple[float, float] = _recipe((0.9, 0.95), "AdamW's two decay rates")
     clip: float | None = _recipe(None, "largest norm of the gradient; default: no limit")
+    joint: str = _option(
+        "off",
+        "batches of pictures or of text alone, which train the projector or the rest: one of each "
+        "in turn, as many as there are of each spread evenly, or shuffled",
+        JOINT,
+        recipe=True,
+    )
     seed: int = _option(0, "of the prompts' initial values, the held-out choice and the order")
     save_every: int = _option(50, "optimiser steps between checkpoints")
     keep_checkpoints: int = _option(2, "checkpoints kept")
@@ -100,6 +156,10 @@ class FinetuneConfig:
     threads: int | None = _option(None, "CPU threads; default: torch's choice")
     profile: bool = _option(False, "write a trace and a table of where a few steps' time goes")
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    tuning: TuningOptions = field(default_factory=TuningOptions)
+    vision: VisionOptions = field(default_factory=VisionOptions)
+    scales: ScaleOptions = field(default_factory=ScaleOptions)
+    projector: FusionOptions = field(default_factory=FusionOptions)
 
     def __post_init__(self) -> None:
         for name in (
@@ -143,8 +203,34 @@ class FinetuneConfig:
                 f"quantize must be left out with shard, got {self.quantize!r}: such weights cannot "
                 "be split over processes"
             )
+        if self.shard and self.tuning.tune:
+            raise ValueError(
+                f"tune must be left out with shard, got {self.tuning.tune}: no process holds the "
+                "layers that it changes"
+            )
+        if self.joint not in JOINT:
+            raise ValueError(f"joint must be one of {JOINT}, got {self.joint!r}")
+        pair = {name: getattr(self.vision, name) for name in ("images", "vision_model")}
+        given = [f"{name} = {path}" for name, path in pair.items() if path is not None]
+        if len(given) == 1:
+            raise ValueError(f"images and vision_model must be given together, got {given[0]}")
+        if self.joint != "off" and not given:
+            raise ValueError(f"images and vision_model must be given for joint = {self.joint}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+
+    def absolute(self) -> "FinetuneConfig":
+        """The same from any working directory, but for the run folder."""
+
+        def whole(options: Any, *names: str) -> dict[str, Path | None]:
+            held: dict[str, Path | None] = {name: getattr(options, name) for name in names}
+            return {name: path and path.absolute() for name, path in held.items()}
+
+        vision = replace(
+            self.vision, **whole(self.vision, "vision_model", "images", "feature_cache")
+        )
+        own = whole(self, "data", "val_data", "base", "token_cache")
+        return replace(self, vision=vision, **own)
 
     @property
     def peak_lr(self) -> float:

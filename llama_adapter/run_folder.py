@@ -16,12 +16,14 @@ import subprocess
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from llama_adapter.checkpoints.atomic import TEMPORARY_SUFFIX, write_atomically
+from llama_adapter.recipe import FinetuneConfig
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,10 +33,13 @@ LOCK = ".lock"
 # fields that may differ between a run and its continuation: they change a step by rounding at most
 FREE_FIELDS = (
     "output", "max_steps", "save_every", "keep_checkpoints", "profile", "recompute", "token_cache",
-    "shard", "micro_batch_tokens",
+    "shard", "micro_batch_tokens", "vision.feature_cache",
 )  # fmt: skip
 # fields that may differ between the processes of a run: what lies where on a machine of several
-OWN_FIELDS = ("data", "val_data", "base", "output", "token_cache", "threads", "device", "profile")
+OWN_FIELDS = (
+    "data", "val_data", "base", "output", "token_cache", "threads", "device", "profile",
+    "vision.vision_model", "vision.images", "vision.feature_cache",
+)  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -65,7 +70,7 @@ class RunFolder:
         """
         self.path, self.follows = Path(path), follows
         self.rows: list[Row] = []
-        self._config = json.loads(json.dumps(config, default=str))
+        self._config = _plain(config)
         self._resume = resume
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
@@ -107,13 +112,17 @@ class RunFolder:
         return {name: value for name, value in self.options.items() if name not in FREE_FIELDS}
 
     def check_same_options(self, before: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first, unless `before` fixed the same options."""
+        """Raise ValueError, naming the first, unless `before` fixed the same options.
+
+        One that is not among them is younger than the run, which therefore had the default.
+        """
         now = self.fixed_options
+        defaults = _flatten(_plain(asdict(FinetuneConfig(Path(), Path()))))
         for name in [*now, *(name for name in before if name not in now)]:
-            if before.get(name) != now.get(name):
+            had = before.get(name, defaults.get(name))
+            if had != now.get(name):
                 raise ValueError(
-                    f"cannot resume {self.path}: {name} was {before.get(name)!r}, "
-                    f"is now {now.get(name)!r}"
+                    f"cannot resume {self.path}: {name} was {had!r}, is now {now.get(name)!r}"
                 )
 
     def _check_use(self) -> None:
@@ -279,6 +288,11 @@ class RunFolder:
         # without a display: a Figure of its own draws with Agg and touches no global state
         figure.savefig(picture, format="png", dpi=120)
         write_atomically(self.curve, picture.getvalue())
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a JSON file."""
+    return json.loads(json.dumps(config, default=str))
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from adapter_kernels import linear_cross_entropy
-from llama_adapter.adapter import VISUAL, Adapter
+from llama_adapter.adapter import VISUAL, Adapter, Prompts
 from llama_adapter.checkpoints.quantize import is_quantized, passes_gradients
 from llama_adapter.data.examples import Batch, Example
 from llama_adapter.data.feed import ahead
@@ -29,6 +30,7 @@ from llama_adapter.model import Llama
 from llama_adapter.recompute import RECOMPUTED
 from llama_adapter.sharding import is_sharded, project_in_place
 from llama_adapter.step_profile import phase
+from llama_adapter.tuning import VECTORS
 from llama_adapter.world import World
 
 _NAMED_RECORDS = 8
@@ -88,7 +90,7 @@ class Trainer:
             prefixes: beginnings that examples may share, computed once per pass: the template's.
             features: of the images that examples name, by any thread; None takes no images.
             weight_decay: of every group; prompts and gates are decayed alike, as in the official
-                recipe.
+                recipe, and vectors are not: biases, scales, norms, a projector's biases.
             betas: AdamW's.
             clip: largest norm of the gradient of all groups of a batch together, or None.
             recompute: "mlp" or "block", what of each layer the backward computes again instead of
@@ -98,8 +100,8 @@ class Trainer:
 
         Raises:
             ValueError: the base is in int4 or not frozen, a parameter of the adapter is not
-                float32, it has biases, scales or norms, which run but are not trained yet, there
-                are features and no projector, or recompute is unknown.
+                float32, it has biases, scales, norms or LoRA and the base is sharded, there are
+                features and no projector, or recompute is unknown.
         """
         if not passes_gradients(model):
             raise ValueError(
@@ -112,11 +114,11 @@ class Trainer:
         for name, value in adapter.named_parameters():
             if value.dtype != torch.float32:
                 raise ValueError(f"adapter must be float32, {name} is {value.dtype}")
-        if adapter.tuning.groups:
-            # the loss is computed from the base's own projection to logits
+        if adapter.tuning.groups and is_sharded(model):
             groups = ", ".join(adapter.tuning.groups)
             raise ValueError(
-                f"adapter must have prompts and gates alone to be trained, got {groups}"
+                f"adapter must have prompts and gates alone on a sharded base, got {groups}: no "
+                "process holds the layers that those change"
             )
         if features is not None and adapter.projector is None:
             raise ValueError("features must be left out: this adapter has no projector")
@@ -129,7 +131,7 @@ class Trainer:
         self.micro_batch_tokens, self.prefixes, self.clip = micro_batch_tokens, prefixes, clip
         self.groups = adapter.groups()
         self.optimisers = {
-            name: torch.optim.AdamW(parameters, lr=0.0, betas=betas, weight_decay=weight_decay)
+            name: torch.optim.AdamW(_decayed(name, parameters, weight_decay), lr=0.0, betas=betas)
             for name, parameters in self.groups.items()
         }
 
@@ -150,24 +152,34 @@ class Trainer:
         with phase("pack"):
             batch = part.to(self.model.output_weight.device)
         with phase("forward"):
-            hidden = self.hidden(batch)
+            prompts = self.project(batch)
+            hidden = self.hidden(batch, prompts)
             # the rows that carry loss alone: logits of the others would be thrown away
             rows, weight = hidden[batch.rows], self.model.output_weight
-            if not self.quantized:
+            if not self.quantized and (prompts.tuned is None or prompts.tuned.output is None):
                 return linear_cross_entropy(
                     rows, weight, batch.targets, ignore_index=None, reduction="sum"
                 )
-            # torchao multiplies by its weights itself
-            logits = self.model.logits(rows).float()
+            # torchao multiplies by its weights itself, and a tuned projection is more than a weight
+            logits = self.model.logits(rows, prompts).float()
             return torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Final hidden states (total, C) of packed examples, differentiable in the adapter."""
+    def project(self, batch: PackedBatch) -> Prompts:
+        """The adapter's prompts for packed examples."""
         project = project_in_place if self.sharded else Llama.project
         visual = None
         if batch.features is not None:
             visual = self.adapter.visual_tokens(batch.features, batch.present)
-        prompts = project(self.model, self.adapter, visual)
+        return project(self.model, self.adapter, visual)
+
+    def hidden(self, batch: PackedBatch, prompts: Prompts | None = None) -> Tensor:
+        """Final hidden states (total, C) of packed examples, differentiable in the adapter.
+
+        Args:
+            batch: the examples.
+            prompts: what `project` made for them; None projects now.
+        """
+        prompts = self.project(batch) if prompts is None else prompts
         return self.model.hidden_packed(
             batch.tokens, batch.packing, prompts, recompute=self.recompute
         )
@@ -328,6 +340,16 @@ class Trainer:
         torch.set_rng_state(tensors["random.cpu"])
         if "random.cuda" in tensors and self.model.output_weight.is_cuda:
             torch.cuda.set_rng_state(tensors["random.cuda"], self.model.output_weight.device)
+
+
+def _decayed(
+    group: str, parameters: Sequence[torch.nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """A group's parameters for AdamW: matrices, and vectors (one of each layer too) undecayed."""
+    plain = [p for p in parameters if group in VECTORS or p.ndim == 1]
+    others = [p for p in parameters if not any(p is one for one in plain)]
+    parts = ((others, weight_decay), (plain, 0.0))
+    return [{"params": some, "weight_decay": decay} for some, decay in parts if some]
 
 
 def _name(examples: Sequence[Example]) -> str:

@@ -3,31 +3,32 @@
 The options and their defaults, the papers', are in recipe.py, one step of a run in trainer.py.
 """
 
-import math
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from llama_adapter.adapter import Adapter
+from llama_adapter.adapter import VISUAL, Adapter
 from llama_adapter.assets import BASE
 from llama_adapter.checkpoints import Base, default_device, load_base
 from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import Fingerprint, fingerprint
 from llama_adapter.checkpoints.train_state import TrainState, load_latest, save_train_state
-from llama_adapter.data.dataset import Dataset, load_dataset
+from llama_adapter.data.dataset import Dataset
 from llama_adapter.data.examples import Batch
-from llama_adapter.data.feed import EpochBatches, ahead
+from llama_adapter.data.feed import EpochBatches, JointBatches, ahead
 from llama_adapter.data.packed import template_prefixes
+from llama_adapter.data.run_data import load_run_data
 from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.run_folder import OWN_FIELDS, Row, RunFolder, describe_environment
 from llama_adapter.step_profile import outside, phase, profiled
 from llama_adapter.trainer import Prepared, Trainer
+from llama_adapter.tuned_modules import copy_norms
 from llama_adapter.utilisation import Speed, linear_flops, speed_of
 from llama_adapter.world import World, join
 
@@ -119,9 +120,7 @@ def _finetune(
     world: World,
 ) -> FinetuneResult:
     # a run can be continued from anywhere
-    names = ("data", "val_data", "base", "token_cache")
-    files: dict[str, Path | None] = {name: getattr(config, name) for name in names}
-    config = replace(config, **{name: path and path.absolute() for name, path in files.items()})
+    config = config.absolute()
     folder = RunFolder(config.output, asdict(config), resume, follows=world.rank > 0)
     world.agree({name: x for name, x in folder.options.items() if name not in OWN_FIELDS})
     if base is None:
@@ -135,29 +134,26 @@ def _finetune(
             quantize=config.quantize,
             shard=world if config.shard else None,
         )
-    dataset = load_dataset(
-        config.data,
-        base.tokenizer,
-        min(config.max_length, base.model.config.max_seq_len),
-        val_data=config.val_data,
-        val_size=config.val_size,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        strict=config.strict,
-        token_cache=config.token_cache,
-        progress=False if folder.follows else progress,
-    )
+    dataset, pictures = load_run_data(config, base, False if folder.follows else progress)
     for line in dataset.warnings if not folder.follows else ():
         warnings.warn(line, stacklevel=3)
     device = base.model.output_weight.device
     with _settings(config, device):
         generator = torch.Generator().manual_seed(config.seed)
-        adapter = Adapter(config.adapter, base.model.config, generator=generator).to(device)
+        adapter = Adapter(
+            config.adapter,
+            base.model.config,
+            generator=generator,
+            tuning=config.tuning.tuning,
+            visual=None if pictures is None else pictures.visual_config(**config.projector.shape),
+        ).to(device)
+        copy_norms(base.model, adapter.tuned_parameters())
         trainer = Trainer(
             base.model,
             adapter,
             micro_batch_tokens=config.micro_batch_tokens,
             prefixes=template_prefixes(base.tokenizer),
+            features=pictures,
             weight_decay=config.weight_decay,
             betas=config.betas,
             clip=config.clip,
@@ -221,7 +217,7 @@ class _Run:
     ) -> None:
         self.config, self.trainer, self.dataset = config, trainer, dataset
         self.folder, self.base = folder, base
-        self.per_epoch = math.ceil(len(dataset.train) / config.batch_size)
+        self.per_epoch = len(self._epoch(0))
         self.step = 0
         self.saved = 0
         self.best: float | None = None
@@ -304,16 +300,24 @@ class _Run:
             dtype = "float8"
         return speed_of(self.folder.rows[before:], device, dtype)
 
+    def _epoch(self, epoch: int) -> Sequence[Batch]:
+        """The batches of an epoch."""
+        config, groups, data = self.config, tuple(self.trainer.groups), self.dataset
+        if config.joint == "off":
+            return EpochBatches(data.train, config.batch_size, config.seed, epoch, groups)
+        text = tuple(name for name in groups if name not in VISUAL)
+        own = text, tuple(name for name in groups if name in VISUAL)
+        return JointBatches(
+            data.train, data.with_image, config.batch_size, config.seed, epoch, own, config.joint
+        )
+
     def _batches(self, first: int, total: int) -> Iterator[Batch]:
         """Those of the steps from `first` on."""
-        config, groups = self.config, tuple(self.trainer.groups)
-        batches: EpochBatches | None = None
+        batches: Sequence[Batch] | None = None
         for step in range(first, total):
             epoch, position = divmod(step, self.per_epoch)
             if batches is None or position == 0:
-                batches = EpochBatches(
-                    self.dataset.train, config.batch_size, config.seed, epoch, groups
-                )
+                batches = self._epoch(epoch)
             yield batches[position]
 
     def _rows(self, total: int) -> Generator[Row, None, None]:
@@ -340,6 +344,7 @@ class _Run:
             adapted = len(self.trainer.adapter.layers)
             flops = linear_flops(model.config, *work.computed, adapted, config.recompute)
             self.step += 1
+            pictured = sum(example.image is not None for example in work.batch.examples)
             yield {
                 "step": self.step,
                 "epoch": self.step / self.per_epoch,
@@ -348,6 +353,7 @@ class _Run:
                 "grad_norm": norm,
                 "tokens_per_second": round(tokens / seconds, 1),
                 "tflops": float(f"{flops / seconds / 1e12:.4g}"),
+                **({} if self.trainer.features is None else {"images": pictured}),
             }
             if self.step % self.per_epoch == 0 or self.step == total:
                 yield from self._validation()

@@ -1,4 +1,4 @@
-"""A model's layers as an adapter's biases, scales and norms make them, without touching the model.
+"""A model's layers as an adapter's biases, scales, norms and LoRA make them, beside the model.
 
 Every module on the way to a changed leaf is copied shallowly: the copies share the model's weights
 and its code, and only the changed leaves are others. The model without an adapter runs as before.
@@ -9,29 +9,47 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from adapter_kernels import linear
+from llama_adapter.tuning import LAYER_NORMS
 
 
 class TunedLinear(nn.Module):
-    """y = W (s * x) + b, or y = s * (W x + b) with the scale on the output side."""
+    """y = V (s * x) + b, or y = s * (V x + b) with the scale on the output side; V = W + B A."""
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, scale: Tensor | None, scale_side: str | None
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        scale: Tensor | None = None,
+        scale_side: str | None = None,
+        lora_a: Tensor | None = None,
+        lora_b: Tensor | None = None,
     ) -> None:
-        """Share `weight` (N, C); bias (N,), scale (C,) or (N,) are cast to its dtype."""
+        """Share `weight` W (N, C); all else is cast to its dtype.
+
+        Args:
+            weight: the frozen one.
+            bias: (N,).
+            scale: (C,) or (N,).
+            scale_side: "input" or "output".
+            lora_a, lora_b: A (r, C) and B (N, r), whose product is never formed.
+        """
         super().__init__()
-        self.weight = weight
-        self.bias = None if bias is None else bias.to(weight.dtype)
-        self.scale = None if scale is None else scale.to(weight.dtype)
-        self.scale_side = scale_side
+        self.weight, self.scale_side = weight, scale_side
+        self.bias, self.scale, self.lora_a, self.lora_b = (
+            None if x is None else x.to(weight.dtype) for x in (bias, scale, lora_a, lora_b)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., C) to (..., N)."""
         if self.scale is not None and self.scale_side == "input":
             x = x * self.scale
         y = linear(x, self.weight)
+        if self.lora_a is not None and self.lora_b is not None:
+            y = y + linear(linear(x, self.lora_a), self.lora_b)
         if self.bias is not None:
             y = y + self.bias
         if self.scale is not None and self.scale_side == "output":
@@ -59,25 +77,33 @@ def tune(
     Args:
         model: has `layers`, of attention, feed_forward and two norms, and `norm`.
         output_weight: (vocabulary, C) of the logits.
-        parameters: "bias_wq" (n_layers, out), "scale_wq", "attention_norm" (n_layers, C), "norm"
-            (C,), "bias_output" (vocabulary,) and so on, those that there are.
+        parameters: "bias_wq" (n_layers, out), "scale_wq", "lora_a_wq" (n_layers, r, in),
+            "attention_norm" (n_layers, C), "norm" (C,), "bias_output" (vocabulary,) and so on,
+            those that there are.
         scale_side: "input" or "output" of the linear maps; None without scales.
     """
+    # at once: the gradient of a row by itself is as large as all rows are
+    rows = {
+        name: value.unbind()
+        for name, value in parameters.items()
+        if name != "norm" and not name.endswith("_output")
+    }
 
     def linear_of(name: str, weight: Tensor, row: int | None) -> TunedLinear | None:
-        found = [parameters.get(f"{kind}_{name}") for kind in ("bias", "scale")]
-        if found == [None, None]:
-            return None
-        bias, scale = (x if x is None or row is None else x[row] for x in found)
-        return TunedLinear(weight, bias, scale, scale_side)
+        found: dict[str, Tensor] = {}
+        for kind in ("bias", "scale", "lora_a", "lora_b"):
+            full = f"{kind}_{name}"
+            if full in parameters:
+                found[kind] = parameters[full] if row is None else rows[full][row]
+        return TunedLinear(weight, scale_side=scale_side, **found) if found else None
 
     def tuned(module: nn.Module, row: int) -> nn.Module:
         changed: dict[str, nn.Module | None] = {}
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 new = linear_of(name, child.weight, row)
-            elif name in parameters:
-                new = _norm(child, parameters[name][row])
+            elif name in rows:
+                new = _norm(child, rows[name][row])
             else:
                 new = tuned(child, row)
             changed[name] = child if new is None else new
@@ -91,6 +117,23 @@ def tune(
         _norm(norm, parameters["norm"]) if "norm" in parameters else norm,
         linear_of("output", output_weight, None),
     )
+
+
+@torch.no_grad()
+def copy_norms(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Let an adapter's norms begin as the model's own.
+
+    Args:
+        model: has `layers`, of two norms each, and `norm`.
+        parameters: the adapter's; those that are norms are written.
+    """
+    if "norm" not in parameters:
+        return
+    layers = cast(nn.ModuleList, model.layers)
+    for name in LAYER_NORMS:
+        own = [cast(Tensor, getattr(layer, name).weight) for layer in layers]
+        parameters[name].copy_(torch.stack(own))
+    parameters["norm"].copy_(cast(Tensor, cast(nn.Module, model.norm).weight))
 
 
 def _norm(module: nn.Module, weight: Tensor) -> nn.Module:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # top-level modules of llama_adapter, lowest first; a module may import from lower rows only
 LAYERS = (
     {"vision"},
-    {"caches", "config", "assets", "float8", "options", "recompute", "world"},
+    {"caches", "config", "assets", "float8", "options", "recompute", "tuning", "world"},
     {"layers", "projector", "recipe", "tuned_modules", "utilisation"},
     {"adapter", "cache", "packing", "rotary_angles", "tokenizer", "sampling"},
     {"completion"},
@@ -24,7 +24,8 @@ LAYERS = (
     {"data", "run_folder", "convert"},
     {"trainer", "engine"},
     {"training", "generation"},
-    {"evaluation", "integrations"},
+    {"answering"},
+    {"evaluation", "generate_command", "integrations"},
     {"quickstart", "doctor"},
     {"cli"},
     {"__main__"},

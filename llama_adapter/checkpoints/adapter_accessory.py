@@ -1,9 +1,10 @@
 """LLaMA2-Accessory's llama_adapter: a folder of consolidated.{r}-of-{n}.model.pth.
 
     llma.prefix (L, 1, P, C), llma.prefix_gate (L, H / n), llma.prefix_new_gate (L,), perhaps
-    llma.layers.{i}.attention.wq.bias and so on, norms, a visual tower, LoRA
+    llma.layers.{i}.attention.wq.bias, wq.lora_a.weight (rank, in), wq.lora_b.weight (out, rank)
+    and so on, norms, the projector of adapter_visual.py
 
-The multiplier is new_gate * tanh(gate). A text takes the prompts alone, without the visual tower.
+The multiplier is new_gate * tanh(gate). A text takes the prompts alone.
 """
 
 import json
@@ -26,20 +27,25 @@ from llama_adapter.checkpoints.adapter_source import (
     open_source,
 )
 from llama_adapter.checkpoints.adapter_v2 import (
-    LORA,
     MULTIMODAL_TABLE,
-    VISUAL,
-    leave_out,
+    PLACES,
     leave_out_new_gates,
     unstacked,
 )
+from llama_adapter.checkpoints.adapter_visual import take_visual
 
 NAME = "accessory"
 PREFIX = "llma."
 FILE = re.compile(r"consolidated\.(\d+)-of-(\d+)\.model\.pth")
 META = {"llama_type": "llama_adapter"}
 # split over tensor-parallel ranks, and along which dimension; the others every rank holds whole
-SPLIT = {"prefix_gate": 1, "wq.bias": 0, "w1.bias": 0, "w3.bias": 0}
+SPLIT = {"prefix_gate": 1, "wq.bias": 0, "w1.bias": 0, "w3.bias": 0} | {
+    **{f"{name}.lora_b.weight": 0 for name in ("wq", "wk", "wv", "w1", "w3")},
+    **{f"{name}.lora_a.weight": 1 for name in ("wo", "w2")},
+}
+LORA_TABLE = {
+    name: (f"{place}.lora_a.weight", f"{place}.lora_b.weight") for name, place in PLACES.items()
+}
 
 
 def matches(source: Source) -> bool:
@@ -114,15 +120,9 @@ def read(source: Source, options: ReadOptions) -> StoredAdapter:
     pieces = Pieces()
     if source.drop(BASE_LINEARS):
         pieces.notes.append("left out: the base's own weights")
-    leave_out(source, "lora", LORA, options, pieces.notes)
-    dropped = source.drop(VISUAL)
-    if dropped:
-        pieces.notes.append(
-            f"left out: {len(dropped)} visual tensors, from {dropped[0]} on (a text has no use "
-            "of them)"
-        )
     pieces.prompts = source.take("prefix", "adapted", 1, "prompt_length", "dim")[:, 0].contiguous()
     pieces.gates = source.take("prefix_gate", "adapted", "n_heads")
+    take_visual(source, "visual_query", options, pieces)
     leave_out_new_gates(source, "prefix_new_gate", ["adapted"], options, pieces.notes)
     numbers = source.layer_numbers(r"layers\.(\d+)\..*")
     shape = {name: source.sizes[name] for name in ("dim", "n_heads")}
@@ -134,6 +134,8 @@ def read(source: Source, options: ReadOptions) -> StoredAdapter:
         raise ValueError(f"{source.path}: prefix must be of up to {n_layers} layers, got {adapted}")
     pieces.layers = tuple(range(n_layers - adapted, n_layers))
     pieces.tuned = source.tuned(MULTIMODAL_TABLE, n_layers, "output")
+    pieces.tuned |= source.lora(LORA_TABLE, n_layers)
+    pieces.lora_prompts = True
     return assemble(source, NAME, pieces, options, n_layers)
 
 

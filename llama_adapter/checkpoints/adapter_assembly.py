@@ -14,17 +14,17 @@ from torch import Tensor
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.adapter_file import adapter_from_tensors
 from llama_adapter.checkpoints.adapter_header import AdapterHeader
-from llama_adapter.checkpoints.adapter_source import NORM_NAMES, Source, group_of
+from llama_adapter.checkpoints.adapter_source import Source
 from llama_adapter.checkpoints.fingerprint import Fingerprint
 from llama_adapter.config import (
-    LINEARS,
     PRESETS,
     SHAPE_FIELDS,
     AdapterConfig,
     LlamaConfig,
-    Tuning,
+    VisualConfig,
     shape_of,
 )
+from llama_adapter.tuning import GROUPS, LINEARS, Lora, Tuning, tuned_group
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class ReadOptions:
         gate_activation: "tanh" or "identity" in place of the format's own convention.
         gate_scope: "head" or "layer" in place of what the gates' shapes say.
         prompt_length: rows per layer, where the format stores them in one block; None is 10.
-        leave_out: of "lora", "new_gate" and "visual", what may be dropped although it would change
-            the answers to a text.
+        leave_out: of "new_gate" and "visual", what may be dropped although it changes answers.
         base: shape of the base, where it is known.
         fingerprint: of the base's weights, where it is known.
     """
@@ -87,7 +86,10 @@ class Pieces:
         layers: ascending.
         tuned: stacked tensors by our names.
         scale_side: of the scales among them.
+        lora_prompts: whether prompts pass through the LoRA among them.
         activation: the format's convention for gates.
+        visual: of the projector that is among the tensors of `projector`, or None.
+        projector: its parameters by our names.
         notes: what was assumed.
     """
 
@@ -96,7 +98,10 @@ class Pieces:
     layers: tuple[int, ...] = ()
     tuned: dict[str, Tensor] = field(default_factory=dict)
     scale_side: str | None = None
+    lora_prompts: bool = False
     activation: str = "tanh"
+    visual: VisualConfig | None = None
+    projector: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -118,15 +123,9 @@ def assemble(
     source.finish()
     notes, path = list(pieces.notes), source.path
     shape = _known_shape(source, n_layers)
-    groups = {group_of(name) for name in pieces.tuned}
-    linears = {name.partition("_")[2] for name in pieces.tuned if name not in NORM_NAMES}
-    tuning = Tuning(
-        tuple(group for group in ("bias", "scale", "norm") if group in groups),
-        tuple(linear for linear in LINEARS if linear in linears),
-        pieces.scale_side if "scale" in groups else None,
-    )
+    tuning = _tuning_of(pieces)
     if pieces.prompts is None and not pieces.tuned:
-        raise ValueError(f"{path} holds neither prompts nor biases, scales or norms")
+        raise ValueError(f"{path} holds neither prompts nor biases, scales, norms or LoRA")
     scope = "head" if pieces.gates is None or pieces.gates.shape[1] > 1 else "layer"
     if scope == "layer" and shape.get("n_heads") == 1:
         scope = "head"
@@ -151,6 +150,9 @@ def assemble(
             raise ValueError(f"{path}: {tuned_name} must have shape {wanted}, got {got}")
     base = options.fingerprint or Fingerprint("unknown", shape, ())
     found = ("prompts", "gates") if pieces.prompts is not None else ()
+    if pieces.visual is not None:
+        found = (*found, "projector")
+        tensors |= {f"projector.{part}": value for part, value in pieces.projector.items()}
     header = AdapterHeader(
         groups=(*found, *tuning.groups),
         layers=pieces.layers,
@@ -159,12 +161,34 @@ def assemble(
         scale_side=tuning.scale_side,
         linears=tuning.linears,
         origin=name,
+        visual=pieces.visual,
+        lora=tuning.lora,
     )
     if pieces.layers and pieces.layers[-1] >= base.shape["n_layers"]:
         raise ValueError(
             f"{path} adapts layer {pieces.layers[-1]} of a base of {base.shape['n_layers']} layers"
         )
     return StoredAdapter(header, tensors, name, tuple(notes))
+
+
+def _tuning_of(pieces: Pieces) -> Tuning:
+    """The groups of what a reader found, and of which maps."""
+    groups = {tuned_group(name) for name in pieces.tuned}
+
+    def linears(*groups: str) -> tuple[str, ...]:
+        ends = {n.rpartition("_")[2] for n in pieces.tuned if tuned_group(n) in groups}
+        return tuple(linear for linear in LINEARS if linear in ends)
+
+    lora = None
+    if "lora" in groups:
+        first = next(value for name, value in pieces.tuned.items() if name.startswith("lora_a_"))
+        lora = Lora(first.shape[-2], linears("lora"), pieces.lora_prompts)
+    return Tuning(
+        tuple(group for group in GROUPS if group in groups),
+        linears("bias", "scale"),
+        pieces.scale_side if "scale" in groups else None,
+        lora,
+    )
 
 
 def _known_shape(source: Source, n_layers: int | None) -> dict[str, int]:

@@ -60,6 +60,7 @@ def save_adapter(path: str | Path, adapter: Adapter, base: Fingerprint) -> None:
         linears=adapter.tuning.linears,
         origin=None if base.samples else QUANTIZED,
         visual=None if adapter.projector is None else adapter.projector.config,
+        lora=adapter.tuning.lora,
     )
     write_atomically(path, encode(header, tensors))
 

@@ -199,6 +199,8 @@ def write_adapter_as(path: str | Path, stored: StoredAdapter, format: str) -> tu
         raise ValueError(f"format must be one of {', '.join(WRITERS)}, got {format!r}")
     if stored.header.visual is not None and format != OWN:
         raise ValueError(f"{format} holds no projector of images, and the adapter has one")
+    if stored.header.lora is not None and format != OWN:
+        raise ValueError(f"{format} is written without LoRA, and the adapter has it")
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder {path.parent} does not exist: cannot write {path.name}")

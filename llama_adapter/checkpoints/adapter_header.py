@@ -2,26 +2,30 @@
 
 The header is JSON. Files of prompts and gates have format version 1; version 2 adds which linear
 maps have a bias or a scale, and where an adapter of another format came from; version 3 what images
-an adapter takes.
+an adapter takes, and LoRA.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from itertools import pairwise
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 from llama_adapter.adapter import VISUAL
 from llama_adapter.checkpoints.fingerprint import Fingerprint, sample_count
-from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, Tuning, VisualConfig
-from llama_adapter.vision import Scales
+from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, VisualConfig
+from llama_adapter.projector import projector_shapes
+from llama_adapter.tuning import GROUPS as TUNED
+from llama_adapter.tuning import Lora, Tuning, tuned_group
 
 FORMAT_VERSIONS = (1, 2, 3)
 PROMPT_KINDS = ("hidden",)
 # a base whose weights were rounded when the adapter was saved
 QUANTIZED = "a quantised base"
 # fields that a version added, and what those before it mean
-ADDED: dict[int, dict[str, Any]] = {2: {"linears": (), "origin": None}, 3: {"visual": None}}
+ADDED: dict[int, dict[str, Any]] = {
+    2: {"linears": (), "origin": None},
+    3: {"visual": None, "lora": None},
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class AdapterHeader:
             or QUANTIZED; then `base` may know some of the shape and no weights. None otherwise.
         visual: what images it takes, which goes with the group "projector", and with early fusion
             "visual_gates"; None without one.
+        lora: of the group "lora"; None without one.
     """
 
     groups: tuple[str, ...]
@@ -51,12 +56,13 @@ class AdapterHeader:
     linears: tuple[str, ...] = ()
     origin: str | None = None
     visual: VisualConfig | None = None
+    lora: Lora | None = None
 
     @property
     def tuning(self) -> Tuning:
-        """The groups of biases, scales and norms."""
+        """The groups of biases, scales, norms and LoRA."""
         groups = tuple(group for group in self.groups if group not in PROMPT_GROUPS)
-        return Tuning(groups, self.linears, self.scale_side)
+        return Tuning(groups, self.linears, self.scale_side, self.lora)
 
 
 def _prompt_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
@@ -76,22 +82,14 @@ def _visual_gate_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
 
 def _projector_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
     assert header.visual is not None
-    outputs = header.visual.tokens * header.base.shape["dim"]
-    widths = (header.visual.features, *header.visual.hidden, outputs)
-    found: dict[str, tuple[int, ...]] = {}
-    for number, (inputs, outputs) in enumerate(pairwise(widths)):
-        found[f"projector.maps.{number}.weight"] = (outputs, inputs)
-        found[f"projector.maps.{number}.bias"] = (outputs,)
-    return found
+    shapes = projector_shapes(header.visual, header.base.shape["dim"])
+    return {f"projector.{name}": shape for name, shape in shapes.items()}
 
 
 def _tuned_shapes(group: str) -> Callable[[AdapterHeader], dict[str, tuple[int, ...]]]:
     def shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
         found = header.tuning.shapes(header.base.shape)
-        prefixes = ("bias_", "scale_")
-        if group == "norm":
-            return {name: shape for name, shape in found.items() if not name.startswith(prefixes)}
-        return {name: shape for name, shape in found.items() if name.startswith(f"{group}_")}
+        return {name: shape for name, shape in found.items() if tuned_group(name) == group}
 
     return shapes
 
@@ -102,9 +100,7 @@ GROUPS: dict[str, Callable[[AdapterHeader], dict[str, tuple[int, ...]]]] = {
     "gates": _gate_shapes,
     "projector": _projector_shapes,
     "visual_gates": _visual_gate_shapes,
-    "bias": _tuned_shapes("bias"),
-    "scale": _tuned_shapes("scale"),
-    "norm": _tuned_shapes("norm"),
+    **{group: _tuned_shapes(group) for group in TUNED},
 }
 PROMPT_GROUPS = ("prompts", "gates", "projector", "visual_gates")
 
@@ -153,26 +149,11 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         added = ADDED[later].items()
         values |= {name: list(x) if isinstance(x, tuple) else x for name, x in added}
     _check_fields(AdapterHeader, values, f"{where}: header")
-    _check_fields(AdapterConfig, values["config"], f"{where}: config")
-    _check_fields(Fingerprint, values["base"], f"{where}: base")
-    base = Fingerprint(**values["base"] | {"samples": tuple(values["base"]["samples"])})
+    config = _built(AdapterConfig, values["config"], where, "config")
+    visual = _built(VisualConfig, values["visual"], where, "visual")
+    lora = _built(Lora, values["lora"], where, "lora")
+    base = _built(Fingerprint, values["base"], where, "base")
     _check_base(base, values["origin"], where)
-    visual = values["visual"]
-    if visual is not None:
-        _check_fields(VisualConfig, visual, f"{where}: visual")
-        scales = visual["scales"]
-        if scales is not None:
-            _check_fields(Scales, scales, f"{where}: scales")
-            scales = scales | {"layers": tuple(scales["layers"])}
-        visual = visual | {"hidden": tuple(visual["hidden"]), "scales": scales}
-    try:
-        config = AdapterConfig(**values["config"])
-        if visual is not None:
-            if visual["scales"] is not None:
-                visual["scales"] = Scales(**visual["scales"])
-            visual = VisualConfig(**visual)
-    except ValueError as error:
-        raise ValueError(f"{where}: config: {error}") from None
     header = AdapterHeader(
         groups=tuple(values["groups"]),
         layers=tuple(values["layers"]),
@@ -183,6 +164,7 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         linears=tuple(values["linears"]),
         origin=values["origin"],
         visual=visual,
+        lora=lora,
     )
     _check_known("prompt_kind", header.prompt_kind, PROMPT_KINDS, where)
     for group in header.groups:
@@ -194,6 +176,9 @@ def from_json(content: Any, where: str) -> AdapterHeader:
     images = () if visual is None else VISUAL if visual.fusion == "early" else VISUAL[:1]
     if tuple(group for group in header.groups if group in VISUAL) != images:
         raise ValueError(f"{where}: groups {header.groups} do not go with visual {visual}")
+    late = (1, config.prompt_length)
+    if visual is not None and visual.fusion == "late" and visual.tokens not in late:
+        raise ValueError(f"{where}: visual tokens must be one of {late}, got {visual.tokens}")
     if visual is not None and visual.layers > base.shape["n_layers"]:
         raise ValueError(
             f"{where}: visual layers must be at most {base.shape['n_layers']}, got {visual.layers}"
@@ -245,6 +230,28 @@ def _check_fields(kind: type, values: dict[str, Any], where: str) -> None:
         if not _fits(values[name], annotation):
             wanted = annotation.__name__ if isinstance(annotation, type) else annotation
             raise ValueError(f"{where}: {name} must be {wanted}, got {values[name]!r}")
+
+
+def _built(kind: type, values: Any, where: str, what: str) -> Any:
+    """A dataclass of the values that JSON holds, with those inside it; None where there is none.
+
+    Raises:
+        ValueError: a field is missing, surplus or of another type, or the class refuses a value.
+    """
+    if values is None:
+        return None
+    _check_fields(kind, values, f"{where}: {what}")
+    made: dict[str, Any] = {}
+    for spec in fields(kind):
+        value = values[spec.name]
+        for one in (spec.type, *get_args(spec.type)):
+            if isinstance(one, type) and is_dataclass(one) and value is not None:
+                value = _built(one, value, where, spec.name)
+        made[spec.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**made)
+    except ValueError as error:
+        raise ValueError(f"{where}: {what}: {error}") from None
 
 
 def _fits(value: Any, annotation: Any) -> bool:

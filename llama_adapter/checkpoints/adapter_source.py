@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.checkpoints.torch_file import check_checksums, read_torch_file
+from llama_adapter.tuning import NORMS, tuned_group
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # input and output width of every linear map, in the names that a Source remembers them by
@@ -25,7 +26,6 @@ WIDTHS = {
     "w3": ("dim", "hidden_dim"),
     "output": ("dim", "vocab_size"),
 }
-NORM_NAMES = ("attention_norm", "ffn_norm", "norm")
 
 
 class Source:
@@ -159,7 +159,7 @@ class Source:
         """
         found: dict[str, Tensor] = {}
         for group in ("norm", "bias", "scale"):
-            names = [name for name in table if group_of(name) == group]
+            names = [name for name in table if tuned_group(name) == group]
             rows = {name: range(n_layers) if "{}" in table[name] else [None] for name in names}
             if not any(self.has(table[name].format(row)) for name in names for row in rows[name]):
                 continue
@@ -171,6 +171,29 @@ class Source:
                 found[name] = torch.stack(taken) if "{}" in table[name] else taken[0]
         return found
 
+    def lora(self, table: Mapping[str, tuple[str, str]], n_layers: int) -> dict[str, Tensor]:
+        """The LoRA tensors that the file holds, by our names, their layers stacked.
+
+        Args:
+            table: linear map to their names of A (rank, in) and B (out, rank), with {} for the
+                layer.
+            n_layers: of the base.
+
+        Raises:
+            ValueError: a map has them in part, or as `take`.
+        """
+        found: dict[str, Tensor] = {}
+        for linear, pair in table.items():
+            places = [[place.format(row) for row in range(n_layers)] for place in pair]
+            if not any(self.has(name) for names in places for name in names):
+                continue
+            n_in, n_out = WIDTHS[linear]
+            for kind, names, shape in zip(
+                "ab", places, (("lora_rank", n_in), (n_out, "lora_rank")), strict=True
+            ):
+                found[f"lora_{kind}_{linear}"] = torch.stack([self.take(n, *shape) for n in names])
+        return found
+
     def finish(self) -> None:
         """Raise ValueError if a tensor is left."""
         if self._left:
@@ -180,14 +203,9 @@ class Source:
             )
 
 
-def group_of(name: str) -> str:
-    """The group of a tuned tensor."""
-    return "norm" if name in NORM_NAMES else name.partition("_")[0]
-
-
 def width_of(name: str, scale_side: str) -> str:
     """The name of a tuned tensor's width."""
-    if name in NORM_NAMES:
+    if name in NORMS:
         return "dim"
     group, _, linear = name.partition("_")
     return WIDTHS[linear][0 if group == "scale" and scale_side == "input" else 1]

@@ -30,8 +30,8 @@ from llama_adapter.evaluation.benchmark_files import (
     write_json,
 )
 from llama_adapter.evaluation.runner import Item, Scores
+from llama_adapter.multimodal.experts import CAPTION_INSTRUCTION
 
-INSTRUCTION = "Generate caption for this image"
 # what the Java tokenizer's caller drops; it drops brackets in capitals, which never occur
 DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
@@ -91,7 +91,7 @@ def load(
 def _item(number: int, image: Path, references: list[str]) -> dict[str, Any]:
     return {
         "id": str(number),
-        "question": INSTRUCTION,
+        "question": CAPTION_INSTRUCTION,
         "image": str(image),
         "references": references,
     }

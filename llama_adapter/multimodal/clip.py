@@ -3,7 +3,8 @@
 Imported only where images are: transformers and Pillow read them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers.utils import logging
 
 from llama_adapter.multimodal.features import digest_of
 from llama_adapter.vision import Scales
@@ -47,6 +49,9 @@ class ClipFeatures:
                 f"got {self.scales.layers}"
             )
         each = config.projection_dim if self.scales.project else config.hidden_size
+        if self.scales.pool == "tokens":
+            # the class token's and the patches'
+            each *= int(model.vision_model.embeddings.num_positions)
         self.width: int = each * len(self.scales.layers)
         prepared = sorted(processor.to_dict().items())
         self.digest = digest_of([*model.parameters()], self.scales, prepared)
@@ -68,9 +73,10 @@ class ClipFeatures:
         """
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, of a CLIP that transformers saved")
-        model = CLIPVisionModelWithProjection.from_pretrained(
-            folder, dtype=dtype, local_files_only=True
-        )
+        with _quiet():
+            model = CLIPVisionModelWithProjection.from_pretrained(
+                folder, dtype=dtype, local_files_only=True
+            )
         processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         nn.Module.to(model, device)
         return cls(model, processor, scales)
@@ -95,13 +101,28 @@ class ClipFeatures:
         found = []
         for layer in self.scales.layers:
             state = states[layer]
-            x = state[:, 0] if self.scales.pool == "cls" else state[:, 1:].mean(1)
+            x = state
+            if self.scales.pool != "tokens":
+                x = state[:, 0] if self.scales.pool == "cls" else state[:, 1:].mean(1)
             if self.scales.post_norm:
                 x = encoder.post_layernorm(x)
             if self.scales.project:
                 x = self._model.visual_projection(x)
-            found.append(x / x.norm(dim=-1, keepdim=True) if self.scales.normalise else x)
+            x = x / x.norm(dim=-1, keepdim=True) if self.scales.normalise else x
+            found.append(x.flatten(1))
         return torch.cat(found, -1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar, which takes longer to read than the weights."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _opened(image: str | Path | Image.Image) -> Image.Image:

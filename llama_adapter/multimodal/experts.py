@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 Expert = Callable[[Path], str | None]
+# what an image's caption is asked for with: LLaMA-Adapter, section 4.2
+CAPTION_INSTRUCTION = "Generate caption for this image"
 
 
 @dataclass(frozen=True)

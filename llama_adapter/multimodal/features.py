@@ -13,7 +13,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from llama_adapter.checkpoints.atomic import write_atomically
 
@@ -40,45 +39,56 @@ class FeatureCache:
         folder: of this encoder's features.
     """
 
-    def __init__(
-        self, folder: str | Path, encoder: Encoder, *, batch_size: int = 32, progress: bool = False
-    ) -> None:
+    def __init__(self, folder: str | Path, encoder: Encoder, *, batch_size: int = 32) -> None:
         """Keep an encoder's features.
 
         Args:
             folder: of all encoders' features; made when something is kept.
             encoder: that makes what is missing.
             batch_size: images that it takes at a time.
-            progress: show a bar on stderr while images are encoded.
         """
-        self._encoder, self._batch, self._progress = encoder, batch_size, progress
+        self._encoder, self._batch = encoder, batch_size
         self.folder = Path(folder) / encoder.digest
+        self._known: dict[str, str] = {}
 
-    def __call__(self, images: Sequence[str | Path]) -> Tensor:
+    @property
+    def known(self) -> str:
+        """Digest of the content of all files that are known, in the order of their names."""
+        digests = [digest for _, digest in sorted(self._known.items())]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def __call__(self, images: Sequence[str | Path], *, know: bool = False) -> Tensor:
         """Features (n, width) in float32 of image files, on the CPU.
+
+        Args:
+            images: the files.
+            know: keep their content's digests in memory: it is not read again from then on, unless
+                their features are lost.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a file is no image.
+            ValueError: a file is no image, or has changed since it is known.
             OSError: the folder cannot be written.
         """
-        digests = [_digest(Path(image)) for image in images]
+        digests = [self._known.get(str(image)) or _digest(Path(image)) for image in images]
         found = {digest: self._read(digest) for digest in dict.fromkeys(digests)}
         missing = {
             digest: image
             for digest, image in zip(digests, images, strict=True)
             if found[digest] is None
         }
-        bar = tqdm(total=len(missing), desc="images", disable=not (self._progress and missing))
         names = list(missing)
-        with bar:
-            for start in range(0, len(names), self._batch):
-                some = names[start : start + self._batch]
-                features = self._encoder(self._encoder.pixels([missing[one] for one in some]))
-                for name, row in zip(some, features.float().cpu(), strict=True):
-                    self._write(name, row)
-                    found[name] = row
-                bar.update(len(some))
+        for start in range(0, len(names), self._batch):
+            some = names[start : start + self._batch]
+            features = self._encoder(self._encoder.pixels([missing[one] for one in some]))
+            for name in some:
+                if _digest(Path(missing[name])) != name:
+                    raise ValueError(f"{missing[name]}: was changed while it was in use")
+            for name, row in zip(some, features.float().cpu(), strict=True):
+                self._write(name, row)
+                found[name] = row
+        if know:
+            self._known.update(zip(map(str, images), digests, strict=True))
         rows = [row for digest in digests if (row := found[digest]) is not None]
         return torch.stack(rows) if rows else torch.empty(0, self._encoder.width)
 

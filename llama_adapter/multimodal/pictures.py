@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from llama_adapter.caches import cache_folder
 from llama_adapter.config import VisualConfig
 from llama_adapter.multimodal.features import Encoder, FeatureCache
 from llama_adapter.vision import Scales, VisionOptions
 
-# images that are looked at together
+# images that are looked at together, between two steps of the bar
 _TOGETHER = 256
 
 
@@ -36,7 +37,7 @@ class Pictures:
         root: str | Path | None = None,
         *,
         scales: Scales | None = None,
-        progress: bool = False,
+        progress: bool | None = False,
     ) -> None:
         """Keep an encoder's features.
 
@@ -46,7 +47,7 @@ class Pictures:
             root: folder that no path may leave; None takes paths as they are.
             scales: what the encoder takes of an image, for adapters to remember; None where it is
                 no CLIP.
-            progress: show a bar on stderr while images are encoded.
+            progress: show a bar on stderr while images are encoded; None on a terminal.
 
         Raises:
             NotADirectoryError: root is no folder.
@@ -57,7 +58,7 @@ class Pictures:
         if self.root is not None and not self.root.is_dir():
             raise NotADirectoryError(f"{root}: no such folder, of images")
         kept = cache_folder("features", "--feature-cache") if folder is None else folder
-        self._cache = FeatureCache(kept, encoder, progress=progress)
+        self._cache, self._progress = FeatureCache(kept, encoder), progress
 
     @classmethod
     def load(
@@ -67,7 +68,7 @@ class Pictures:
         *,
         visual: VisualConfig | None = None,
         device: torch.device | str = "cpu",
-        progress: bool = False,
+        progress: bool | None = False,
     ) -> "Pictures":
         """The encoder and the images that options name.
 
@@ -76,7 +77,7 @@ class Pictures:
             scales: what is taken of an image; None for an adapter's, or `Scales()`.
             visual: of an adapter that is to take the features: it says the scales.
             device: of the encoder.
-            progress: show a bar on stderr while images are encoded.
+            progress: show a bar on stderr while images are encoded; None on a terminal.
 
         Raises:
             FileNotFoundError: a folder does not exist.
@@ -143,42 +144,38 @@ class Pictures:
         return replace(own, **shape)
 
     def path(self, image: str | Path) -> Path:
-        """Where an image lies.
+        """Where an image lies; errors as `located`."""
+        return located(image, self.root)
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the path leaves the root.
-        """
-        if self.root is None:
-            found = Path(image)
-        else:
-            root = os.path.normpath(self.root.absolute())
-            found = Path(os.path.normpath(os.path.join(root, image)))
-            if not found.is_relative_to(root):
-                raise ValueError(f"image {str(image)!r} must lie in {self.root}, got {found}")
-        if not _is_file(found):
-            raise FileNotFoundError(f"image {found}: no such file")
-        return found
+    @property
+    def content(self) -> str:
+        """Digest of the content of all images that `unusable` has found usable."""
+        return self._cache.known
 
     def unusable(self, images: Iterable[str | Path]) -> dict[str, str]:
-        """Why images cannot be used, by their paths as given; those that can are absent."""
-        found: dict[str, str] = {}
+        """Why images cannot be used, by their paths as given; those that can are absent.
+
+        Their features are in the cache then, and `content` is of them too.
+        """
         asked = list(dict.fromkeys(images))
-        for start in range(0, len(asked), _TOGETHER):
-            some = asked[start : start + _TOGETHER]
-            try:
-                self._cache([self.path(image) for image in some])
-            except (FileNotFoundError, ValueError):
-                # one of them, or several
-                found |= {str(image): why for image in some if (why := self._problem(image))}
+        found: dict[str, str] = {}
+        hidden = None if self._progress is None else not self._progress
+        with tqdm(total=len(asked), desc="images", delay=1, disable=hidden, leave=False) as bar:
+            for start in range(0, len(asked), _TOGETHER):
+                some = asked[start : start + _TOGETHER]
+                found |= self._problems(some)
+                bar.update(len(some))
         return found
 
-    def _problem(self, image: str | Path) -> str | None:
+    def _problems(self, images: list[str | Path]) -> dict[str, str]:
         try:
-            self._cache([self.path(image)])
+            self._cache([self.path(image) for image in images], know=True)
         except (FileNotFoundError, ValueError) as error:
-            return str(error)
-        return None
+            if len(images) == 1:
+                return {str(images[0]): str(error)}
+            half = len(images) // 2
+            return self._problems(images[:half]) | self._problems(images[half:])
+        return {}
 
     def __call__(self, images: Sequence[str | Path | None]) -> tuple[Tensor, Tensor]:
         """Features (B, F) in float32 on the CPU, zeros where there is no image, and (B,) bool.
@@ -196,6 +193,28 @@ class Pictures:
         if given:
             features[present] = self._cache(given)
         return features, present
+
+
+def located(image: str | Path, root: Path | None) -> Path:
+    """Where an image lies.
+
+    Args:
+        image: its path.
+        root: folder that the path starts from and may not leave; None takes it as it is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the path leaves the root.
+    """
+    found = Path(image)
+    if root is not None:
+        top = os.path.normpath(root.absolute())
+        found = Path(os.path.normpath(os.path.join(top, image)))
+        if not found.is_relative_to(top):
+            raise ValueError(f"image {str(image)!r} must lie in {root}, got {found}")
+    if not _is_file(found):
+        raise FileNotFoundError(f"image {found}: no such file")
+    return found
 
 
 def _is_file(path: Path) -> bool:

@@ -1,10 +1,19 @@
 """A CLIP of random numbers in a folder, and pictures of noise, for whatever takes images."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from llama_adapter.adapter import Adapter
+from llama_adapter.checkpoints import load_base
+from llama_adapter.checkpoints.adapter_file import save_adapter
+from llama_adapter.checkpoints.fingerprint import fingerprint
+from llama_adapter.config import AdapterConfig
+from llama_adapter.multimodal.pictures import Pictures
+from llama_adapter.vision import Scales, VisionOptions
 
 SHAPE = {
     "hidden_size": 24,
@@ -36,8 +45,28 @@ def save_clip(path: Path, seed: int = 3) -> Path:
 
 
 def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (31, 40)) -> Path:
-    """Noise that the size is the seed of."""
+    """Noise around a colour, of both of which the width is the seed."""
     g = torch.Generator().manual_seed(size[0])
-    pixels = torch.randint(256, (size[1], size[0], 3), generator=g, dtype=torch.uint8)
-    Image.fromarray(pixels.numpy()).convert(mode).save(path)
+    colour = torch.randint(192, (3,), generator=g)
+    pixels = colour + torch.randint(64, (size[1], size[0], 3), generator=g)
+    Image.fromarray(pixels.to(torch.uint8).numpy()).convert(mode).save(path)
+    return path
+
+
+def save_image_adapter(path: Path, base: Path, clip: Path, seed: int = 3, **shape: Any) -> Path:
+    """An adapter of two layers that sees a CLIP's pictures; gates are random, some above 1."""
+    g = torch.Generator().manual_seed(seed)
+    model = load_base(base, device="cpu").model
+    pictures = Pictures.load(VisionOptions(vision_model=clip), Scales((2, 4)))
+    visual = pictures.visual_config(**{"hidden": (7,), **shape})
+    adapter = Adapter(
+        AdapterConfig(4, n_layers=2), model.config, generator=g, visual=visual
+    ).requires_grad_(False)
+    assert adapter.projector is not None
+    # features of a random CLIP differ less than those of a trained one
+    adapter.projector.maps[0].weight.mul_(4)
+    for gates in (adapter.gates, adapter.visual_gates):
+        if gates is not None:
+            gates.normal_(std=1.5, generator=g)
+    save_adapter(path, adapter, fingerprint(model, base.name))
     return path

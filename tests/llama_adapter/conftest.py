@@ -4,8 +4,10 @@ Everything is made from fixed seeds in well under a second. The weights are spre
 the logits to differ clearly from token to token, which the N(0, 0.02) of a fresh model does not do.
 """
 
+import json
 import random
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,21 @@ def tiny_adapter(tiny_config: LlamaConfig) -> Adapter:
     with torch.no_grad():
         adapter.gates.normal_(std=1.5, generator=generator)
     return adapter
+
+
+@pytest.fixture
+def tiny_base(tmp_path: Path, tiny_model: Llama, tiny_tokenizer_path: Path) -> Path:
+    """The tiny model as a Meta folder."""
+    return save_base(tmp_path / "tiny", tiny_model, tiny_tokenizer_path)
+
+
+def save_base(folder: Path, model: Llama, tokenizer: Path) -> Path:
+    """A model and its tokenizer as a Meta folder."""
+    folder.mkdir()
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+    torch.save(model.state_dict(), folder / "consolidated.00.pth")
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps")
+    shape = {name: value for name, value in asdict(model.config).items() if name in names}
+    shape["max_seq_len"] = model.config.max_seq_len
+    (folder / "params.json").write_text(json.dumps(shape))
+    return folder

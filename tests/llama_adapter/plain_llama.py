@@ -37,18 +37,22 @@ class PlainLlama:
         self.config, self.adapter, self.values = model.config, adapter, values
         self.weights = {n: w.detach().double() for n, w in model.state_dict().items()}
 
-    def linear(self, name: str, x: Tensor, layer: int | None) -> Tensor:
-        """y = W x with the adapter's bias and scale of this map."""
+    def linear(self, name: str, x: Tensor, layer: int | None, *, prompt: bool = False) -> Tensor:
+        """y = W x with the adapter's bias, scale and LoRA of this map; `prompt` is what x is."""
         place = "" if layer is None else f"layers.{layer}."
         place += {"w": "attention." if name in ("wq", "wk", "wv", "wo") else "feed_forward."}.get(
             name[0], ""
         )
-        found = {kind: self.values.get(f"{kind}_{name}") for kind in ("bias", "scale")}
-        bias, scale = (v if v is None or layer is None else v[layer] for v in found.values())
+        kinds = ("bias", "scale", "lora_a", "lora_b")
+        found = {kind: self.values.get(f"{kind}_{name}") for kind in kinds}
+        bias, scale, a, b = (v if v is None or layer is None else v[layer] for v in found.values())
         side = None if self.adapter is None else self.adapter.tuning.scale_side
+        lora = None if self.adapter is None else self.adapter.tuning.lora
         if scale is not None and side == "input":
             x = x * scale
         weight = self.weights[f"{place}{name}.weight"]
+        if a is not None and b is not None and lora is not None and (lora.prompts or not prompt):
+            weight = weight + b @ a
         y = x @ weight.T
         y = y if bias is None else y + bias
         return y * scale if scale is not None and side == "output" else y
@@ -71,9 +75,9 @@ class PlainLlama:
         h, g, d = self.config.n_heads, self.config.kv_heads, self.config.head_dim
         t = x.shape[0]
 
-        def keys(rows: Tensor) -> tuple[Tensor, Tensor]:
-            k = self.linear("wk", rows, layer).view(-1, g, d)
-            return k, self.linear("wv", rows, layer).view(-1, g, d)
+        def keys(rows: Tensor, prompt: bool = True) -> tuple[Tensor, Tensor]:
+            k = self.linear("wk", rows, layer, prompt=prompt).view(-1, g, d)
+            return k, self.linear("wv", rows, layer, prompt=prompt).view(-1, g, d)
 
         def soft(k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             k, v = (one.repeat_interleave(h // g, 1) for one in (k, v))
@@ -81,7 +85,7 @@ class PlainLlama:
             scores = scores if mask is None else scores.masked_fill(mask, -math.inf)
             return torch.einsum("hts,shd->thd", scores.softmax(-1), v)
 
-        k, v = keys(x)
+        k, v = keys(x, prompt=False)
         theta = self.config.rope_theta
         q = rotate(self.linear("wq", x, layer).view(t, h, d), theta)
         out = soft(rotate(k, theta), v, torch.ones(t, t).triu(1).bool())
@@ -89,16 +93,20 @@ class PlainLlama:
         if adapter is not None and layer in adapter.layers:
             row = adapter.layers.index(layer)
             rows = self.values["prompts"][row]
-            late = visual is not None and visual.ndim == 1
+            late = visual is not None and "visual_gates" not in self.values
             gate = self.gate(self.values["gates"][row])
             out = out + gate[:, None] * soft(*keys(rows + visual if late else rows))
-        if visual is not None and visual.ndim == 2 and layer < len(self.values["visual_gates"]):
-            gate = self.gate(self.values["visual_gates"][layer])
+        early = self.values.get("visual_gates", ())
+        if visual is not None and layer < len(early):
+            gate = self.gate(early[layer])
             out = out + gate[:, None] * soft(*keys(visual))
         return self.linear("wo", out.flatten(1), layer)
 
     def hidden(self, tokens: Tensor, visual: Tensor | None = None) -> Tensor:
-        """Final normed states (T, C) of tokens (T,), with an image's token (C,) or (P_v, C)."""
+        """Final normed states (T, C) of tokens (T,), with an image's token (C,) or (P_v, C).
+
+        Late, where there are no gates of images, it is added to the prompt rows.
+        """
         x = self.weights["tok_embeddings.weight"][tokens]
         for layer in range(self.config.n_layers):
             x = x + self.attention(self.norm("attention_norm", x, layer), layer, visual)

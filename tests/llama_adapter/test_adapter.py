@@ -7,8 +7,9 @@ from torch import Tensor
 from adapter_kernels import linear_cross_entropy
 from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
 from llama_adapter.cache import KVCache
-from llama_adapter.config import LINEARS, PRESETS, AdapterConfig, LlamaConfig, Tuning
+from llama_adapter.config import PRESETS, AdapterConfig, LlamaConfig
 from llama_adapter.model import Llama
+from llama_adapter.tuning import LINEARS, Tuning
 
 
 def random_tokens(config: LlamaConfig, batch: int, count: int, seed: int = 3) -> Tensor:

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,17 +26,8 @@ WORDS = ("green", "river", "stone", "paper", "window", "light", "seven", "answer
 
 
 @pytest.fixture
-def base(tmp_path: Path, tiny_model: Llama, tiny_tokenizer_path: Path) -> Path:
-    """The tiny model as a Meta folder."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    shutil.copy(tiny_tokenizer_path, folder / "tokenizer.model")
-    torch.save(tiny_model.state_dict(), folder / "consolidated.00.pth")
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps")
-    shape = {name: value for name, value in asdict(tiny_model.config).items() if name in names}
-    shape["max_seq_len"] = tiny_model.config.max_seq_len
-    (folder / "params.json").write_text(json.dumps(shape))
-    return folder
+def base(tiny_base: Path) -> Path:
+    return tiny_base
 
 
 @pytest.fixture

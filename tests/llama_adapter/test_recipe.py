@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from llama_adapter.recipe import FinetuneConfig, learning_rate
+from llama_adapter.config import VisualConfig
+from llama_adapter.data.feed import ORDERS
+from llama_adapter.recipe import JOINT, FinetuneConfig, FusionOptions, learning_rate
+from llama_adapter.vision import VisionOptions
 
 PAPERS = FinetuneConfig(data=Path("a.json"), output=Path("run"))
 
@@ -30,6 +33,32 @@ def test_the_learning_rate_scales_with_the_effective_batch() -> None:
     assert replace(PAPERS, batch_size=32).peak_lr == 1.125e-3
     assert replace(PAPERS, micro_batch_tokens=64).peak_lr == 2.25e-3
     assert replace(PAPERS, lr=0.1).peak_lr == 0.1
+
+
+def test_joint_orders_are_those_that_there_are() -> None:
+    assert ("off", *ORDERS) == JOINT
+
+
+def test_early_fusion_has_the_papers_numbers() -> None:
+    assert VisualConfig(9, **FusionOptions().shape) == VisualConfig(9)
+    early = VisualConfig(9, **FusionOptions("early").shape)
+    assert (early.fusion, early.tokens, early.layers) == ("early", 20, 1)
+    other = FusionOptions("early", 3, 2, (7, 5)).shape
+    assert VisualConfig(9, **other) == VisualConfig(9, (7, 5), fusion="early", tokens=3, layers=2)
+    for wrong in (("early", 0), ("early", 3, 0), ("late", None, 1), ("deep",)):
+        with pytest.raises(ValueError, match="must be"):
+            FusionOptions(*wrong)
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 1 and"):
+        FusionOptions(projector_hidden=(64, 0))
+
+
+def test_paths_become_those_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vision = VisionOptions(Path("clip"), Path("/pictures"))
+    found = replace(PAPERS, base=Path("base"), vision=vision).absolute()
+    assert (found.data, found.base) == (tmp_path / "a.json", tmp_path / "base")
+    assert (found.val_data, found.token_cache, found.output) == (None, None, Path("run"))
+    assert found.vision == VisionOptions(tmp_path / "clip", Path("/pictures"))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +98,19 @@ def test_schedule_with_a_lower_limit_and_without_warmup_or_cosine() -> None:
         (
             {"quantize": "int4"},
             "quantize must be one of ('int8', 'nf4', 'fp8') to train, got 'int4'",
+        ),
+        (
+            {"joint": "both"},
+            "joint must be one of ('off', 'alternate', 'proportional', 'concat'), got 'both'",
+        ),
+        ({"joint": "concat"}, "images and vision_model must be given for joint = concat"),
+        (
+            {"vision": VisionOptions(images=Path("a"))},
+            "images and vision_model must be given together, got images = a",
+        ),
+        (
+            {"vision": VisionOptions(vision_model=Path("a"))},
+            "images and vision_model must be given together, got vision_model = a",
         ),
         ({"recompute": "all"}, "recompute must be one of ('mlp', 'block'), got 'all'"),
         ({"save_every": 0}, "save_every must be at least 1, got 0"),

@@ -119,6 +119,15 @@ def test_fields_that_change_no_number_may_differ(tmp_path: Path) -> None:
     RunFolder(tmp_path, CONFIG | {"output": Path("moved"), "save_every": 7, "max_steps": 3}, True)
 
 
+def test_an_option_younger_than_the_run_had_its_default(tmp_path: Path) -> None:
+    """A run of an earlier version, whose config.json lacks some, goes on as it began."""
+    opened(tmp_path).close()
+    younger = {"joint": "off", "scales": {"vision_layers": (2, 4, 6, 8, 10, 12)}}
+    RunFolder(tmp_path, CONFIG | younger, True)
+    with pytest.raises(ValueError, match=r"cannot resume .*: joint was 'off', is now 'concat'"):
+        RunFolder(tmp_path, CONFIG | {"joint": "concat"}, True)
+
+
 def test_resume_cuts_the_metrics_back_to_its_step(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     log_steps(folder, 1, 5)

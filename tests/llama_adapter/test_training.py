@@ -17,6 +17,7 @@ from llama_adapter.checkpoints import Base, load_base
 from llama_adapter.checkpoints.adapter_file import load_adapter, read_adapter
 from llama_adapter.checkpoints.train_state import list_checkpoints
 from llama_adapter.config import AdapterConfig, LlamaConfig
+from llama_adapter.data import run_data
 from llama_adapter.data.dataset import Dataset, load_dataset
 from llama_adapter.data.examples import Batch, encode_record
 from llama_adapter.data.records import Record, load_records
@@ -237,7 +238,7 @@ def test_neither_the_cache_nor_the_thread_changes_a_bit(
     def at_once(items: Iterable[Any], make: Callable[[Any], Any]) -> Iterator[Any]:
         yield from map(make, items)
 
-    monkeypatch.setattr(training, "load_dataset", directly)
+    monkeypatch.setattr(run_data, "load_dataset", directly)
     monkeypatch.setattr(training, "ahead", at_once)
     monkeypatch.setattr(trainer, "ahead", at_once)
     plain = finetune(replace(run, output=run.output / "d"), base=base)

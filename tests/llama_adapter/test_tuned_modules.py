@@ -10,15 +10,17 @@ from llama_adapter.adapter import Adapter, LayerPrompt, Prompts
 from llama_adapter.adapter_bank import AdapterBank, RowBank
 from llama_adapter.cache import KVCache
 from llama_adapter.checkpoints.quantize import quantize
-from llama_adapter.config import LINEARS, AdapterConfig, LlamaConfig, Tuning
+from llama_adapter.config import AdapterConfig, LlamaConfig
 from llama_adapter.engine import Engine
 from llama_adapter.generation import generate
 from llama_adapter.model import Llama
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.tokenizer import Tokenizer
-from llama_adapter.trainer import Trainer
+from llama_adapter.tuned_modules import copy_norms
+from llama_adapter.tuning import GROUPS, LINEARS, Lora, Tuning
+from tests.llama_adapter.plain_llama import PlainLlama, precise
 
-EVERYTHING = Tuning(("bias", "scale", "norm"), LINEARS, "output")
+EVERYTHING = Tuning(GROUPS, LINEARS, "output", Lora(3, LINEARS))
 
 
 def tuned_adapter(
@@ -34,6 +36,8 @@ def tuned_adapter(
         for name, parameter in adapter.tuned_parameters().items():
             if name.startswith("bias_"):
                 parameter.normal_(std=0.3, generator=generator)
+            elif name.startswith("lora_"):
+                parameter.normal_(std=0.2, generator=generator)
             else:
                 parameter.uniform_(0.5, 1.5, generator=generator)
     return adapter
@@ -65,14 +69,32 @@ def test_what_changes_nothing_gives_the_base_bitwise(
 ) -> None:
     tuning = replace(EVERYTHING, scale_side=side)
     adapter = Adapter(AdapterConfig(), tiny_config, layers=(), tuning=tuning)
-    for index, layer in enumerate(tiny_model.layers):
-        adapter.attention_norm[index] = layer.attention_norm.weight
-        adapter.ffn_norm[index] = layer.ffn_norm.weight
-    adapter.norm.copy_(tiny_model.norm.weight)
-    assert set(adapter.groups()) == {"bias", "scale", "norm"}
+    expected = tiny_model(tokens_of())
+    assert not torch.equal(tiny_model(tokens_of(), tiny_model.project(adapter)), expected)
+    copy_norms(tiny_model, adapter.tuned_parameters())
+    assert set(adapter.groups()) == set(GROUPS)
     prompts = tiny_model.project(adapter)
     assert prompts.layers == {}
-    assert torch.equal(tiny_model(tokens_of(), prompts), tiny_model(tokens_of()))
+    assert torch.equal(tiny_model(tokens_of(), prompts), expected)
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+@pytest.mark.parametrize("side", ["input", "output"])
+@torch.no_grad()
+def test_the_model_computes_the_formula(
+    side: str, prompts: bool, tiny_model: Llama, tiny_config: LlamaConfig
+) -> None:
+    """y = s * ((W + B A) x + b) or (W + B A) (s * x) + b; LoRA of prompts' keys where asked for."""
+    tuning = replace(EVERYTHING, scale_side=side, lora=Lora(3, LINEARS, prompts))
+    adapter = tuned_adapter(tiny_config, tuning)
+    tokens = tokens_of()
+    plain = PlainLlama(tiny_model, adapter, precise(adapter))
+    expected = torch.stack([plain.logits(row) for row in tokens])
+    got = tiny_model(tokens, tiny_model.project(adapter)).double()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    other = replace(tuning, lora=Lora(3, LINEARS, not prompts))
+    adapter.tuning = other
+    assert (tiny_model(tokens, tiny_model.project(adapter)) - got).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -96,7 +118,8 @@ def test_a_tied_projection_to_logits_is_tuned_as_well(tiny_config: LlamaConfig) 
     prompts = model.project(adapter)
     hidden = model.hidden(tokens_of(), prompts)
     plain = hidden @ model.tok_embeddings.weight.T
-    expected = (plain + adapter.bias_output) * adapter.scale_output
+    added = hidden @ adapter.lora_a_output.T @ adapter.lora_b_output.T
+    expected = (plain + added + adapter.bias_output) * adapter.scale_output
     torch.testing.assert_close(model.logits(hidden, prompts), expected, rtol=0, atol=1e-5)
     assert torch.equal(model(tokens_of(), prompts), model.logits(hidden, prompts))
 
@@ -171,34 +194,3 @@ def test_banks_of_many_adapters_refuse_them_by_name(
         ValueError, match="adapter must be named: the bank's biases, scales and norms"
     ):
         engine.submit("seven birds", SamplingConfig())
-
-
-def test_training_refuses_what_its_loss_would_not_see(
-    tiny_model: Llama, tiny_config: LlamaConfig
-) -> None:
-    with pytest.raises(ValueError, match="prompts and gates alone to be trained, got bias, scale"):
-        Trainer(
-            tiny_model,
-            tuned_adapter(tiny_config),
-            micro_batch_tokens=64,
-            weight_decay=0.0,
-            betas=(0.9, 0.95),
-        )
-
-
-@pytest.mark.parametrize(
-    ("groups", "linears", "side", "message"),
-    [
-        (("scale", "bias"), ("wq",), "input", "groups must be some of"),
-        (("bias",), ("wk", "wq"), None, "linears must be some of"),
-        (("bias",), (), None, "linears must be named for a bias or a scale"),
-        (("norm",), ("wq",), None, "linears must be named for a bias or a scale"),
-        (("scale",), ("wq",), None, r"scale_side must be one of \('input', 'output'\)"),
-        (("bias",), ("wq",), "input", r"scale_side must be one of \(None,\)"),
-    ],
-)
-def test_a_tuning_that_makes_no_sense_is_refused(
-    groups: tuple[str, ...], linears: tuple[str, ...], side: str | None, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        Tuning(groups, linears, side)

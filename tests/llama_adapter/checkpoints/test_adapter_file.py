@@ -283,9 +283,13 @@ HEADER_ERRORS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
         " has format version None, this package reads versions 1, 2, 3",
     ),
     (
+        lambda header: header["groups"].append("ladder"),
+        " has group 'ladder', this version knows "
+        "('prompts', 'gates', 'projector', 'visual_gates', 'bias', 'scale', 'norm', 'lora')",
+    ),
+    (
         lambda header: header["groups"].append("lora"),
-        " has group 'lora', this version knows "
-        "('prompts', 'gates', 'projector', 'bias', 'scale', 'norm')",
+        ": lora must go with the group lora, got None, ('lora',)",
     ),
     (
         lambda header: header.update(visual=None),

@@ -20,12 +20,14 @@ from llama_adapter.checkpoints.adapter_file import (
 )
 from llama_adapter.checkpoints.adapter_header import from_json, to_json
 from llama_adapter.checkpoints.fingerprint import fingerprint
-from llama_adapter.config import AdapterConfig, Tuning, VisualConfig
+from llama_adapter.config import AdapterConfig, VisualConfig
 from llama_adapter.model import Llama
+from llama_adapter.tuning import Lora, Tuning
 from llama_adapter.vision import Scales
 from tests.llama_adapter.checkpoints.test_adapter_file import rewrite
 
 TUNING = Tuning(("bias", "scale", "norm"), ("wq", "w2", "output"), "input")
+LORA = Lora(2, ("wq", "wo", "output"), True)
 
 
 @pytest.fixture
@@ -41,18 +43,21 @@ def tuned(tiny_model: Llama, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("lora", [None, LORA], ids=["vectors", "lora too"])
 @pytest.mark.parametrize("layers", [(), (1, 3)])
 def test_every_group_comes_back_bitwise(
-    layers: tuple[int, ...], tiny_model: Llama, tmp_path: Path
+    layers: tuple[int, ...], lora: Lora | None, tiny_model: Llama, tmp_path: Path
 ) -> None:
-    adapter = Adapter(AdapterConfig(), tiny_model.config, layers=layers, tuning=TUNING)
+    tuning = TUNING if lora is None else replace(TUNING, groups=(*TUNING.groups, "lora"), lora=lora)
+    adapter = Adapter(AdapterConfig(), tiny_model.config, layers=layers, tuning=tuning)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.normal_()
     path = tmp_path / "adapter.safetensors"
     save_adapter(path, adapter, fingerprint(tiny_model, "tiny"))
     loaded = load_adapter(path, tiny_model, "tiny")
-    assert (loaded.tuning, loaded.layers) == (TUNING, layers)
+    assert (loaded.tuning, loaded.layers) == (tuning, layers)
+    assert to_json(read_header(path))["format_version"] == (2 if lora is None else 3)
     assert all(
         torch.equal(value, adapter.state_dict()[name])
         for name, value in loaded.state_dict().items()
@@ -124,8 +129,11 @@ def test_images_fused_early_keep_their_gates(scope: str, tiny_model: Llama, tmp_
     for change, message in (
         ({"groups": ["prompts", "gates", "projector"]}, "do not go with visual VisualConfig"),
         ({"visual": content["visual"] | {"layers": 5}}, "visual layers must be at most 4, got 5"),
-        ({"visual": content["visual"] | {"layers": 0}}, "layers at least 1 for early fusion"),
-        ({"visual": content["visual"] | {"fusion": "late"}}, "tokens must be 1 and layers 0"),
+        ({"visual": content["visual"] | {"layers": 0}}, "layers must be at least 1 for early"),
+        (
+            {"visual": content["visual"] | {"fusion": "late"}},
+            "1 for early fusion and 0 for late",
+        ),
         ({"visual": content["visual"] | {"fusion": "deep"}}, "fusion must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -137,15 +145,12 @@ SCALES: dict[str, Any] = SEEN["scales"]
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"visual": None}, r"groups \('prompts', 'gates', 'projector'\) do not go with visual None"),
     ({"groups": ["prompts", "gates"]}, "do not go with visual VisualConfig"),
-    (
-        {"visual": {"features": 11}},
-        "visual has missing fields: activation, encoder, fusion, hid",
-    ),
+    ({"visual": {"features": 11}}, "visual has missing fields: activation, encoder, fusion, hid"),
     ({"visual": SEEN | {"scales": {"pool": "cls"}}}, "scales has missing fields: layers"),
-    ({"visual": SEEN | {"scales": SCALES | {"layers": [0]}}}, "config: layers must be numbers"),
+    ({"visual": SEEN | {"scales": SCALES | {"layers": [0]}}}, "scales: layers must be numbers"),
     ({"visual": SEEN | {"scales": SCALES | {"layers": 4}}}, "scales: layers must be .*, got 4"),
     ({"visual": "clip"}, "visual must be .*VisualConfig.*, got 'clip'"),
-    ({"format_version": 2}, "header has unknown fields: visual"),
+    ({"format_version": 2}, "header has unknown fields: lora, visual"),
 ]
 
 

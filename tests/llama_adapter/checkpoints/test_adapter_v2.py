@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from llama_adapter.checkpoints.adapter_assembly import ReadOptions, fitting_presets
-from llama_adapter.checkpoints.adapter_formats import read_any_adapter, write_adapter_as
+from llama_adapter.checkpoints.adapter_formats import WRITERS, read_any_adapter, write_adapter_as
+from llama_adapter.tuning import Lora
 from tests.llama_adapter.checkpoints.adapter_samples import (
     CONFIG,
     assert_logits,
     chat_tensors,
+    lora_tensors,
     multimodal_tensors,
     norm_tensors,
     prompt_tensors,
@@ -80,8 +82,6 @@ def test_multimodal_has_biases_without_key_and_value(prefix: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "extra"),
     [
-        ("visual", {"visual_query.weight": torch.randn(10, 8), "clip_proj.bias": torch.randn(8)}),
-        ("lora", {"llama.layers.0.attention.lora_wq_l1.weight": torch.randn(2, 32)}),
         ("new_gate", {"llama.layers.3.attention.new_gate": torch.full((1, 1, 1, 1), 0.5)}),
     ],
 )
@@ -93,6 +93,57 @@ def test_what_changes_answers_is_left_out_when_asked_for_only(
         read_any_adapter(path, SHAPED)
     stored = read_any_adapter(path, ReadOptions(base=CONFIG, leave_out=[kind]))
     assert any(kind in note and "left out" in note for note in stored.notes)
+
+
+def lora_names(place: str, linear: str) -> tuple[str, str]:
+    """Multimodal 7B's, in the place of the map's own."""
+    at = place.removesuffix(linear)
+    return f"llama.{at}lora_{linear}_l1.weight", f"llama.{at}lora_{linear}_l2.weight"
+
+
+def test_lora_is_of_tokens_and_not_of_prompts(tmp_path: Path) -> None:
+    tensors = multimodal_tensors() | lora_tensors(lora_names)
+    content = {"model": tensors, "config": {"w_bias": True, "w_lora": True, "lora_rank": 3}}
+    stored = read_any_adapter(save(content, tmp_path / "7b.pth"), SHAPED)
+    assert stored.header.groups == ("prompts", "gates", "bias", "norm", "lora")
+    assert stored.header.linears == ("wq", "wo", "w1", "w2", "w3")
+    assert stored.header.lora == Lora(3)
+    bare = {name.removeprefix("llama."): value for name, value in tensors.items()}
+
+    def frozen(name: str, x: Tensor, weight: Tensor) -> Tensor:
+        bias = bare.get(f"{name}.bias")
+        return x @ weight.T if bias is None else x @ weight.T + bias.double()
+
+    def linear(name: str, x: Tensor, weight: Tensor) -> Tensor:
+        if name == "output":
+            return frozen(name, x, weight)
+        first, second = (tensors[one].double() for one in lora_names(name, name.rpartition(".")[2]))
+        return frozen(name, x, weight) + x @ first.T @ second.T
+
+    model, tokens = random_model(), random_tokens()
+    norms = {name: bare[name] for name in norm_tensors()}
+    rows = prompts_of(bare, tanh=True)
+    assert_logits(stored, model, tokens, transcribe(model, tokens, linear, norms, rows, frozen))
+    write_adapter_as(tmp_path / "own.safetensors", stored, "llama-adapter")
+    again = read_any_adapter(tmp_path / "own.safetensors")
+    assert again.header.lora == Lora(3)
+    assert all(torch.equal(again.tensors[name], x) for name, x in stored.tensors.items())
+    for name in WRITERS:
+        if name != "llama-adapter":
+            with pytest.raises(ValueError, match=f"{name} is written without LoRA, and the"):
+                write_adapter_as(tmp_path / "other", stored, name)
+
+
+def test_half_of_a_lora_is_named(tmp_path: Path) -> None:
+    tensors = multimodal_tensors() | lora_tensors(lora_names)
+    del tensors["llama.layers.2.attention.lora_wo_l2.weight"]
+    path = save({"model": tensors}, tmp_path / "7b.pth")
+    with pytest.raises(ValueError, match=r"lacks tensor layers\.2\.attention\.lora_wo_l2\.weight"):
+        read_any_adapter(path, SHAPED)
+    tensors["llama.layers.2.attention.lora_wo_l2.weight"] = torch.randn(32, 4)
+    path = save({"model": tensors}, tmp_path / "7b.pth")
+    with pytest.raises(ValueError, match=r"must have shape \(32, 3\), got \(32, 4\)"):
+        read_any_adapter(path, SHAPED)
 
 
 def test_second_gates_of_one_change_nothing(tmp_path: Path) -> None:
