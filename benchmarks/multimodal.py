@@ -122,7 +122,11 @@ def describe(plan: Plan, lab: Laboratory, facts: Row) -> str:
             "their picture; told has a picture and a text that tells of it, read a text alone, "
             "fact neither. The test's pairs of shape and colour, and of thing and fact, are "
             "others than training's. Half of all questions are put in words that the base has "
-            "not read. An answer without a usable letter is wrong. All numbers are percent.",
+            "not read. The prompt is ScienceQA's QCM; the answer is the right option and its "
+            "letter (QCM-EA with the option for an explanation: a base this small does not find "
+            "the way from a fact to the bare letter). Answers are decoded greedily and "
+            "scored by `llama_adapter.evaluation.scienceqa`; one without a usable letter is wrong. "
+            "All numbers are percent.",
             "",
             f"Base: {lab.base.model.config.describe()}, {facts['base_parameters']:,} parameters, "
             f"pre-trained on {BASE_BATCH * plan.sizes.base_steps:,} short texts of facts and of "

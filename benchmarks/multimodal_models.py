@@ -49,6 +49,7 @@ BASE_SHAPE: dict[str, Any] = {
     "norm_eps": 1e-5,
     "max_seq_len": 128,
 }
+BASE_BATCH = 48
 # what is one piece: the layout's parts, and words; _ is the blank before
 _PIECE = re.compile(
     r"\n?_?(?:Question|Context|Options|Answer):|_The_answer_is|_N/A|_?\([A-Z]\)|_?[A-Za-z]+|.".replace(
@@ -69,20 +70,19 @@ CLIP_BATCH = 64
 CLIP_LR = 1e-3
 # the words that tell captions apart, for the encoder's training
 CAPTION_WORDS = tuple(word for words in ATTRIBUTES.values() for word in words)
-# what the base reads, by shares, each from a part of the steps on: first which letter an option
-# has, the slowest to learn
+# what the base reads, by shares: in the first part of the steps which letter an option has, the
+# slowest to learn, and nothing else
+PRACTICE = {"letters": 1}
 READING = {
-    0.0: {"letters": 1},
-    0.16: {"letters": 1, "answers": 4},
-    0.3: {
-        "statement": 1,
-        "caption": 2,
-        "answers": 3,
-        "fact": 4,
-        "read": 3,
-        "recall": 4,
-    },
+    "statement": 1,
+    "caption": 2,
+    "letters": 1,
+    "answers": 3,
+    "fact": 4,
+    "read": 3,
+    "recall": 4,
 }
+PRACTICE_STEPS = 0.28
 _OPTIONS = [value for values in (ATTRIBUTES | VALUES).values() for value in values]
 Facts = Mapping[tuple[str, str], str]
 
@@ -121,9 +121,8 @@ def lettered(rng: random.Random, kind: str) -> tuple[str, str]:
     """Options, and the letter of each in turn, right behind it or as the task answers."""
     choices = rng.sample(_OPTIONS, 4)
     item = {"question": "Which letter is each option?", "hint": "", "choices": choices}
-    named = [
-        f" {one}. The answer is {letter}." for letter, one in zip(LETTERS, choices, strict=False)
-    ]
+    form = " {} {}." if kind == "letters" else " {}. The answer is {}."
+    named = [form.format(one, letter) for letter, one in zip(LETTERS, choices, strict=False)]
     rng.shuffle(named)
     return prompt_of(item), "".join(named)
 
@@ -149,7 +148,7 @@ def pretraining_question(rng: random.Random, kind: str, world: Facts) -> Questio
 def train_tokenizer(world: Facts) -> bytes:
     """A sentencepiece model, LLaMA's conventions, in which the task's words are one piece each."""
     rng = random.Random("tokenizer")
-    lines = ["".join(document(rng, world, READING[max(READING)])) for _ in range(2000)]
+    lines = ["".join(document(rng, world, READING)) for _ in range(2000)]
     lines += [both[new].format(SHOWN) for both in PHRASINGS.values() for new in (0, 1)]
     marked = [line.replace(" ", "\u2581") for line in lines]
     pieces = {piece for line in marked for piece in _PIECE.findall("\u2581" + line)}
@@ -216,7 +215,7 @@ def train_base(tokenizer: Tokenizer, world: Facts, steps: int, seed: int = 0) ->
         for optim, rate in zip(optims, rates, strict=True):
             for group, lr in zip(optim.param_groups, rate, strict=True):
                 group["lr"] = lr * share
-        shares = next(some for start, some in reversed(READING.items()) if step >= start * steps)
+        shares = PRACTICE if step < PRACTICE_STEPS * steps else READING
         texts = [document(rng, world, shares) for _ in range(BASE_BATCH)]
         loss = packed_loss(model, [encode(tokenizer, *text) for text in texts])
         model.zero_grad()
@@ -228,8 +227,8 @@ def train_base(tokenizer: Tokenizer, world: Facts, steps: int, seed: int = 0) ->
 
 
 def rate_of(step: int, steps: int) -> float:
-    """Part of the peak learning rate: a twentieth of the steps up, then a cosine down."""
-    warm = max(1, steps // 20)
+    """Part of the peak learning rate: 100 steps up, or a tenth of all, and a cosine down."""
+    warm = max(1, min(100, steps // 10))
     return min(1.0, (step + 1) / warm) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
 
 

@@ -41,11 +41,11 @@ class Plan:
 
 
 FULL = Plan(
-    sizes=Sizes(train=2400, test=600, base_steps=2000, encoder_steps=700),
+    sizes=Sizes(train=1600, test=400, base_steps=1100, encoder_steps=500),
     seeds=(0, 1, 2),
-    steps=400,
-    stage_steps=200,
-    pictured=(100, 300),
+    steps=250,
+    stage_steps=120,
+    pictured=(80, 240),
 )
 QUICK = Plan(
     sizes=Sizes(train=200, test=40, base_steps=30, encoder_steps=10),

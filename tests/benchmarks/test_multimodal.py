@@ -203,7 +203,7 @@ def test_the_models_read_and_see_nothing_that_only_the_test_combines(
     rng, world, held = random.Random(2), facts(0), pairs("test")
     texts = [
         "".join(document(rng, world, shares))
-        for shares in multimodal_models.READING.values()
+        for shares in (multimodal_models.PRACTICE, multimodal_models.READING)
         for _ in range(500)
     ]
     assert any("Shown: " in text for text in texts)
@@ -261,8 +261,9 @@ def test_every_cell_of_an_experiment_has_its_own_run_and_seeds_come_in_order() -
         assert len(set(runs)) == len(runs) > 0
     assert {c.setting[0] for c in table if c.experiment == "groups"} == {*GROUPS}
     assert {c.experiment for c in cells(QUICK)} == {*multimodal.SECTIONS}
-    late = {cell.run for cell in table if cell.setting in (("late",), ("multi",), (1200,))}
-    assert len(late) == 3
+    full = (FULL.sizes.train // 2,)
+    late = {cell.run for cell in table if cell.setting in (("late",), ("multi",), full)}
+    assert len(late) == len(FULL.seeds)
 
 
 def test_the_command_writes_tables_figures_and_verdicts_and_continues(
