@@ -145,7 +145,8 @@ def describe(plan: Plan, lab: Laboratory, facts: Row) -> str:
             f"learning rate {RECIPE.peak_lr:g}, {adapter.prompt_length} prompts in each of the "
             f"{adapter.n_layers} layers, drawn with the standard deviation {adapter.prompt_std:g}: "
             f"at first their keys are {facts['key_norm_ratio']:g} times as long as those of "
-            "tokens. Early fusion has prompts in all layers too.",
+            "tokens. Early fusion has prompts in all layers too. Instructions and captions take "
+            f"{plan.stage_steps} steps each.",
             "",
             f"Numbers are medians over {len(plan.seeds)} seeds (lowest to highest), of the "
             "adapter's initial values and the order of the questions; task, base and encoder are "
@@ -161,10 +162,11 @@ def notes(facts: Row) -> dict[str, str]:
     """What must be known to read an experiment's table."""
     return {
         "groups": "INST: questions on facts, without picture or text, put in words new to the "
-        f"base ({facts['base_instructions']:.1f} % untouched). CAP: captions of the test's "
-        "pictures, exactly. VQA: questions of kind see, which no run here trains. A to D learn "
-        "instructions (questions without pictures) by the language group first, then captions; "
-        "E and F both in turn, in batches of one kind each.\n",
+        f"base ({facts['base_instructions']:.1f} % untouched). CAP: colour, shape, count and place "
+        "in captions of the test's pictures, each behind the right words before it. VQA: "
+        "questions of kind see, which no run here trains. A to D learn instructions (questions "
+        "without pictures) by the language group first, then captions; E and F both in turn, in "
+        "batches of one kind each.\n",
     }
 
 

@@ -168,7 +168,7 @@ def group_claims(found: Mapping[str, Skills]) -> list[Claim]:
         Claim(
             "V2, section 4.2: the visual group alone learns captions, and instructions are left "
             "as they were.",
-            f"C: captions at least {LEARNED:g} % exact in the median, and the logits of "
+            f"C: at least {LEARNED:g} % of captions' words right in the median, and the logits of "
             "questions without picture bitwise the same; partly: the latter.",
             verdict(exact and learned, exact),
             f"CAP {c.cap.show('.1f')}, logits moved by at most {c.moved.high:g}.",

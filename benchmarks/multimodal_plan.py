@@ -44,7 +44,7 @@ FULL = Plan(
     sizes=Sizes(train=1600, test=400, base_steps=1100, encoder_steps=500),
     seeds=(0, 1, 2),
     steps=250,
-    stage_steps=120,
+    stage_steps=150,
     pictured=(80, 240),
 )
 QUICK = Plan(
