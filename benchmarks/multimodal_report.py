@@ -242,10 +242,7 @@ SECTIONS = {
 
 
 def chosen_examples(items: Sequence[Item]) -> list[int]:
-    """The first two questions of each kind with a picture, and the first two of the others.
-
-    Chosen by place, not by how they are answered.
-    """
+    """The first questions of each of some kinds, chosen by place, not by how they are answered."""
     found: list[int] = []
     for kind in ("see", "recall", "told", "fact"):
         found += [i for i, item in enumerate(items) if item["topic"] == kind][: _SHOWN[kind]]
