@@ -69,14 +69,14 @@ class ModelOptions:
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
 
-    def load(self, vision: VisionOptions | None = None) -> "Answerer":
-        """The base with its adapter; images are looked at as `vision` says."""
+    def load(self, vision: VisionOptions | None = None, *, progress: bool = False) -> "Answerer":
+        """The base with its adapter; arguments as `Answerer`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = default_device() if self.device is None else self.device
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         base = load_base(self.base, dtype=dtype, device=device, quantize=self.quantize)
-        return Answerer(base, None, vision).with_adapter(self.adapter)
+        return Answerer(base, None, vision, progress=progress).with_adapter(self.adapter)
 
 
 class Answerer:
@@ -89,10 +89,22 @@ class Answerer:
     """
 
     def __init__(
-        self, base: Base, adapter: Adapter | None = None, vision: VisionOptions | None = None
+        self,
+        base: Base,
+        adapter: Adapter | None = None,
+        vision: VisionOptions | None = None,
+        *,
+        progress: bool = False,
     ) -> None:
-        """Nothing is projected and no encoder is loaded before somebody asks."""
-        self.base, self.adapter = base, adapter
+        """Nothing is projected and no encoder is loaded before somebody asks.
+
+        Args:
+            base: see above.
+            adapter: see above.
+            vision: see above; None where there are no images.
+            progress: show a bar on stderr while images are encoded.
+        """
+        self.base, self.adapter, self._progress = base, adapter, progress
         self.vision = VisionOptions() if vision is None else vision
 
     def with_adapter(self, path: Path | None) -> "Answerer":
@@ -102,10 +114,10 @@ class Answerer:
             OSError, ValueError: as `load_adapter`.
         """
         if path is None:
-            return Answerer(self.base, None, self.vision)
+            return Answerer(self.base, None, self.vision, progress=self._progress)
         base = self.base
         adapter = load_adapter(path, base.model, base.name, base=base.fingerprint)
-        return Answerer(base, adapter, self.vision)
+        return Answerer(base, adapter, self.vision, progress=self._progress)
 
     @cached_property
     def prompts(self) -> Prompts | None:
@@ -132,7 +144,9 @@ class Answerer:
             what = "the base alone" if self.adapter is None else "this adapter"
             raise ValueError(f"image must be left out: {what} takes none")
         device = self.base.model.output_weight.device
-        return Pictures.load(self.vision, visual=projector.config, device=device)
+        return Pictures.load(
+            self.vision, visual=projector.config, device=device, progress=self._progress
+        )
 
     @torch.no_grad()
     def prompts_for(self, images: Sequence[Image | None]) -> Prompts | None:

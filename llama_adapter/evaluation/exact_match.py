@@ -33,13 +33,15 @@ def instruction_items(records: Sequence[Record]) -> list[Item]:
         records: checked records of one file.
 
     Returns:
-        Mappings with id (the record's index), prompt (the template's text) and target.
+        Mappings with id (the record's index), prompt (the template's text) and target; with image,
+        where a record has one.
     """
     return [
         {
             "id": str(record.index),
             "prompt": prompt_text(record.instruction, record.input),
             "target": record.output,
+            **({} if record.image is None else {"image": record.image}),
         }
         for record in records
     ]

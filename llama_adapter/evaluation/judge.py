@@ -328,7 +328,7 @@ def write(
         rows.append(
             {
                 "review_id": item["id"],
-                "question_id": int(name) if name.isascii() and name.isdecimal() else name,
+                "question_id": _number(name),
                 "answer1_id": first,
                 "answer2_id": second,
                 "text": review,
@@ -338,3 +338,34 @@ def write(
             }
         )
     write_lines(path, rows)
+
+
+def write_answers(
+    path: str | Path, items: Sequence[Item], answers: Sequence[str], *, model: str
+) -> None:
+    """Write answer.jsonl: {"answer_id", "question_id", "model_id", "text", "metadata"} per line.
+
+    Args:
+        path: the file, which `load` reads.
+        items: of `load_questions`.
+        answers: the model's, to each.
+        model: what it is called.
+
+    Raises:
+        ValueError: there are no items, or not as many answers.
+    """
+    rows = [
+        {
+            "answer_id": f"{model}-{item['id']}",
+            "question_id": _number(item["id"]),
+            "model_id": model,
+            "text": text,
+            "metadata": {},
+        }
+        for item, text in pairs(items, answers)
+    ]
+    write_lines(path, rows)
+
+
+def _number(name: str) -> int | str:
+    return int(name) if name.isascii() and name.isdecimal() else name

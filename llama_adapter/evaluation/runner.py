@@ -69,6 +69,7 @@ def evaluate(
     batch_size: int = 64,
     batch_key: Callable[[Item], Any] | None = None,
     aggregate: Callable[[list[Scores]], Mapping[str, float]] = mean_scores,
+    corpus: Callable[[list[Item], list[Any]], Mapping[str, float]] | None = None,
     progress: str | None = None,
 ) -> Evaluation:
     """Predict and score every item.
@@ -88,6 +89,8 @@ def evaluate(
         batch_key: items are batched in ascending order of it, lengths for instance; None keeps
             the order of the items.
         aggregate: scores of the whole from the items' scores, in the order of the items.
+        corpus: the same from the items and their predictions, for what is no function of the items'
+            scores; used in place of `aggregate`.
         progress: caption of a progress bar on stderr; None shows none.
 
     Returns:
@@ -118,7 +121,8 @@ def evaluate(
         _checked_scores(score(item, prediction), f"score of item {item['id']!r}")
         for item, prediction in zip(listed, predictions, strict=True)
     ]
-    scores = _checked_scores(aggregate(item_scores), "aggregate")
+    whole = aggregate(item_scores) if corpus is None else corpus(listed, predictions)
+    scores = _checked_scores(whole, "aggregate")
     run.finish(scores, item_scores)
     return Evaluation(scores, item_scores, predictions)
 

@@ -18,7 +18,7 @@ from llama_adapter.config import VisualConfig
 from llama_adapter.multimodal.features import Encoder, FeatureCache
 from llama_adapter.vision import Scales, VisionOptions
 
-# images that are looked at together
+# images that are looked at together, between two steps of the bar
 _TOGETHER = 256
 
 
@@ -166,26 +166,25 @@ class Pictures:
 
         Their features are in the cache then, and `content` is of them too.
         """
-        found: dict[str, str] = {}
         asked = list(dict.fromkeys(images))
+        found: dict[str, str] = {}
         hidden = None if self._progress is None else not self._progress
         with tqdm(total=len(asked), desc="images", delay=1, disable=hidden, leave=False) as bar:
             for start in range(0, len(asked), _TOGETHER):
                 some = asked[start : start + _TOGETHER]
-                try:
-                    self._cache([self.path(image) for image in some], know=True)
-                except (FileNotFoundError, ValueError):
-                    # one of them, or several
-                    found |= {str(image): why for image in some if (why := self._problem(image))}
+                found |= self._problems(some)
                 bar.update(len(some))
         return found
 
-    def _problem(self, image: str | Path) -> str | None:
+    def _problems(self, images: list[str | Path]) -> dict[str, str]:
         try:
-            self._cache([self.path(image)], know=True)
+            self._cache([self.path(image) for image in images], know=True)
         except (FileNotFoundError, ValueError) as error:
-            return str(error)
-        return None
+            if len(images) == 1:
+                return {str(images[0]): str(error)}
+            half = len(images) // 2
+            return self._problems(images[:half]) | self._problems(images[half:])
+        return {}
 
     def __call__(self, images: Sequence[str | Path | None]) -> tuple[Tensor, Tensor]:
         """Features (B, F) in float32 on the CPU, zeros where there is no image, and (B,) bool.
