@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_adapter.config import AdapterConfig, LlamaConfig, VisualConfig, shape_of
-from llama_adapter.projector import Projector
+from llama_adapter.projector import make_projector
 from llama_adapter.tuned_modules import TunedModules
 from llama_adapter.tuning import GROUPS as TUNED
 from llama_adapter.tuning import Tuning, tuned_group
@@ -32,7 +32,7 @@ class Rows:
     Attributes:
         prompt: (P, C), or (B, P, C).
         gate: multipliers (H,), or (B, H).
-        image: (B, C), added to all rows of a sequence; None adds nothing.
+        image: (B, C), added to all rows of a sequence, or (B, P, C); None adds nothing.
     """
 
     prompt: Tensor
@@ -154,9 +154,14 @@ class Adapter(nn.Module):
         self.gates = nn.Parameter(torch.zeros(count, heads))
         if visual is not None and not self.layers:
             raise ValueError("visual needs layers with prompts, got none")
+        if visual is not None and not early and visual.tokens not in (1, config.prompt_length):
+            raise ValueError(
+                "visual tokens fused late must be 1 or one for each of the "
+                f"{config.prompt_length} prompt rows, got {visual.tokens}"
+            )
         self.projector = None
         if visual is not None:
-            self.projector = Projector(visual, model.dim, generator=generator)
+            self.projector = make_projector(visual, model.dim, generator=generator)
         self.visual_gates = nn.Parameter(torch.zeros(early, heads)) if early else None
         shapes = self.tuning.shapes(shape_of(model))
         self._tuned = frozenset(shapes)
@@ -190,9 +195,13 @@ class Adapter(nn.Module):
             ValueError: visual has the form of another fusion.
         """
         early = self.visual_gates is not None
-        if visual is not None and visual.ndim != (3 if early else 2):
-            form = "(B, P, C) for early" if early else "(B, C) for late"
-            raise ValueError(f"visual must have shape {form} fusion, got {(*visual.shape,)}")
+        single = self.projector is None or self.projector.config.single
+        if visual is not None and visual.ndim != (2 if single else 3):
+            form = "(B, C)" if single else "(B, P, C)"
+            kind = "early" if early else "late"
+            raise ValueError(
+                f"visual must have shape {form} for this {kind} fusion, got {(*visual.shape,)}"
+            )
         gates, added = self.multipliers(), None if early else visual
         return {
             layer: Rows(self.prompts[i], gates[i], added) for i, layer in enumerate(self.layers)
@@ -219,8 +228,8 @@ class Adapter(nn.Module):
     def visual_tokens(self, features: Tensor, present: Tensor | None = None) -> Tensor:
         """What `Llama.project` takes for the images of a batch, differentiable in the projector.
 
-        One token (B, C) each, with early fusion P_v tokens (B, P_v, C); zeros where there is no
-        image, which is how the model tells.
+        One token (B, C) each, or several (B, P_v, C); zeros where there is no image, which is how
+        the model tells.
 
         Args:
             features: (B, F) of an image each; anything where there is none.

@@ -233,6 +233,30 @@ EARLY_TOKENS, EARLY_LAYERS = 20, 1
 
 
 @dataclass(frozen=True)
+class Resampler:
+    """A projector of learned queries that attend to many tokens of an image, and to each other.
+
+    Attributes:
+        inputs: width of one of those tokens, so many of which are the features, side by side.
+        width: of the queries and blocks.
+        blocks: transformer layers over queries and tokens.
+        heads: of their attention.
+    """
+
+    inputs: int = 768
+    width: int = 768
+    blocks: int = 8
+    heads: int = 16
+
+    def __post_init__(self) -> None:
+        if min(self.inputs, self.width, self.blocks, self.heads) < 1 or self.width % self.heads:
+            raise ValueError(
+                "inputs, width, blocks and heads must be at least 1 and heads divide width, got "
+                f"{self.inputs}, {self.width}, {self.blocks} and {self.heads}"
+            )
+
+
+@dataclass(frozen=True)
 class VisualConfig:
     """What features of an image an adapter takes, and its projector's shape.
 
@@ -242,12 +266,13 @@ class VisualConfig:
         activation: of the projector, "silu" or "gelu".
         encoder: digest of what makes the features, which must be the same one again; "" where the
             caller makes them.
-        fusion: "late", one token that is added to every prompt row (LLaMA-Adapter, equation 10), or
-            "early", tokens that are a gated prompt of their own in the first layers (LLaMA-Adapter
-            V2, section 4.3).
-        tokens: P_v, tokens of an image; 1 for late fusion.
+        fusion: "late", one token that is added to every prompt row (LLaMA-Adapter, equation 10) or
+            a token for each, or "early", tokens that are a gated prompt of their own in the first
+            layers (LLaMA-Adapter V2, section 4.3).
+        tokens: P_v, tokens of an image; for late fusion 1, or as many as a layer has prompt rows.
         layers: K, the first layers that see them; 0 for late fusion, whose layers are the prompts'.
         scales: which features of a CLIP they are; None where the caller makes them.
+        resampler: the projector of the official multimodal 7B; None is the cascade of `hidden`.
     """
 
     features: int
@@ -258,24 +283,31 @@ class VisualConfig:
     tokens: int = 1
     layers: int = 0
     scales: Scales | None = None
+    resampler: Resampler | None = None
+
+    @property
+    def single(self) -> bool:
+        """Whether an image is one token (B, C), not (B, P_v, C)."""
+        return self.fusion == "late" and self.tokens == 1
 
     def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion must be one of {FUSIONS}, got {self.fusion!r}")
-        early = self.fusion == "early"
-        if early and not (1 <= self.tokens <= _LONGEST_PROMPT and self.layers >= 1):
+        if not 1 <= self.tokens <= _LONGEST_PROMPT:
+            raise ValueError(f"tokens must be from 1 to {_LONGEST_PROMPT}, got {self.tokens}")
+        if (self.layers >= 1) != (self.fusion == "early") or self.layers < 0:
             raise ValueError(
-                f"tokens must be from 1 to {_LONGEST_PROMPT} and layers at least 1 for early "
-                f"fusion, got {self.tokens} and {self.layers}"
-            )
-        if not early and (self.tokens, self.layers) != (1, 0):
-            raise ValueError(
-                f"tokens must be 1 and layers 0 for late fusion, got {self.tokens} and "
-                f"{self.layers}"
+                "layers must be at least 1 for early fusion and 0 for late, got "
+                f"{self.layers} for {self.fusion}"
             )
         if min((self.features, *self.hidden)) < 1:
             raise ValueError(
                 f"features and hidden must be at least 1, got {self.features} and {self.hidden}"
+            )
+        if self.resampler is not None and (self.hidden or self.features % self.resampler.inputs):
+            raise ValueError(
+                "hidden must be empty with a resampler, and features a multiple of its inputs "
+                f"{self.resampler.inputs}, got {self.hidden} and {self.features}"
             )
         if self.activation not in PROJECTOR_ACTIVATIONS:
             raise ValueError(

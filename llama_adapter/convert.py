@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=(),
         choices=("new_gate", "visual"),
-        help="drop tensors that this package cannot run",
+        help="drop second gates, which this package cannot run, or what sees images",
     )
     parser.add_argument(
         "--base",
@@ -81,8 +81,8 @@ def describe_adapter(path: Path) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read; see `read_any_adapter`.
     """
-    # an answer about a file needs no picture, and says what it holds besides
-    stored = read_any_adapter(path, ReadOptions(leave_out=("new_gate", "visual")))
+    # an answer about a file says what it holds besides
+    stored = read_any_adapter(path, ReadOptions(leave_out=("new_gate",)))
     header, tensors = stored.header, stored.tensors
     converted = header.origin not in (None, stored.format)
     path = adapter_path(path) or path
@@ -107,9 +107,13 @@ def describe_adapter(path: Path) -> list[str]:
     if (visual := header.visual) is not None:
         made = f" of {visual.encoder}" if visual.encoder else ""
         hidden = ", ".join(map(str, visual.hidden)) or "none"
-        lines.append(
-            f"images      {visual.features} features{made}; projector's hidden widths {hidden}"
-        )
+        shape = f"projector's hidden widths {hidden}"
+        if (queries := visual.resampler) is not None:
+            shape = (
+                f"{visual.tokens} queries of {visual.features // queries.inputs} tokens, through "
+                f"{queries.blocks} blocks of width {queries.width}"
+            )
+        lines.append(f"images      {visual.features} features{made}; {shape}")
         if (scales := visual.scales) is not None:
             steps = [name for name in ("post_norm", "project", "normalise") if vars(scales)[name]]
             layers = " ".join(map(str, scales.layers))

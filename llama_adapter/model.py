@@ -73,7 +73,9 @@ class Attention(nn.Module):
         """
         prompt = rows.prompt
         if rows.image is not None:
-            prompt = prompt + rows.image[:, None].to(prompt.dtype)
+            # one token for every row, or one for each
+            image = rows.image[:, None] if rows.image.ndim == 2 else rows.image
+            prompt = prompt + image.to(prompt.dtype)
         prompt = prompt.to(self.wk.weight.dtype)
         heads = (self.kv_heads, self.head_dim)
         k, v = self.wk(prompt).unflatten(-1, heads), self.wv(prompt).unflatten(-1, heads)

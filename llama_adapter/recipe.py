@@ -9,7 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.config import AdapterConfig
+from llama_adapter.config import (
+    EARLY_LAYERS,
+    EARLY_TOKENS,
+    FUSIONS,
+    AdapterConfig,
+    VisualConfig,
+)
 from llama_adapter.recompute import RECOMPUTED
 from llama_adapter.tuning import TuningOptions
 from llama_adapter.vision import ScaleOptions, VisionOptions
@@ -34,6 +40,43 @@ def _option(
 
 def _recipe(default: Any, help: str) -> Any:
     return _option(default, help, recipe=True)
+
+
+@dataclass(frozen=True)
+class FusionOptions:
+    """How an image reaches the layers."""
+
+    fusion: str = _option(
+        "late",
+        "late adds a token of the image to every prompt row, as in LLaMA-Adapter; early makes "
+        "tokens of it a gated prompt of their own in the first layers, as in V2",
+        FUSIONS,
+        recipe=True,
+    )
+    visual_tokens: int | None = _recipe(
+        None, f"tokens of an image; default: {EARLY_TOKENS} for early fusion, 1 for late"
+    )
+    visual_layers: int | None = _recipe(
+        None, f"first layers that see them, of early fusion; default: {EARLY_LAYERS}"
+    )
+    projector_hidden: tuple[int, ...] = _recipe(
+        (64,), "widths between an image's features and its tokens"
+    )
+
+    def __post_init__(self) -> None:
+        # what does not go together is said by whoever takes it
+        VisualConfig(1, **self.shape)
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Those fields of a `VisualConfig`."""
+        tokens, layers = (EARLY_TOKENS, EARLY_LAYERS) if self.fusion == "early" else (1, 0)
+        return {
+            "hidden": tuple(self.projector_hidden),
+            "fusion": self.fusion,
+            "tokens": tokens if self.visual_tokens is None else self.visual_tokens,
+            "layers": layers if self.visual_layers is None else self.visual_layers,
+        }
 
 
 @dataclass(frozen=True)
@@ -99,9 +142,6 @@ class FinetuneConfig:
         JOINT,
         recipe=True,
     )
-    projector_hidden: tuple[int, ...] = _recipe(
-        (64,), "widths of the map from an image's features to its token"
-    )
     seed: int = _option(0, "of the prompts' initial values, the held-out choice and the order")
     save_every: int = _option(50, "optimiser steps between checkpoints")
     keep_checkpoints: int = _option(2, "checkpoints kept")
@@ -119,6 +159,7 @@ class FinetuneConfig:
     tuning: TuningOptions = field(default_factory=TuningOptions)
     vision: VisionOptions = field(default_factory=VisionOptions)
     scales: ScaleOptions = field(default_factory=ScaleOptions)
+    projector: FusionOptions = field(default_factory=FusionOptions)
 
     def __post_init__(self) -> None:
         for name in (
@@ -175,8 +216,6 @@ class FinetuneConfig:
             raise ValueError(f"images and vision_model must be given together, got {given[0]}")
         if self.joint != "off" and not given:
             raise ValueError(f"images and vision_model must be given for joint = {self.joint}")
-        if min(self.projector_hidden, default=1) < 1:
-            raise ValueError(f"projector_hidden must be at least 1, got {self.projector_hidden}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 

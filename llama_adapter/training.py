@@ -140,13 +140,12 @@ def _finetune(
     device = base.model.output_weight.device
     with _settings(config, device):
         generator = torch.Generator().manual_seed(config.seed)
-        hidden = config.projector_hidden
         adapter = Adapter(
             config.adapter,
             base.model.config,
             generator=generator,
             tuning=config.tuning.tuning,
-            visual=None if pictures is None else pictures.visual_config(hidden=hidden),
+            visual=None if pictures is None else pictures.visual_config(**config.projector.shape),
         ).to(device)
         copy_norms(base.model, adapter.tuned_parameters())
         trainer = Trainer(

@@ -7,7 +7,7 @@ trained on is a part of the adapter's file, so that whoever uses it names the fo
 from dataclasses import dataclass, field
 from pathlib import Path
 
-POOLS = ("cls", "mean")
+POOLS = ("cls", "mean", "tokens")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Scales:
 
     Attributes:
         layers: of the encoder, after which a feature is taken, from 1.
-        pool: "cls", the class token's state, or "mean", that of the patches.
+        pool: "cls", the class token's state, "mean", that of the patches, or "tokens", the states
+            of the class token and of all patches side by side.
         post_norm: apply the encoder's last norm to each.
         project: apply CLIP's projection to each, which needs post_norm.
         normalise: divide each by its length.
@@ -76,7 +77,7 @@ class ScaleOptions:
     vision_pool: str = field(
         default=Scales.pool,
         metadata={
-            "help": "a layer's global feature: its class token, or the mean of its patches",
+            "help": "a layer's feature: its class token, the mean of its patches, or all of both",
             "choices": POOLS,
             "recipe": True,
         },

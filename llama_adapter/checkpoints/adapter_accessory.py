@@ -2,9 +2,9 @@
 
     llma.prefix (L, 1, P, C), llma.prefix_gate (L, H / n), llma.prefix_new_gate (L,), perhaps
     llma.layers.{i}.attention.wq.bias, wq.lora_a.weight (rank, in), wq.lora_b.weight (out, rank)
-    and so on, norms, a visual tower
+    and so on, norms, the projector of adapter_visual.py
 
-The multiplier is new_gate * tanh(gate). A text takes the prompts alone, without the visual tower.
+The multiplier is new_gate * tanh(gate). A text takes the prompts alone.
 """
 
 import json
@@ -29,10 +29,10 @@ from llama_adapter.checkpoints.adapter_source import (
 from llama_adapter.checkpoints.adapter_v2 import (
     MULTIMODAL_TABLE,
     PLACES,
-    VISUAL,
     leave_out_new_gates,
     unstacked,
 )
+from llama_adapter.checkpoints.adapter_visual import take_visual
 
 NAME = "accessory"
 PREFIX = "llma."
@@ -120,14 +120,9 @@ def read(source: Source, options: ReadOptions) -> StoredAdapter:
     pieces = Pieces()
     if source.drop(BASE_LINEARS):
         pieces.notes.append("left out: the base's own weights")
-    dropped = source.drop(VISUAL)
-    if dropped:
-        pieces.notes.append(
-            f"left out: {len(dropped)} visual tensors, from {dropped[0]} on (a text has no use "
-            "of them)"
-        )
     pieces.prompts = source.take("prefix", "adapted", 1, "prompt_length", "dim")[:, 0].contiguous()
     pieces.gates = source.take("prefix_gate", "adapted", "n_heads")
+    take_visual(source, "visual_query", options, pieces)
     leave_out_new_gates(source, "prefix_new_gate", ["adapted"], options, pieces.notes)
     numbers = source.layer_numbers(r"layers\.(\d+)\..*")
     shape = {name: source.sizes[name] for name in ("dim", "n_heads")}

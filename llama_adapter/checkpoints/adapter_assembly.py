@@ -16,7 +16,14 @@ from llama_adapter.checkpoints.adapter_file import adapter_from_tensors
 from llama_adapter.checkpoints.adapter_header import AdapterHeader
 from llama_adapter.checkpoints.adapter_source import Source
 from llama_adapter.checkpoints.fingerprint import Fingerprint
-from llama_adapter.config import PRESETS, SHAPE_FIELDS, AdapterConfig, LlamaConfig, shape_of
+from llama_adapter.config import (
+    PRESETS,
+    SHAPE_FIELDS,
+    AdapterConfig,
+    LlamaConfig,
+    VisualConfig,
+    shape_of,
+)
 from llama_adapter.tuning import GROUPS, LINEARS, Lora, Tuning, tuned_group
 
 
@@ -28,8 +35,7 @@ class ReadOptions:
         gate_activation: "tanh" or "identity" in place of the format's own convention.
         gate_scope: "head" or "layer" in place of what the gates' shapes say.
         prompt_length: rows per layer, where the format stores them in one block; None is 10.
-        leave_out: of "new_gate" and "visual", what may be dropped although it would change the
-            answers to a text.
+        leave_out: of "new_gate" and "visual", what may be dropped although it changes answers.
         base: shape of the base, where it is known.
         fingerprint: of the base's weights, where it is known.
     """
@@ -82,6 +88,8 @@ class Pieces:
         scale_side: of the scales among them.
         lora_prompts: whether prompts pass through the LoRA among them.
         activation: the format's convention for gates.
+        visual: of the projector that is among the tensors of `projector`, or None.
+        projector: its parameters by our names.
         notes: what was assumed.
     """
 
@@ -92,6 +100,8 @@ class Pieces:
     scale_side: str | None = None
     lora_prompts: bool = False
     activation: str = "tanh"
+    visual: VisualConfig | None = None
+    projector: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -140,6 +150,9 @@ def assemble(
             raise ValueError(f"{path}: {tuned_name} must have shape {wanted}, got {got}")
     base = options.fingerprint or Fingerprint("unknown", shape, ())
     found = ("prompts", "gates") if pieces.prompts is not None else ()
+    if pieces.visual is not None:
+        found = (*found, "projector")
+        tensors |= {f"projector.{part}": value for part, value in pieces.projector.items()}
     header = AdapterHeader(
         groups=(*found, *tuning.groups),
         layers=pieces.layers,
@@ -148,6 +161,7 @@ def assemble(
         scale_side=tuning.scale_side,
         linears=tuning.linears,
         origin=name,
+        visual=pieces.visual,
         lora=tuning.lora,
     )
     if pieces.layers and pieces.layers[-1] >= base.shape["n_layers"]:

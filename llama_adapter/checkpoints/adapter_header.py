@@ -7,16 +7,15 @@ an adapter takes, and LoRA.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
-from itertools import pairwise
 from types import UnionType
 from typing import Any, get_args, get_origin
 
 from llama_adapter.adapter import VISUAL
 from llama_adapter.checkpoints.fingerprint import Fingerprint, sample_count
 from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, VisualConfig
+from llama_adapter.projector import projector_shapes
 from llama_adapter.tuning import GROUPS as TUNED
 from llama_adapter.tuning import Lora, Tuning, tuned_group
-from llama_adapter.vision import Scales
 
 FORMAT_VERSIONS = (1, 2, 3)
 PROMPT_KINDS = ("hidden",)
@@ -83,13 +82,8 @@ def _visual_gate_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
 
 def _projector_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
     assert header.visual is not None
-    outputs = header.visual.tokens * header.base.shape["dim"]
-    widths = (header.visual.features, *header.visual.hidden, outputs)
-    found: dict[str, tuple[int, ...]] = {}
-    for number, (inputs, outputs) in enumerate(pairwise(widths)):
-        found[f"projector.maps.{number}.weight"] = (outputs, inputs)
-        found[f"projector.maps.{number}.bias"] = (outputs,)
-    return found
+    shapes = projector_shapes(header.visual, header.base.shape["dim"])
+    return {f"projector.{name}": shape for name, shape in shapes.items()}
 
 
 def _tuned_shapes(group: str) -> Callable[[AdapterHeader], dict[str, tuple[int, ...]]]:
@@ -155,30 +149,11 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         added = ADDED[later].items()
         values |= {name: list(x) if isinstance(x, tuple) else x for name, x in added}
     _check_fields(AdapterHeader, values, f"{where}: header")
-    _check_fields(AdapterConfig, values["config"], f"{where}: config")
-    _check_fields(Fingerprint, values["base"], f"{where}: base")
-    base = Fingerprint(**values["base"] | {"samples": tuple(values["base"]["samples"])})
+    config = _built(AdapterConfig, values["config"], where, "config")
+    visual = _built(VisualConfig, values["visual"], where, "visual")
+    lora = _built(Lora, values["lora"], where, "lora")
+    base = _built(Fingerprint, values["base"], where, "base")
     _check_base(base, values["origin"], where)
-    visual, lora = values["visual"], values["lora"]
-    if visual is not None:
-        _check_fields(VisualConfig, visual, f"{where}: visual")
-        scales = visual["scales"]
-        if scales is not None:
-            _check_fields(Scales, scales, f"{where}: scales")
-            scales = scales | {"layers": tuple(scales["layers"])}
-        visual = visual | {"hidden": tuple(visual["hidden"]), "scales": scales}
-    if lora is not None:
-        _check_fields(Lora, lora, f"{where}: lora")
-        lora = lora | {"linears": tuple(lora["linears"])}
-    try:
-        config = AdapterConfig(**values["config"])
-        if visual is not None:
-            if visual["scales"] is not None:
-                visual["scales"] = Scales(**visual["scales"])
-            visual = VisualConfig(**visual)
-        lora = None if lora is None else Lora(**lora)
-    except ValueError as error:
-        raise ValueError(f"{where}: config: {error}") from None
     header = AdapterHeader(
         groups=tuple(values["groups"]),
         layers=tuple(values["layers"]),
@@ -201,6 +176,9 @@ def from_json(content: Any, where: str) -> AdapterHeader:
     images = () if visual is None else VISUAL if visual.fusion == "early" else VISUAL[:1]
     if tuple(group for group in header.groups if group in VISUAL) != images:
         raise ValueError(f"{where}: groups {header.groups} do not go with visual {visual}")
+    late = (1, config.prompt_length)
+    if visual is not None and visual.fusion == "late" and visual.tokens not in late:
+        raise ValueError(f"{where}: visual tokens must be one of {late}, got {visual.tokens}")
     if visual is not None and visual.layers > base.shape["n_layers"]:
         raise ValueError(
             f"{where}: visual layers must be at most {base.shape['n_layers']}, got {visual.layers}"
@@ -252,6 +230,28 @@ def _check_fields(kind: type, values: dict[str, Any], where: str) -> None:
         if not _fits(values[name], annotation):
             wanted = annotation.__name__ if isinstance(annotation, type) else annotation
             raise ValueError(f"{where}: {name} must be {wanted}, got {values[name]!r}")
+
+
+def _built(kind: type, values: Any, where: str, what: str) -> Any:
+    """A dataclass of the values that JSON holds, with those inside it; None where there is none.
+
+    Raises:
+        ValueError: a field is missing, surplus or of another type, or the class refuses a value.
+    """
+    if values is None:
+        return None
+    _check_fields(kind, values, f"{where}: {what}")
+    made: dict[str, Any] = {}
+    for spec in fields(kind):
+        value = values[spec.name]
+        for one in (spec.type, *get_args(spec.type)):
+            if isinstance(one, type) and is_dataclass(one) and value is not None:
+                value = _built(one, value, where, spec.name)
+        made[spec.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**made)
+    except ValueError as error:
+        raise ValueError(f"{where}: {what}: {error}") from None
 
 
 def _fits(value: Any, annotation: Any) -> bool:

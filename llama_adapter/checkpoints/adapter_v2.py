@@ -1,9 +1,9 @@
-"""The official version 2 adapters: chat65b's and the text part of multimodal 7B's.
+"""The official version 2 adapters: chat65b's and multimodal 7B's.
 
 chat65b       {"model": ...}, y = W (s * x) + b in every linear map of the layers
 layers.{}.attention.wq_bias, wq_scale and so on; norms; perhaps prompts and gates as version 1's
 multimodal    {"model": ..., "config": ...}, names under llama. (in old files llma.)
-biases of wq, wo, w1, w2, w3; norms; prompts and gates; a visual tower, which is not read
+biases of wq, wo, w1, w2, w3; norms; prompts and gates; the projector of adapter_visual.py
 layers.{}.attention.lora_wq_l1 (rank, in), lora_wq_l2 (out, rank) and so on, of tokens alone
 """
 
@@ -29,6 +29,7 @@ from llama_adapter.checkpoints.adapter_official import (
 from llama_adapter.checkpoints.adapter_source import (
     Source,
 )
+from llama_adapter.checkpoints.adapter_visual import PARTS, take_visual
 
 CHAT, MULTIMODAL = "chat65b", "multimodal"
 NORMS = {
@@ -52,7 +53,6 @@ for _name, _place in PLACES.items():
     _first, _second = (_place.replace(_name, f"lora_{_name}_l{n}.weight") for n in (1, 2))
     LORA_TABLE[_name] = (_first, _second)
 NEW_GATE = r"layers\.\d+\.attention\.new_gate"
-VISUAL = r"(clip|clip_proj|clip_proj_norm|visual_(query|blocks|proj|proj_norm))(\..*)?"
 PREFIXED = re.compile(r"(llama|llma)\.(.*)", re.DOTALL)
 
 
@@ -64,7 +64,7 @@ def matches_chat(source: Source) -> bool:
 
 def matches_multimodal(source: Source) -> bool:
     """Whether the names are multimodal 7B's."""
-    return any(PREFIXED.fullmatch(name) or re.match(VISUAL, name) for name in source.names)
+    return any(PREFIXED.fullmatch(name) or re.fullmatch(PARTS, name) for name in source.names)
 
 
 def read_chat(source: Source, options: ReadOptions) -> StoredAdapter:
@@ -81,7 +81,7 @@ def read_chat(source: Source, options: ReadOptions) -> StoredAdapter:
 
 
 def read_multimodal(source: Source, options: ReadOptions) -> StoredAdapter:
-    """Read the text part; errors as `adapter_formats.read_any_adapter`."""
+    """Read what `adapter_formats.read_any_adapter` opened; errors as there."""
     renamed = {}
     for name in source.names:
         match = PREFIXED.fullmatch(name)
@@ -93,42 +93,12 @@ def read_multimodal(source: Source, options: ReadOptions) -> StoredAdapter:
     pieces = Pieces()
     if source.drop(BASE_LINEARS):
         pieces.notes.append("left out: the base's own weights")
-    leave_out(
-        source,
-        "visual",
-        VISUAL,
-        options,
-        pieces.notes,
-        "the official code adds its output, of a black picture for a text, to the prompts",
-    )
     leave_out_new_gates(source, NEW_GATE, (1, 1, 1, 1), options, pieces.notes)
     n_layers = take_prompts(source, PROMPTS, GATE, options, pieces)
+    take_visual(source, "visual_query.weight", options, pieces)
     pieces.tuned = source.tuned(MULTIMODAL_TABLE, n_layers, "output")
     pieces.tuned |= source.lora(LORA_TABLE, n_layers)
     return assemble(source, MULTIMODAL, pieces, options, n_layers)
-
-
-def leave_out(
-    source: Source,
-    kind: str,
-    pattern: str,
-    options: ReadOptions,
-    notes: list[str],
-    why: str = "answers change without them",
-) -> None:
-    """Leave tensors aside that change the answers to a text, if the caller asked for it.
-
-    Raises:
-        ValueError: they are there, and nobody asked.
-    """
-    dropped = source.drop(pattern)
-    if dropped and kind not in options.leave_out:
-        raise ValueError(
-            f"{source.path} has {kind} tensors, as {dropped[0]}, which this package cannot run "
-            f"({why}): leave them out with --leave-out {kind} or leave_out=['{kind}']"
-        )
-    if dropped:
-        notes.append(f"left out: {len(dropped)} {kind} tensors, from {dropped[0]} on ({why})")
 
 
 def leave_out_new_gates(

@@ -22,8 +22,8 @@ def load_run_data(
         progress: show bars on stderr where it takes seconds; None shows them on a terminal.
 
     Returns:
-        The data, of whose digests one is the encoder's, and the pictures; None where the run takes
-        no images.
+        The data, whose digests are those of the encoder and of the pictures too, and the pictures;
+        None where the run takes no images.
 
     Raises:
         FileNotFoundError: a file or a folder does not exist.
@@ -58,5 +58,8 @@ def load_run_data(
             f"{config.data}: none of the {len(dataset.train)} records to train on has an image: "
             "leave out --images and --vision-model"
         )
-    encoder = {str(config.vision.vision_model): pictures.encoder.digest}
-    return replace(dataset, digests=dataset.digests | encoder), pictures
+    seen = {
+        str(config.vision.vision_model): pictures.encoder.digest,
+        str(config.vision.images): pictures.content,
+    }
+    return replace(dataset, digests=dataset.digests | seen), pictures

@@ -49,6 +49,9 @@ class ClipFeatures:
                 f"got {self.scales.layers}"
             )
         each = config.projection_dim if self.scales.project else config.hidden_size
+        if self.scales.pool == "tokens":
+            # the class token's and the patches'
+            each *= int(model.vision_model.embeddings.num_positions)
         self.width: int = each * len(self.scales.layers)
         prepared = sorted(processor.to_dict().items())
         self.digest = digest_of([*model.parameters()], self.scales, prepared)
@@ -98,12 +101,15 @@ class ClipFeatures:
         found = []
         for layer in self.scales.layers:
             state = states[layer]
-            x = state[:, 0] if self.scales.pool == "cls" else state[:, 1:].mean(1)
+            x = state
+            if self.scales.pool != "tokens":
+                x = state[:, 0] if self.scales.pool == "cls" else state[:, 1:].mean(1)
             if self.scales.post_norm:
                 x = encoder.post_layernorm(x)
             if self.scales.project:
                 x = self._model.visual_projection(x)
-            found.append(x / x.norm(dim=-1, keepdim=True) if self.scales.normalise else x)
+            x = x / x.norm(dim=-1, keepdim=True) if self.scales.normalise else x
+            found.append(x.flatten(1))
         return torch.cat(found, -1)
 
 

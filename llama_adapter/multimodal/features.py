@@ -49,16 +49,28 @@ class FeatureCache:
         """
         self._encoder, self._batch = encoder, batch_size
         self.folder = Path(folder) / encoder.digest
+        self._known: dict[str, str] = {}
 
-    def __call__(self, images: Sequence[str | Path]) -> Tensor:
+    @property
+    def known(self) -> str:
+        """Digest of the content of all files that are known, in the order of their names."""
+        digests = [digest for _, digest in sorted(self._known.items())]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def __call__(self, images: Sequence[str | Path], *, know: bool = False) -> Tensor:
         """Features (n, width) in float32 of image files, on the CPU.
+
+        Args:
+            images: the files.
+            know: keep their content's digests in memory: it is not read again from then on, unless
+                their features are lost.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: a file is no image.
+            ValueError: a file is no image, or has changed since it is known.
             OSError: the folder cannot be written.
         """
-        digests = [_digest(Path(image)) for image in images]
+        digests = [self._known.get(str(image)) or _digest(Path(image)) for image in images]
         found = {digest: self._read(digest) for digest in dict.fromkeys(digests)}
         missing = {
             digest: image
@@ -69,9 +81,14 @@ class FeatureCache:
         for start in range(0, len(names), self._batch):
             some = names[start : start + self._batch]
             features = self._encoder(self._encoder.pixels([missing[one] for one in some]))
+            for name in some:
+                if _digest(Path(missing[name])) != name:
+                    raise ValueError(f"{missing[name]}: was changed while it was in use")
             for name, row in zip(some, features.float().cpu(), strict=True):
                 self._write(name, row)
                 found[name] = row
+        if know:
+            self._known.update(zip(map(str, images), digests, strict=True))
         rows = [row for digest in digests if (row := found[digest]) is not None]
         return torch.stack(rows) if rows else torch.empty(0, self._encoder.width)
 

@@ -147,8 +147,16 @@ class Pictures:
         """Where an image lies; errors as `located`."""
         return located(image, self.root)
 
+    @property
+    def content(self) -> str:
+        """Digest of the content of all images that `unusable` has found usable."""
+        return self._cache.known
+
     def unusable(self, images: Iterable[str | Path]) -> dict[str, str]:
-        """Why images cannot be used, by their paths as given; those that can are absent."""
+        """Why images cannot be used, by their paths as given; those that can are absent.
+
+        Their features are in the cache then, and `content` is of them too.
+        """
         asked = list(dict.fromkeys(images))
         found: dict[str, str] = {}
         hidden = None if self._progress is None else not self._progress
@@ -161,7 +169,7 @@ class Pictures:
 
     def _problems(self, images: list[str | Path]) -> dict[str, str]:
         try:
-            self._cache([self.path(image) for image in images])
+            self._cache([self.path(image) for image in images], know=True)
         except (FileNotFoundError, ValueError) as error:
             if len(images) == 1:
                 return {str(images[0]): str(error)}

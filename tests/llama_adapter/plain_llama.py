@@ -93,16 +93,20 @@ class PlainLlama:
         if adapter is not None and layer in adapter.layers:
             row = adapter.layers.index(layer)
             rows = self.values["prompts"][row]
-            late = visual is not None and visual.ndim == 1
+            late = visual is not None and "visual_gates" not in self.values
             gate = self.gate(self.values["gates"][row])
             out = out + gate[:, None] * soft(*keys(rows + visual if late else rows))
-        if visual is not None and visual.ndim == 2 and layer < len(self.values["visual_gates"]):
-            gate = self.gate(self.values["visual_gates"][layer])
+        early = self.values.get("visual_gates", ())
+        if visual is not None and layer < len(early):
+            gate = self.gate(early[layer])
             out = out + gate[:, None] * soft(*keys(visual))
         return self.linear("wo", out.flatten(1), layer)
 
     def hidden(self, tokens: Tensor, visual: Tensor | None = None) -> Tensor:
-        """Final normed states (T, C) of tokens (T,), with an image's token (C,) or (P_v, C)."""
+        """Final normed states (T, C) of tokens (T,), with an image's token (C,) or (P_v, C).
+
+        Late, where there are no gates of images, it is added to the prompt rows.
+        """
         x = self.weights["tok_embeddings.weight"][tokens]
         for layer in range(self.config.n_layers):
             x = x + self.attention(self.norm("attention_norm", x, layer), layer, visual)

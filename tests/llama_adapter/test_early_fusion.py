@@ -178,6 +178,41 @@ def test_gradients_are_those_of_the_formula(
         )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gpu_computes_the_formula_and_its_gradients(form: str, tiny_model: Llama) -> None:
+    adapter = random_adapter(tiny_model.config, *FORMS[form])
+    values, ids = precise(adapter), tokens_of(tiny_model.config)
+    plain = PlainLlama(tiny_model, adapter, values)
+    with torch.no_grad():
+        tokens = adapter.visual_tokens(features(), PRESENT).double()
+    tokens.requires_grad_()
+    expected = torch.stack(
+        [plain.logits(ids[b], tokens[b] if PRESENT[b] else None) for b in range(3)]
+    )
+    expected.logsumexp(-1).sum().backward()
+    model, adapter = tiny_model.to("cuda"), adapter.to("cuda")
+    shown = tokens.detach().float().to("cuda").requires_grad_()
+    prompts = model.project(adapter, shown)
+    got = model(ids.to("cuda"), prompts)
+    torch.testing.assert_close(got.double().cpu(), expected.detach(), rtol=0, atol=1e-4)
+    got.logsumexp(-1).sum().backward()
+    pairs = [(shown.grad, tokens.grad)]
+    for name in ("prompts", "gates", "visual_gates"):
+        pairs.append((adapter.get_parameter(name).grad, values[name].grad))
+    for ours, theirs in pairs:
+        assert ours is not None
+        assert theirs is not None
+        error = float((ours.double().cpu() - theirs).abs().max())
+        assert error <= 1e-3 * float(theirs.abs().max())
+    with torch.no_grad():
+        cache = KVCache(model.config, 3, 64, device="cuda")
+        parts = [model(x, prompts, cache=cache) for x in ids.to("cuda").split([17, 1, 1, 2], 1)]
+    torch.testing.assert_close(
+        torch.cat(parts, 1).double().cpu(), expected.detach(), rtol=0, atol=1e-4
+    )
+
+
 def test_gates_of_zero_hide_the_image_and_are_the_first_to_learn(tiny_model: Llama) -> None:
     config = tiny_model.config
     adapter = Adapter(AdapterConfig(), config, visual=EARLY)
@@ -230,10 +265,10 @@ def test_groups_of_language_and_images_are_all_there_are(tiny_config: LlamaConfi
 @torch.no_grad()
 def test_tokens_of_another_fusion_are_refused(tiny_model: Llama) -> None:
     adapter = random_adapter(tiny_model.config, EARLY, None)
-    with pytest.raises(ValueError, match=r"\(B, P, C\) for early fusion, got \(3, 48\)"):
+    with pytest.raises(ValueError, match=r"\(B, P, C\) for this early fusion, got \(3, 48\)"):
         tiny_model.project(adapter, torch.randn(3, 48))
     late = Adapter(AdapterConfig(), tiny_model.config, visual=VisualConfig(11))
-    with pytest.raises(ValueError, match=r"\(B, C\) for late fusion, got \(3, 3, 48\)"):
+    with pytest.raises(ValueError, match=r"\(B, C\) for this late fusion, got \(3, 3, 48\)"):
         tiny_model.project(late, torch.randn(3, 3, 48))
 
 
@@ -286,9 +321,10 @@ def test_a_bank_serves_the_text_part_and_refuses_images(tiny_model: Llama) -> No
     ("arguments", "message"),
     [
         ({"fusion": "middle"}, r"fusion must be one of \('late', 'early'\), got 'middle'"),
-        ({"tokens": 2}, "tokens must be 1 and layers 0 for late fusion, got 2 and 0"),
-        ({"layers": 1}, "tokens must be 1 and layers 0 for late fusion, got 1 and 1"),
-        ({"fusion": "early"}, "layers at least 1 for early fusion, got 1 and 0"),
+        ({"layers": 1}, "at least 1 for early fusion and 0 for late, got 1 for late"),
+        ({"layers": -1}, "at least 1 for early fusion and 0 for late, got -1 for late"),
+        ({"fusion": "early"}, "at least 1 for early fusion and 0 for late, got 0 for early"),
+        ({"tokens": 0}, "tokens must be from 1 to 65536, got 0"),
         ({"fusion": "early", "layers": 1, "tokens": 0}, "tokens must be from 1 to 65536"),
     ],
 )

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from llama_adapter.adapter import Adapter
-from llama_adapter.config import PRESETS, AdapterConfig, VisualConfig
+from llama_adapter.cache import KVCache
+from llama_adapter.config import PRESETS, AdapterConfig, Resampler, VisualConfig
 from llama_adapter.model import Llama
 from llama_adapter.packing import Packing
-from llama_adapter.projector import Projector
+from llama_adapter.projector import Projector, QueryProjector, make_projector, projector_shapes
 from llama_adapter.tuning import Tuning
+from tests.llama_adapter.plain_llama import PlainLlama, precise
 
 
 def random_projector(features: int, dim: int) -> Projector:
@@ -148,3 +150,96 @@ def test_with_gates_of_zero_the_image_changes_nothing_and_learns_nothing_yet(
     for parameter in (adapter.prompts, *projector.parameters()):
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 0
+
+
+QUERIES = VisualConfig(4 * 9, (), "gelu", tokens=5, resampler=Resampler(9, 32, 2, 4))
+RELEASED = VisualConfig(257 * 768, (), "gelu", tokens=10, resampler=Resampler())
+
+
+def test_the_released_form_has_the_released_numbers() -> None:
+    with torch.device("meta"):
+        adapter = Adapter(AdapterConfig(n_layers=31), PRESETS["llama-7b"], visual=RELEASED)
+    counts = {name: sum(p.numel() for p in ps) for name, ps in adapter.groups().items()}
+    assert counts == {"prompts": 1_269_760, "gates": 992, "projector": 60_460_800}
+    # the official code also counts a gate of the first layer, which has no prompt
+    assert sum(counts.values()) + 32 == 61_731_584
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        QUERIES,
+        replace(QUERIES, fusion="early", tokens=3, layers=2),
+        replace(QUERIES, tokens=1),
+        VisualConfig(11, (7, 5)),
+        VisualConfig(11, (), tokens=5),
+        VisualConfig(11, (7,), fusion="early", tokens=3, layers=1),
+    ],
+)
+def test_shapes_are_those_of_the_module_and_of_its_tokens(config: VisualConfig) -> None:
+    before = torch.get_rng_state()
+    projector = make_projector(config, 48, generator=torch.Generator().manual_seed(1))
+    again = make_projector(config, 48, generator=torch.Generator().manual_seed(1))
+    if config.resampler is not None:
+        assert isinstance(projector, QueryProjector)
+        assert torch.equal(torch.get_rng_state(), before)
+    shapes = {name: tuple(p.shape) for name, p in projector.named_parameters()}
+    assert projector_shapes(config, 48) == shapes
+    for name, value in again.named_parameters():
+        assert torch.equal(value, projector.get_parameter(name))
+    got = projector(torch.randn(2, config.features).bfloat16())
+    assert got.shape == ((2, 48) if config.single else (2, config.tokens, 48))
+    assert got.dtype == torch.float32
+    assert got.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["queries", "cascade"])
+def test_a_token_for_each_prompt_row_is_added_to_its_own(kind: str, tiny_model: Llama) -> None:
+    """In every layout, with gradients; the sequence between has no image."""
+    config = QUERIES if kind == "queries" else VisualConfig(36, (7,), tokens=5)
+    g = torch.Generator().manual_seed(3)
+    settings = AdapterConfig(prompt_length=5, n_layers=2)
+    adapter = Adapter(settings, tiny_model.config, generator=g, visual=config)
+    with torch.no_grad():
+        adapter.gates.normal_(std=1.5, generator=g)
+    features, present = torch.randn(3, 36, generator=g), torch.tensor([True, False, True])
+    visual = adapter.visual_tokens(features, present)
+    assert visual.shape == (3, 5, 48)
+    assert not visual[1].any()
+    prompts, ids = tiny_model.project(adapter, visual), tokens(tiny_model)
+    plain = PlainLlama(tiny_model, adapter, precise(adapter))
+    expected = torch.stack([plain.logits(ids[b], visual[b].double()) for b in range(3)])
+    dense = tiny_model(ids, prompts)
+    torch.testing.assert_close(dense.double(), expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        cache = KVCache(tiny_model.config, 3, 64)
+        parts = [tiny_model(x, prompts, cache=cache) for x in ids.split([7, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1).double(), expected, rtol=0, atol=1e-5)
+    ends = torch.tensor([0, 9, 18, 27], dtype=torch.int32)
+    packing = Packing(torch.arange(9).repeat(3), ends, 9)
+    hidden = tiny_model.hidden_packed(ids.flatten(), packing, prompts)
+    packed = tiny_model.logits(hidden).view_as(expected)
+    torch.testing.assert_close(packed.double(), expected, rtol=0, atol=1e-5)
+    packed.logsumexp(-1).sum().backward()
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"resampler": Resampler(5, 32, 2, 4)}, "features a multiple of its inputs 5, got () and"),
+        ({"hidden": (64,)}, "hidden must be empty with a resampler, and features a"),
+    ],
+)
+def test_what_is_no_resampler_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace(QUERIES, **arguments)
+    with pytest.raises(ValueError, match="heads divide width, got 9, 32, 2 and 5"):
+        Resampler(9, 32, 2, 5)
+
+
+def test_as_many_tokens_as_rows_or_one(tiny_model: Llama) -> None:
+    with pytest.raises(ValueError, match="must be 1 or one for each of the 10 prompt rows, got 5"):
+        Adapter(AdapterConfig(), tiny_model.config, visual=QUERIES)

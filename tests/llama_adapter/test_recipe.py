@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from llama_adapter.config import VisualConfig
 from llama_adapter.data.feed import ORDERS
-from llama_adapter.recipe import JOINT, FinetuneConfig, learning_rate
+from llama_adapter.recipe import JOINT, FinetuneConfig, FusionOptions, learning_rate
 from llama_adapter.vision import VisionOptions
 
 PAPERS = FinetuneConfig(data=Path("a.json"), output=Path("run"))
@@ -36,6 +37,19 @@ def test_the_learning_rate_scales_with_the_effective_batch() -> None:
 
 def test_joint_orders_are_those_that_there_are() -> None:
     assert ("off", *ORDERS) == JOINT
+
+
+def test_early_fusion_has_the_papers_numbers() -> None:
+    assert VisualConfig(9, **FusionOptions().shape) == VisualConfig(9)
+    early = VisualConfig(9, **FusionOptions("early").shape)
+    assert (early.fusion, early.tokens, early.layers) == ("early", 20, 1)
+    other = FusionOptions("early", 3, 2, (7, 5)).shape
+    assert VisualConfig(9, **other) == VisualConfig(9, (7, 5), fusion="early", tokens=3, layers=2)
+    for wrong in (("early", 0), ("early", 3, 0), ("late", None, 1), ("deep",)):
+        with pytest.raises(ValueError, match="must be"):
+            FusionOptions(*wrong)
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 1 and"):
+        FusionOptions(projector_hidden=(64, 0))
 
 
 def test_paths_become_those_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +112,6 @@ def test_schedule_with_a_lower_limit_and_without_warmup_or_cosine() -> None:
             {"vision": VisionOptions(vision_model=Path("a"))},
             "images and vision_model must be given together, got vision_model = a",
         ),
-        ({"projector_hidden": (64, 0)}, "projector_hidden must be at least 1, got (64, 0)"),
         ({"recompute": "all"}, "recompute must be one of ('mlp', 'block'), got 'all'"),
         ({"save_every": 0}, "save_every must be at least 1, got 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),

@@ -24,7 +24,7 @@ from torch import nn
 from llama_adapter import assets
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints import load_base
-from llama_adapter.config import LlamaConfig, width_of
+from llama_adapter.config import AdapterConfig, LlamaConfig, VisualConfig, width_of
 from llama_adapter.model import Llama
 from llama_adapter.recipe import FinetuneConfig
 from llama_adapter.sharding import own_rows, project_in_place
@@ -160,6 +160,31 @@ def test_a_prompt_projected_in_its_layer_is_the_same(
         assert torch.equal(again.k, prompt.k)
         assert torch.equal(again.v, prompt.v)
         assert torch.equal(again.gate, prompt.gate)
+
+
+@pytest.mark.parametrize(
+    "visual",
+    [VisualConfig(7), VisualConfig(7, fusion="early", tokens=3, layers=2)],
+    ids=["late", "early"],
+)
+@torch.no_grad()
+def test_and_so_are_an_images_tokens(visual: VisualConfig, tiny_model: Llama) -> None:
+    g = torch.Generator().manual_seed(3)
+    settings = AdapterConfig(prompt_length=5, n_layers=3)
+    adapter = Adapter(settings, tiny_model.config, generator=g, visual=visual)
+    for name, parameter in adapter.named_parameters():
+        if "gates" in name:
+            parameter.normal_(std=1.5, generator=g)
+    present = torch.tensor([True, False])
+    tokens = adapter.visual_tokens(torch.randn(2, 7, generator=g), present)
+    ids = torch.randint(3, 300, (2, 19), generator=g)
+    expected = tiny_model(ids, tiny_model.project(adapter, tokens))
+    assert torch.equal(tiny_model(ids, project_in_place(tiny_model, adapter, tokens)), expected)
+    plain = tiny_model(ids, tiny_model.project(adapter))
+    assert [bool((a - b).abs().max() > 0.01) for a, b in zip(expected, plain, strict=True)] == [
+        True,
+        False,
+    ]
 
 
 def test_one_process_alone_cannot_shard(tmp_path: Path) -> None:

@@ -24,10 +24,11 @@ from llama_adapter.data.feed import ORDERS
 from llama_adapter.model import Llama
 from llama_adapter.multimodal.pictures import Pictures
 from llama_adapter.options import build, read_config
-from llama_adapter.recipe import FinetuneConfig
+from llama_adapter.recipe import FinetuneConfig, FusionOptions
 from llama_adapter.run_folder import Row
 from llama_adapter.trainer import Prepared, Trainer
 from llama_adapter.training import finetune
+from llama_adapter.tuning import TuningOptions
 from llama_adapter.vision import ScaleOptions, VisionOptions
 from tests.llama_adapter.clip_models import save_clip
 from tests.llama_adapter.test_resume import VOCABULARY, WordTokenizer
@@ -38,6 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*few optimiser steps to learn m
 COLOURS = {
     "stone": (200, 30, 20), "river": (20, 40, 220), "green": (10, 230, 40), "light": (0, 0, 0)
 }  # fmt: skip
+# groups beside prompts and gates
+V2 = ("bias", "scale", "norm")
 VARYING = ("time", "tokens_per_second", "tflops")
 
 
@@ -113,7 +116,7 @@ def config(tmp_path: Path, images: Path, clip: Path) -> Callable[..., FinetuneCo
             "adapter": AdapterConfig(prompt_length=3),
             "vision": VisionOptions(clip, images, tmp_path / "features"),
             "scales": ScaleOptions((2, 4), "mean", vision_normalise=True),
-            "projector_hidden": (7,),
+            "projector": FusionOptions(projector_hidden=(7,)),
         }
         return FinetuneConfig(**usual | changes)
 
@@ -131,7 +134,7 @@ def test_what_only_pictures_tell_is_learnt_from_them(
     more: dict[str, Any] = {"epochs": 110, "warmup_epochs": 10.0, "lr": 0.3, "val_size": 0}
     more["adapter"] = AdapterConfig(n_layers=4)
     items = [asked(name) for name in COLOURS]
-    own = config(items, projector_hidden=(32,), **more)
+    own = config(items, projector=FusionOptions(projector_hidden=(32,)), **more)
     state = torch.get_rng_state()
     result = finetune(own, base=base)
     assert torch.equal(torch.get_rng_state(), state)
@@ -202,19 +205,29 @@ def test_a_stopped_run_resumes_bitwise(
     assert result.val_losses[steps] == expected.val_losses[steps]
 
 
-def test_another_encoder_is_told_when_a_run_resumes(
+def test_another_encoder_or_picture_is_told_when_a_run_resumes(
     base: Base, config: Callable[..., FinetuneConfig], tmp_path: Path
 ) -> None:
     folder = save_clip(tmp_path / "encoder")
     own = config(mixed(), vision=VisionOptions(folder, tmp_path / "pictures", tmp_path / "f"))
     finetune(replace(own, max_steps=2), base=base)
-    for change in ({"scales": ScaleOptions((2, 3), "mean", vision_normalise=True)},
-                   {"projector_hidden": (5,)}, {"joint": "concat"}):  # fmt: skip
+    changes: list[dict[str, Any]] = [
+        {"scales": ScaleOptions((2, 3), "mean", vision_normalise=True)},
+        {"projector": FusionOptions(projector_hidden=(5,))},
+        {"joint": "concat"},
+    ]
+    for change in changes:
         with pytest.raises(ValueError, match=r"cannot resume .*: \S+ was .*, is now"):
             finetune(replace(own, **change), base=base, resume=True)
     # where its features are kept does not matter
     moved = replace(own, vision=replace(own.vision, feature_cache=tmp_path / "g"), max_steps=3)
     finetune(moved, base=base, resume=True)
+    stone, river = (tmp_path / "pictures" / "of" / f"{name}.png" for name in ("stone", "river"))
+    before = stone.read_bytes()
+    stone.write_bytes(river.read_bytes())
+    with pytest.raises(ValueError, match=r"the content of .*pictures has changed since the run"):
+        finetune(own, base=base, resume=True)
+    stone.write_bytes(before)
     save_clip(folder, seed=4)
     with pytest.raises(ValueError, match=f"the content of {folder} has changed since the run beg"):
         finetune(own, base=base, resume=True)
@@ -259,9 +272,20 @@ def test_pictures_and_their_options_go_together(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("joint", ORDERS)
+@pytest.mark.parametrize(
+    ("joint", "more"),
+    [
+        *((order, {}) for order in ORDERS),
+        # as in LLaMA-Adapter V2
+        ("concat", {"projector": FusionOptions("early", 3, 2), "tuning": TuningOptions(V2)}),
+    ],
+)
 def test_joint_training_steps_each_kinds_own_groups(
-    joint: str, base: Base, config: Callable[..., FinetuneConfig], monkeypatch: pytest.MonkeyPatch
+    joint: str,
+    more: dict[str, Any],
+    base: Base,
+    config: Callable[..., FinetuneConfig],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The other kind's tensors, moments and step counts keep every bit."""
     step, kinds = Trainer.step, []
@@ -291,7 +315,7 @@ def test_joint_training_steps_each_kinds_own_groups(
         return taken
 
     monkeypatch.setattr(Trainer, "step", watched)
-    own = config(mixed(), joint=joint, epochs=4, weight_decay=0.5)
+    own = config(mixed(), joint=joint, epochs=4, weight_decay=0.5, **more)
     result = finetune(own, base=base)
     pictured = int(result.dataset.with_image.sum())
     text = len(result.dataset.train) - pictured
@@ -305,11 +329,13 @@ def test_joint_training_steps_each_kinds_own_groups(
     assert [number > 0 for number in numbers] == [kind == "pictures" for kind in kinds]
     state = load_latest(own.output / "checkpoints")
     assert state is not None
-    counts = {
-        kind: {int(state.tensors[f"optimiser.{group}.0.step"]) for group in groups}
-        for kind, groups in (("text", ("prompts", "gates")), ("pictures", ("projector",)))
-    }
+    counts: dict[str, set[int]] = {"text": set(), "pictures": set()}
+    for name, value in state.tensors.items():
+        if name.endswith(".step"):
+            counts["pictures" if name.split(".")[1] in VISUAL else "text"].add(int(value))
     assert counts == {kind: {kinds.count(kind)} for kind in counts}
+    groups = {name.split(".")[1] for name in state.tensors if name.endswith(".step")}
+    assert groups == set(result.adapter.groups())
 
 
 @pytest.mark.slow

@@ -114,6 +114,55 @@ def lora_tensors(names: Callable[[str, str], tuple[str, str]]) -> dict[str, Tens
     return found
 
 
+CLIP_WIDTH, CLIP_TOKENS = 12, 257
+
+
+def visual_tensors(prefix: str = "", queries: str = "visual_query.weight") -> dict[str, Tensor]:
+    """Two blocks of 16 heads of width 2, ten queries, and what is before and after."""
+    source, width = generator(15), 32
+    shapes = {"clip_proj": (width, CLIP_WIDTH), "clip_proj_norm": (width,)}
+    for i in range(2):
+        at = f"visual_blocks.{i}"
+        shapes |= {f"{at}.norm1": (width,), f"{at}.norm2": (width,)}
+        shapes |= {f"{at}.attn.qkv": (3 * width, width), f"{at}.attn.proj": (width, width)}
+        shapes |= {f"{at}.mlp.fc1": (4 * width, width), f"{at}.mlp.fc2": (width, 4 * width)}
+    shapes |= {"visual_proj": (32, width), "visual_proj_norm": (32,)}
+    found = {f"{prefix}{queries}": torch.randn(PROMPT_LENGTH, width, generator=source)}
+    for name, shape in shapes.items():
+        scale = 0.5 if len(shape) == 1 else shape[-1] ** -0.5
+        value = torch.randn(shape, generator=source) * scale
+        found[f"{prefix}{name}.weight"] = value + 1.0 if len(shape) == 1 else value
+        found[f"{prefix}{name}.bias"] = torch.randn(shape[0], generator=source) * 0.3
+    return found
+
+
+def see(tensors: Mapping[str, Tensor], queries: str, tokens: Tensor) -> Tensor:
+    """(P, C) of the tokens (S, E) of one image, as the official code computes it, in float64."""
+    t = {name: value.double() for name, value in tensors.items()}
+
+    def apply(name: str, x: Tensor) -> Tensor:
+        return x @ t[f"{name}.weight"].T + t[f"{name}.bias"]
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return x * t[f"{name}.weight"] + t[f"{name}.bias"]
+
+    x = torch.cat([t[queries], norm("clip_proj_norm", apply("clip_proj", tokens.double()))])
+    for i in range(2):
+        at = f"visual_blocks.{i}"
+        q, k, v = apply(f"{at}.attn.qkv", norm(f"{at}.norm1", x)).chunk(3, -1)
+        heads = []
+        for own in range(0, x.shape[1], x.shape[1] // 16):
+            part = slice(own, own + x.shape[1] // 16)
+            scores = q[:, part] @ k[:, part].T / math.sqrt(x.shape[1] // 16)
+            heads.append(scores.softmax(-1) @ v[:, part])
+        x = x + apply(f"{at}.attn.proj", torch.cat(heads, 1))
+        inner = apply(f"{at}.mlp.fc1", norm(f"{at}.norm2", x))
+        inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
+        x = x + apply(f"{at}.mlp.fc2", inner)
+    return norm("visual_proj_norm", apply("visual_proj", x[:PROMPT_LENGTH]))
+
+
 def accessory_tensors() -> dict[str, Tensor]:
     source = generator(11)
     return bias_tensors("llma.") | {

@@ -129,8 +129,11 @@ def test_images_fused_early_keep_their_gates(scope: str, tiny_model: Llama, tmp_
     for change, message in (
         ({"groups": ["prompts", "gates", "projector"]}, "do not go with visual VisualConfig"),
         ({"visual": content["visual"] | {"layers": 5}}, "visual layers must be at most 4, got 5"),
-        ({"visual": content["visual"] | {"layers": 0}}, "layers at least 1 for early fusion"),
-        ({"visual": content["visual"] | {"fusion": "late"}}, "tokens must be 1 and layers 0"),
+        ({"visual": content["visual"] | {"layers": 0}}, "layers must be at least 1 for early"),
+        (
+            {"visual": content["visual"] | {"fusion": "late"}},
+            "1 for early fusion and 0 for late",
+        ),
         ({"visual": content["visual"] | {"fusion": "deep"}}, "fusion must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -144,7 +147,7 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"groups": ["prompts", "gates"]}, "do not go with visual VisualConfig"),
     ({"visual": {"features": 11}}, "visual has missing fields: activation, encoder, fusion, hid"),
     ({"visual": SEEN | {"scales": {"pool": "cls"}}}, "scales has missing fields: layers"),
-    ({"visual": SEEN | {"scales": SCALES | {"layers": [0]}}}, "config: layers must be numbers"),
+    ({"visual": SEEN | {"scales": SCALES | {"layers": [0]}}}, "scales: layers must be numbers"),
     ({"visual": SEEN | {"scales": SCALES | {"layers": 4}}}, "scales: layers must be .*, got 4"),
     ({"visual": "clip"}, "visual must be .*VisualConfig.*, got 'clip'"),
     ({"format_version": 2}, "header has unknown fields: lora, visual"),

@@ -82,7 +82,6 @@ def test_multimodal_has_biases_without_key_and_value(prefix: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "extra"),
     [
-        ("visual", {"visual_query.weight": torch.randn(10, 8), "clip_proj.bias": torch.randn(8)}),
         ("new_gate", {"llama.layers.3.attention.new_gate": torch.full((1, 1, 1, 1), 0.5)}),
     ],
 )

@@ -60,6 +60,7 @@ def test_every_picture_is_encoded_before_a_run(tmp_path: Path, base: Base) -> No
     assert pictures is not None
     assert len(list(cache.rglob("*.npy"))) == 3
     assert dataset.digests[str(clip)] == pictures.encoder.digest
+    assert dataset.digests[str(images)] == pictures.content
     assert [problem.index for problem in dataset.problems[str(run.data)]] == [3]
     assert "3.png: no such file" in dataset.problems[str(run.data)][0].reason
     assert dataset.with_image.all()

@@ -27,6 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Scales((2, 4)),
         Scales((1, 3, 4), pool="mean", normalise=True),
         Scales((2, 4), post_norm=True, project=True),
+        Scales((4, 2), pool="tokens", post_norm=True, project=True),
+        Scales((3,), pool="tokens", normalise=True),
     ],
 )
 @torch.no_grad()
@@ -44,13 +46,16 @@ def test_features_are_the_encoders_layer_by_layer(folder: Path, scales: Scales) 
         x = out[0] if isinstance(out, tuple) else out
         if number not in scales.layers:
             continue
-        one = x[:, 0] if scales.pool == "cls" else x[:, 1:].mean(1)
+        one = {"cls": x[:, 0], "mean": x[:, 1:].mean(1), "tokens": x}[scales.pool]
         if scales.project:
             one = model.visual_projection(vision.post_layernorm(one))
-        found.append(one / one.norm(dim=-1, keepdim=True) if scales.normalise else one)
-    torch.testing.assert_close(got, torch.cat(found, -1), rtol=0, atol=1e-5)
+        one = one / one.norm(dim=-1, keepdim=True) if scales.normalise else one
+        # the class token's first, then the patches', each side by side
+        found.append((number, one.flatten(1)))
+    order = [dict(found)[number] for number in scales.layers]
+    torch.testing.assert_close(got, torch.cat(order, -1), rtol=0, atol=1e-5)
     # the last scale of what CLIP itself calls an image's embedding
-    if scales.project:
+    if scales.project and scales.pool == "cls":
         width = SHAPE["projection_dim"]
         torch.testing.assert_close(got[:, -width:], model(pixels).image_embeds, rtol=0, atol=1e-5)
 

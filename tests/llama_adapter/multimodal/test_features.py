@@ -89,6 +89,31 @@ def test_a_file_that_is_not_there_is_named(images: list[Path], tmp_path: Path) -
         FeatureCache(tmp_path, Bytes())([images[0], tmp_path / "absent.png"])
 
 
+def test_files_that_are_known_are_not_read_again(images: list[Path], tmp_path: Path) -> None:
+    encoder = Bytes()
+    cache = FeatureCache(tmp_path / "cache", encoder)
+    right = cache(images, know=True)
+    content = cache.known
+    held = images[3].read_bytes()
+    images[3].write_bytes(b"other image")
+    assert torch.equal(cache(images), right)
+    assert cache.known == content
+    # its content has other features, which are not kept as those of the first
+    for path in cache.folder.rglob("*.npy"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"3\.png: was changed while it was in use"):
+        cache(images)
+    again = FeatureCache(tmp_path / "cache", encoder)
+    again(images, know=True)
+    assert again.known != content
+    images[3].write_bytes(held)
+    assert torch.equal(cache(images), right)
+    # whoever knows nothing reads everything
+    other = FeatureCache(tmp_path / "cache", encoder)
+    other(images)
+    assert other.known == FeatureCache(tmp_path, encoder).known != content
+
+
 def test_a_digest_is_of_all_that_decides() -> None:
     weights = [torch.randn(3, 4), torch.randn(2).bfloat16()]
     first = digest_of(weights, "scales")
