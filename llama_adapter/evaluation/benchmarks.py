@@ -72,6 +72,13 @@ class DataOptions:
         default=None,
         metadata={"help": "text behind every question, in the benchmarks that have none"},
     )
+    choose: bool = field(
+        default=False,
+        metadata={
+            "help": "take the option with the least loss in place of a generated answer, of "
+            "mmbench and scienceqa"
+        },
+    )
     blind: bool = field(default=False, metadata={"help": "answer without the images"})
 
 
@@ -96,6 +103,7 @@ class Benchmark:
         takes, needs: the data options that it reads besides data and output; those it needs.
         images: whether its questions are about images.
         root: the folder of the images where it is not the option's.
+        options: outputs that an item's question can have, by the prediction that each stands for.
         check: raises where something lacks that scoring needs.
     """
 
@@ -114,6 +122,7 @@ class Benchmark:
     needs: tuple[str, ...] = ()
     images: bool = True
     root: Callable[[DataOptions], Path] | None = None
+    options: Callable[[Item], Mapping[str, str]] | None = None
     check: Callable[[DataOptions], None] | None = None
 
 
@@ -242,7 +251,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         _write_scienceqa,
         wrapped=False,
         aggregate=scienceqa.aggregate,
-        takes=("split", "fallback"),
+        takes=("split", "fallback", "choose"),
+        options=scienceqa.targets_of,
     ),
     "mme": Benchmark(
         lambda options, images: mme.load(options.data),
@@ -261,7 +271,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         "mmbench.tsv",
         _written(mmbench.write),
         aggregate=_aggregate_mmbench,
-        takes=("suffix",),
+        takes=("suffix", "choose"),
+        options=lambda item: item["options"],
         root=_pictures_of,
     ),
     "pope": Benchmark(

@@ -21,6 +21,7 @@ from llama_adapter.completion import encode_prompt
 from llama_adapter.data.template import prompt_text
 from llama_adapter.evaluation.benchmark_files import FileProblem
 from llama_adapter.evaluation.benchmarks import BENCHMARKS, Benchmark, DataOptions
+from llama_adapter.evaluation.choosing import likeliest
 from llama_adapter.evaluation.runner import SCORES_FILE, Evaluation, Item, evaluate
 from llama_adapter.options import UsageError, add_options, build
 from llama_adapter.sampling import SamplingConfig
@@ -44,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for cls in (DataOptions, ModelOptions, VisionOptions, SamplingConfig):
         add_options(parser, cls)
+    own = "; ".join(
+        f"{name}: temperature {one.sampling.temperature:g}, {one.sampling.max_new_tokens} tokens"
+        for name, one in BENCHMARKS.items()
+    )
+    parser.epilog = f"Without sampling options a benchmark has its own. {own}."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,11 +84,11 @@ def run(options: argparse.Namespace) -> int:
         problems += unseen
     texts = {item["id"]: _text(benchmark, data, item) for item in items if "given" not in item}
     if answerer is not None:
-        problems += _too_long(texts, items, answerer, data)
+        problems += _too_long(benchmark, data, texts, items, answerer)
     _report(problems, data, strict=options.strict)
     evaluation = evaluate(
         items,
-        _predictor(items, texts, answerer, sampling, seeing),
+        _predictor(benchmark, data, items, texts, answerer, sampling, seeing),
         lambda item, prediction: benchmark.score(item, prediction, data),
         data.output,
         settings=_settings(name, data, model, answerer, sampling, seeing),
@@ -150,15 +156,25 @@ def _text(benchmark: Benchmark, data: DataOptions, item: Item) -> str:
     return prompt_text(question) if benchmark.wrapped else question
 
 
+def _outputs(benchmark: Benchmark, data: DataOptions, item: Item) -> Mapping[str, str]:
+    """What is chosen from, by the prediction that it stands for; nothing where it is generated."""
+    return {} if benchmark.options is None or not data.choose else benchmark.options(item)
+
+
 def _too_long(
-    texts: dict[str, str], items: Sequence[Item], answerer: Answerer, data: DataOptions
+    benchmark: Benchmark,
+    data: DataOptions,
+    texts: dict[str, str],
+    items: Sequence[Item],
+    answerer: Answerer,
 ) -> list[FileProblem]:
     """Take out the texts that leave no room for an answer, which is empty then, and say so."""
     context = answerer.base.model.config.max_seq_len
     problems = []
     for position, item in enumerate(items):
         name = item["id"]
-        count = len(encode_prompt(texts[name], answerer.base.tokenizer, f"item {name!r}"))
+        whole = texts[name] + max(_outputs(benchmark, data, item).values(), key=len, default="")
+        count = len(encode_prompt(whole, answerer.base.tokenizer, f"item {name!r}"))
         if count >= context:
             del texts[name]
             reason = (
@@ -187,6 +203,8 @@ def _report(problems: Sequence[FileProblem], data: DataOptions, *, strict: bool)
 
 
 def _predictor(
+    benchmark: Benchmark,
+    data: DataOptions,
     items: Sequence[Item],
     texts: Mapping[str, str],
     answerer: Answerer | None,
@@ -200,12 +218,14 @@ def _predictor(
         asked = [item for item in batch if item["id"] in texts]
         found = {item["id"]: item.get("given", "") for item in batch}
         if asked and answerer is not None:
-            answers = answerer.answers(
-                [texts[item["id"]] for item in asked],
-                sampling,
-                images=[item.get("image") if seeing else None for item in asked],
-                row_seeds=[places[item["id"]] for item in asked],
-            )
+            prompts = [texts[item["id"]] for item in asked]
+            images = [item.get("image") if seeing else None for item in asked]
+            options = [_outputs(benchmark, data, item) for item in asked]
+            if all(options):
+                answers = likeliest(answerer, prompts, options, images)
+            else:
+                seeds = [places[item["id"]] for item in asked]
+                answers = answerer.answers(prompts, sampling, images=images, row_seeds=seeds)
             found |= {item["id"]: text.strip() for item, text in zip(asked, answers, strict=True)}
         return [found[item["id"]] for item in batch]
 
@@ -235,6 +255,7 @@ def _settings(
         "quantize": model.quantize,
         "vision_model": answerer.pictures.encoder.digest if seeing else None,
         "suffix": data.suffix,
+        "choose": data.choose,
         **asdict(sampling),
     }
 
