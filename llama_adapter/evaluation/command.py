@@ -20,7 +20,12 @@ from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.completion import encode_prompt
 from llama_adapter.data.template import prompt_text
 from llama_adapter.evaluation.benchmark_files import FileProblem
-from llama_adapter.evaluation.benchmarks import BENCHMARKS, Benchmark, DataOptions
+from llama_adapter.evaluation.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    DataOptions,
+    question_of,
+)
 from llama_adapter.evaluation.choosing import likeliest
 from llama_adapter.evaluation.runner import SCORES_FILE, Evaluation, Item, evaluate
 from llama_adapter.options import UsageError, add_options, build
@@ -77,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     # where nobody looks at the images they need not be there
     images = None if root is None or not seeing else root.absolute()
     items, problems = benchmark.load(data, images)
-    items = [_relative(item, images) for item in items]
+    items = [relative(item, images) for item in items]
     seeing = seeing and any(item.get("image") for item in items)
     if seeing and answerer is not None:
         items, unseen = _with_images(items, answerer, data)
@@ -124,7 +129,7 @@ def _check(
             raise UsageError(str(error)) from error
 
 
-def _relative(item: Item, root: Path | None) -> Item:
+def relative(item: Item, root: Path | None) -> Item:
     """An item that names its image from the root on: a run's folder and data may move."""
     image = item.get("image")
     if image is None or root is None:
@@ -153,9 +158,7 @@ def _with_images(
 
 
 def _text(benchmark: Benchmark, data: DataOptions, item: Item) -> str:
-    question = benchmark.question(item)
-    if data.suffix:
-        question = f"{question} {data.suffix}"
+    question = question_of(benchmark, item, data)
     return prompt_text(question) if benchmark.wrapped else question
 
 
