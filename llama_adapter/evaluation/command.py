@@ -86,18 +86,21 @@ def run(options: argparse.Namespace) -> int:
     if answerer is not None:
         problems += _too_long(benchmark, data, texts, items, answerer)
     _report(problems, data, strict=options.strict)
-    evaluation = evaluate(
-        items,
-        _predictor(benchmark, data, items, texts, answerer, sampling, seeing),
-        lambda item, prediction: benchmark.score(item, prediction, data),
-        data.output,
-        settings=_settings(name, data, model, answerer, sampling, seeing),
-        batch_size=options.batch_size,
-        batch_key=lambda item: len(texts.get(item["id"], "")),
-        aggregate=benchmark.aggregate,
-        corpus=benchmark.corpus,
-        progress=None if options.quiet else name,
-    )
+    try:
+        evaluation = evaluate(
+            items,
+            _predictor(benchmark, data, items, texts, answerer, sampling, seeing),
+            lambda item, prediction: benchmark.score(item, prediction, data),
+            data.output,
+            settings=_settings(name, data, model, answerer, sampling, seeing),
+            batch_size=options.batch_size,
+            batch_key=lambda item: len(texts.get(item["id"], "")),
+            aggregate=benchmark.aggregate,
+            corpus=benchmark.corpus,
+            progress=None if options.quiet else name,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped: the same command goes on from {data.output}") from None
     _finish(name, benchmark, data, items, evaluation, _called(model, data))
     return 0
 
@@ -254,6 +257,7 @@ def _settings(
         "dtype": str(base.model.output_weight.dtype).removeprefix("torch."),
         "quantize": model.quantize,
         "vision_model": answerer.pictures.encoder.digest if seeing else None,
+        "images": answerer.pictures.content if seeing else None,
         "suffix": data.suffix,
         "choose": data.choose,
         **asdict(sampling),
