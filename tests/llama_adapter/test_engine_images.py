@@ -144,6 +144,37 @@ def test_a_replaced_adapter_keeps_its_pictures(
         assert tokens == alone(tiny_model, tiny_tokenizer, "green light", prompts)
 
 
+def test_who_leaves_frees_its_pictures_row(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    """Cancelled while it waits, while its prompt is read and while it is answered."""
+    bank = AdapterBank(tiny_model, capacity=2, prompt_length=3)
+    bank.load("a", random_adapter(tiny_config, 1, LATE))
+    (image,) = images(1)
+    for steps in (0, 1, 3):
+        engine = Engine(tiny_model, tiny_tokenizer, bank=bank, pool_tokens=256, prefill_chunk=2)
+        first, second = (
+            engine.submit("green light", GREEDY, adapter="a", image=image) for _ in range(2)
+        )
+        for _ in range(steps):
+            engine.step()
+        # one row for two pictures: the second waits for the first
+        assert engine.waiting == (1 if steps else 2)
+        engine.cancel(first)
+        done = {p.row: p.completion for p in engine.run() if p.completion is not None}
+        prompts = tiny_model.project(
+            random_adapter(tiny_config, 1, LATE),
+            random_adapter(tiny_config, 1, LATE).visual_tokens(image[None]),
+        )
+        assert done[second].tokens == alone(tiny_model, tiny_tokenizer, "green light", prompts)
+        own = bank.acquire("a")
+        bank.release(bank.see(own, image))
+        bank.release(own)
+    bank.unload("a")
+    bank.load("b", random_adapter(tiny_config, 2, None))
+    bank.load("c", random_adapter(tiny_config, 3, None))
+
+
 def test_what_cannot_be_seen_is_refused(
     tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
 ) -> None:
@@ -162,9 +193,11 @@ def test_what_cannot_be_seen_is_refused(
         with pytest.raises(ValueError, match=message):
             engine.submit("green light", GREEDY, **arguments)
     # without a row for it nobody would ever make one
+    engine = Engine(tiny_model, tiny_tokenizer, bank=bank, pool_tokens=256, max_waiting=3)
     ticket = engine.submit("green light", GREEDY, adapter="a", image=image)
+    # who asks after it is not told of it
     other = engine.submit("green light", GREEDY, adapter="text")
-    with pytest.raises(BankFull, match="a free row for an image, got 2 of 2 in use"):
+    with pytest.raises(BankFull, match="a free row for an image, got none and no request"):
         engine.step()
     done = {p.row: p.completion for p in engine.run() if p.completion is not None}
     assert done[ticket].finish_reason == "error"
