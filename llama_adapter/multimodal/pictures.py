@@ -96,13 +96,22 @@ class Pictures:
                     f"that takes {visual.features} numbers of its maker's own"
                 )
         try:
+            from transformers.utils import logging
+
             from llama_adapter.multimodal.clip import ClipFeatures
         except ImportError as error:
             raise ValueError(
                 f"images need transformers and Pillow ({error}): "
                 "pip install 'llama-adapter-kernels[hf]'"
             ) from error
-        encoder = ClipFeatures.load(options.vision_model, scales, device=device)
+        # a bar of its own, of a second's work, which no option of ours would hide
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            encoder = ClipFeatures.load(options.vision_model, scales, device=device)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
         found = cls(
             encoder,
             options.feature_cache,
