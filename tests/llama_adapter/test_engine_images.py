@@ -1,5 +1,6 @@
 """Requests with pictures share an engine with others, and each gets what the model alone gives."""
 
+import random
 from typing import Any
 
 import pytest
@@ -212,3 +213,47 @@ def test_what_cannot_be_seen_is_refused(
     for number in (-1, 5):
         with pytest.raises(ValueError, match=f"visual_layers must be from 0 to 4, got {number}"):
             AdapterBank(tiny_model, capacity=1, visual_layers=number)
+
+
+def rounds(
+    model: Llama, tokenizer: Tokenizer, config: LlamaConfig, *, graphs: bool
+) -> list[tuple[int, ...]]:
+    """Tokens of 30 requests, with pictures and without, that come while others run."""
+    device = model.output_weight.device
+    bank = AdapterBank(model, capacity=5, prompt_length=3, visual_layers=2, visual_tokens=3)
+    for seed, (name, visual) in enumerate((("late", LATE), ("early", EARLY))):
+        bank.load(name, random_adapter(config, seed, visual).to(device))
+    engine = Engine(
+        model, tokenizer, bank=bank, pool_tokens=1024, max_batch=5, prefill_chunk=9, graphs=graphs
+    )
+    engine.warmup()
+    seen, rng = images(4), random.Random(1)
+    pieces, tickets = [], []
+    for _ in range(30):
+        name = rng.choice(["late", "early", None])
+        image = seen[rng.randrange(4)] if name and rng.random() < 0.6 else None
+        text = " ".join(rng.choices(["green", "light", "river", "stone"], k=rng.choice([1, 5])))
+        tickets.append(engine.submit(text, GREEDY, adapter=name, image=image))
+        pieces += engine.step()
+    pieces += engine.run()
+    done = {piece.row: piece.completion for piece in pieces if piece.completion is not None}
+    return [done[ticket].tokens for ticket in tickets]
+
+
+def test_more_pictures_than_rows(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    found = rounds(tiny_model, tiny_tokenizer, tiny_config, graphs=False)
+    assert len(found) == 30
+    assert len(set(found)) > 15
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_token_of_a_picture(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    model = tiny_model.to("cuda")
+    eager, replayed = (
+        rounds(model, tiny_tokenizer, tiny_config, graphs=graphs) for graphs in (False, True)
+    )
+    assert eager == replayed
