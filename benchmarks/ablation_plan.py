@@ -6,8 +6,8 @@ and (method, learning rate). Cells of several experiments may ask for the same r
 
 from dataclasses import dataclass
 
-from benchmarks.ablation_report import Setting
 from benchmarks.ablation_runs import Run
+from benchmarks.run_table import Cell
 from llama_adapter.recipe import FinetuneConfig
 
 
@@ -72,16 +72,7 @@ QUICK = Plan(
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One place in one experiment's table, for one seed; cells may share a run."""
-
-    experiment: str
-    setting: Setting
-    run: Run
-
-
-def cells(plan: Plan, recipe: FinetuneConfig, n_layers: int, rms: float) -> list[Cell]:
+def cells(plan: Plan, recipe: FinetuneConfig, n_layers: int, rms: float) -> list[Cell[Run]]:
     """All cells, seed by seed, so that an unfinished table has every setting early.
 
     Args:

@@ -49,7 +49,7 @@ class Section:
 
     def text(self) -> str:
         """Markdown."""
-        lines = [f"## {self.title}", "", *_table(self.header, self.table)]
+        lines = [f"## {self.title}", "", *markdown_table(self.header, self.table)]
         for claim in self.claims:
             lines += [
                 "",
@@ -60,7 +60,8 @@ class Section:
         return "\n".join([*lines, ""])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, its columns aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return [
@@ -109,9 +110,10 @@ def best_rate(rows: Rows, what: Setting) -> float:
     return max((setting[-1] for setting in rows if setting[:-1] == what), key=rank)
 
 
-def _figure(
+def new_figure(
     columns: int = 1, width: float = 6.0, sharey: bool = False
 ) -> tuple[Figure, list[Axes]]:
+    """A figure, and its panels side by side."""
     figure = Figure(figsize=(width * columns, 4.2), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, sharey=sharey)[0]
     for one in axes:
@@ -119,7 +121,7 @@ def _figure(
     return figure, list(axes)
 
 
-def _line(axes: Axes, x: Sequence[float], spreads: Sequence[Spread], **style: Any) -> None:
+def draw_line(axes: Axes, x: Sequence[float], spreads: Sequence[Spread], **style: Any) -> None:
     """Medians as a line, lowest to highest as bars."""
     middle = [s.median for s in spreads]
     errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
@@ -146,9 +148,9 @@ def layers_section(rows: Rows, base: Row) -> Section:
         ]
         for count in counts
     ]
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     found = [accuracy[count] for count in counts]
-    _line(axes, counts, found, color=COLOURS["zero_init"], label="adapter")
+    draw_line(axes, counts, found, color=COLOURS["zero_init"], label="adapter")
     axes.axhline(base["accuracy"], color="black", linestyle=":", label="untouched base")
     axes.set(
         title="Inserted layers (Table 3)",
@@ -168,7 +170,7 @@ def layers_section(rows: Rows, base: Row) -> Section:
 
 
 def _loss_curves(rows: Rows, scales: Sequence[float]) -> Figure:
-    figure, panels = _figure(len(scales), 3.4, sharey=True)
+    figure, panels = new_figure(len(scales), 3.4, sharey=True)
     for axes, scale in zip(panels, scales, strict=True):
         for kind, label in KINDS.items():
             curves = [row["losses"] for row in rows[(kind, scale)]]
@@ -212,11 +214,11 @@ def zero_init_section(rows: Rows, base: Row) -> Section:
         ]
         for kind, scale, lr in sorted(rows, key=lambda s: (s[1], list(KINDS).index(s[0]), s[2]))
     ]
-    figure, (axes,) = _figure()
+    figure, (axes,) = new_figure()
     for offset, (kind, label) in zip((0.97, 1.0, 1.03), KINDS.items(), strict=True):
         found = [results[kind][scale].accuracy for scale in scales]
         # side by side, so that no bar hides another
-        _line(axes, [offset * s for s in scales], found, color=COLOURS[kind], label=label)
+        draw_line(axes, [offset * s for s in scales], found, color=COLOURS[kind], label=label)
     axes.axhline(base["accuracy"], color="black", linestyle=":", label="untouched base")
     axes.set_xscale("log", base=2)
     axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
@@ -268,13 +270,13 @@ def longer_section(rows: Rows, base: Row) -> Section:
         ]
         for count in epochs
     ]
-    figure, (left, right) = _figure(2, 5.0)
-    _line(left, epochs, [fits[e].train for e in epochs], label="training", color="#777777")
-    _line(left, epochs, [fits[e].held_out for e in epochs], label="held out", color="#1f6fb4")
+    figure, (left, right) = new_figure(2, 5.0)
+    draw_line(left, epochs, [fits[e].train for e in epochs], label="training", color="#777777")
+    draw_line(left, epochs, [fits[e].held_out for e in epochs], label="held out", color="#1f6fb4")
     left.axhline(base["held_out_loss"], color="black", linestyle=":", label="untouched base")
     left.set(title="Longer training (Table 6)", ylabel="loss, nats per token", ylim=(0, None))
     left.legend(loc="upper right", bbox_to_anchor=(1.0, 0.93))
-    _line(right, epochs, [fits[e].accuracy for e in epochs], color="#1f6fb4")
+    draw_line(right, epochs, [fits[e].accuracy for e in epochs], color="#1f6fb4")
     right.axhline(base["accuracy"], color="black", linestyle=":")
     right.set(ylabel="held-out exact match", ylim=(0, 1.03))
     for axes in (left, right):
@@ -327,7 +329,7 @@ def methods_section(rows: Rows, base: Row) -> Section:
                 spread(found, "held_out_loss").show(),
             ]
         )
-    figure, panels = _figure(3, 3.6)
+    figure, panels = new_figure(3, 3.6)
     names = ["LLaMA-\nAdapter", "LoRA", "full"]
     values = {
         "trained parameters": [Spread.of([float(methods[m].parameters)]) for m in METHODS],

@@ -8,7 +8,6 @@ without its separate softmax, PEFT's LoRA, or every weight. All take the same st
 import copy
 import math
 import random
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -360,12 +359,6 @@ def measure(lab: Laboratory, run: Run) -> Row:
 
 def _finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
-
-
-def start_worker() -> None:
-    """Set up a worker process: one thread, and Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
 
 
 def measure_in_process(base: Path, held_out: int | None, run: Run) -> tuple[Run, Row]:

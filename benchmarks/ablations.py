@@ -10,21 +10,20 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.ablation_plan import FULL, QUICK, Cell, Plan, cells
-from benchmarks.ablation_report import SECTIONS, Setting, picture
+from benchmarks.ablation_plan import FULL, QUICK, Plan, cells
+from benchmarks.ablation_report import SECTIONS, Section, picture
 from benchmarks.ablation_runs import (
     LORA,
     Laboratory,
@@ -35,8 +34,8 @@ from benchmarks.ablation_runs import (
     measure,
     measure_in_process,
     score,
-    start_worker,
 )
+from benchmarks.run_table import Cell, Results, execute, section_of
 from llama_adapter import assets
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
@@ -45,99 +44,6 @@ from llama_adapter.run_folder import describe_environment
 RESULTS = Path(__file__).parent / "results" / "cpu"
 QUICK_RESULTS = Path("runs") / "ablations-quick"
 TRIAL = ("", "This is the reduced form: it tries the machinery out, its verdicts mean nothing.")
-
-
-class Results:
-    """The rows measured so far, and the file that keeps them."""
-
-    def __init__(self, path: Path, identity: Row, environment: Row, fresh: bool) -> None:
-        """Take over what the file holds.
-
-        Args:
-            path: JSON file, which may not exist yet.
-            identity: what rows depend on besides their run: base, data, recipe.
-            environment: versions, threads and commit that further rows are measured with.
-            fresh: start over.
-
-        Raises:
-            ValueError: the file holds rows of another base, data or recipe, or is no such file.
-        """
-        self.path, self.identity = path, json.loads(json.dumps(identity))
-        self.environments: list[Row] = []
-        self.rows: dict[Run, Row] = {}
-        if path.exists() and not fresh:
-            self._read()
-        self.environment = environment
-
-    def _read(self) -> None:
-        try:
-            held = json.loads(self.path.read_text(encoding="utf-8"))
-            self.environments = held["environments"]
-            names = [spec.name for spec in fields(Run)]
-            self.rows = {Run(**{n: row[n] for n in names}): row for row in held["rows"]}
-            before = held["identity"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} holds no ablations ({error}); --fresh overwrites it"
-            ) from None
-        changed = [name for name in self.identity if before.get(name) != self.identity[name]]
-        if changed:
-            raise ValueError(
-                f"{self.path} was measured with another {' and '.join(changed)}: start over with "
-                "--fresh, or give another --output"
-            )
-
-    def add(self, run: Run, row: Row) -> None:
-        """Keep one more row."""
-        if self.environment not in self.environments:
-            self.environments.append(self.environment)
-        index = self.environments.index(self.environment)
-        self.rows[run] = {**asdict(run), **row, "environment": index}
-
-    def of(self, wanted: Sequence[Cell]) -> dict[Setting, list[Row]] | None:
-        """Rows by setting, or None while one is missing."""
-        found: dict[Setting, list[Row]] = {}
-        for cell in wanted:
-            if cell.run not in self.rows:
-                return None
-            found.setdefault(cell.setting, []).append(self.rows[cell.run])
-        return found
-
-    def write(self, plan: Plan, table: Sequence[Cell], facts: Row, verdicts: Row) -> None:
-        """Write the rows that `table` asks for; rows of a former plan are dropped."""
-        wanted = {cell.run: None for cell in table}
-        rows = [self.rows[run] for run in wanted if run in self.rows]
-        content = {
-            "identity": self.identity,
-            "untouched_base": facts,
-            "environments": self.environments,
-            "plan": asdict(plan),
-            "lora": LORA,
-            "runs_planned": len(wanted),
-            "processor_seconds": round(sum(row["processor_seconds"] for row in rows), 1),
-            "verdicts": verdicts,
-        }
-        text = json.dumps(content, indent=1)[:-2] + ',\n "rows": [\n  '
-        text += ",\n  ".join(json.dumps(row) for row in rows) + "\n ]\n}\n"
-        write_atomically(self.path, text.encode())
-
-
-def execute(
-    runs: Sequence[Run], base: Path, held_out: int | None, jobs: int
-) -> Generator[tuple[Run, Row], None, None]:
-    """Measure runs, each with one thread, in `jobs` processes.
-
-    Yields:
-        Every run with its row, in the order they finish in.
-    """
-    if jobs == 1:
-        for run in runs:
-            yield run, measure(laboratory(base, held_out), run)
-        return
-    job = partial(measure_in_process, base, held_out)
-    # leaving the block ends the processes at once, whatever they are in the middle of
-    with multiprocessing.get_context("spawn").Pool(jobs, start_worker) as pool:
-        yield from pool.imap_unordered(job, runs)
 
 
 def base_facts(lab: Laboratory) -> Row:
@@ -170,7 +76,7 @@ def identity(lab: Laboratory, base: Path) -> Row:
 
 
 def report(
-    results: Results, table: Sequence[Cell], base: Row, folder: Path
+    results: Results[Run], table: Sequence[Cell[Run]], base: Row, folder: Path
 ) -> tuple[dict[str, str], Row]:
     """Tables, figures and verdicts of every finished experiment.
 
@@ -186,17 +92,14 @@ def report(
     texts: dict[str, str] = {}
     verdicts: Row = {}
     for name, make_section in SECTIONS.items():
-        wanted = [cell for cell in table if cell.experiment == name]
-        rows = results.of(wanted)
-        if rows is None:
-            missing = sum(cell.run not in results.rows for cell in wanted)
-            texts[name] = f"## {name}\n\n{missing} of {len(wanted)} runs are not measured yet.\n"
+        section = section_of(name, results, table, partial(make_section, base=base))
+        if not isinstance(section, Section):
+            texts[name] = section
             continue
-        section = make_section(rows, base)
         failed = [
             f"- {cell.setting}, seed {cell.run.seed}, broke off: {row['failure']}"
-            for cell in wanted
-            if (row := results.rows[cell.run]).get("failure")
+            for cell in table
+            if cell.experiment == name and (row := results.rows[cell.run]).get("failure")
         ]
         texts[name] = "\n".join([section.text(), *failed])
         verdicts[name] = [asdict(claim) for claim in section.claims]
@@ -262,18 +165,21 @@ def run_plan(plan: Plan, options: argparse.Namespace, folder: Path) -> None:
     facts = base_facts(lab)
     table = cells(plan, lab.recipe, lab.base.model.config.n_layers, facts["rms"])
     results = Results(
-        folder / "ablations.json", identity(lab, options.base), _environment(), options.fresh
+        folder / "ablations.json", Run, identity(lab, options.base), _environment(), options.fresh
     )
+    said = {"untouched_base": facts, "plan": asdict(plan), "lora": LORA}
     chosen = [options.experiment] if options.experiment else list(SECTIONS)
     wanted = dict.fromkeys(cell.run for cell in table if cell.experiment in chosen)
     runs = [run for run in wanted if run not in results.rows]
     heading = describe(plan, lab, facts)
     print(f"{heading}{len(runs)} of {len(wanted)} runs to go\n", flush=True)
     start = time.perf_counter()
-    with closing(execute(runs, options.base, plan.held_out, options.jobs)) as measured:
+    here = partial(measure, lab)
+    away = partial(measure_in_process, options.base, plan.held_out)
+    with closing(execute(runs, here, away, options.jobs)) as measured:
         for done, (run, row) in enumerate(measured, 1):
             results.add(run, row)
-            results.write(plan, table, facts, {})
+            results.write(table, said, {})
             outcome = f"{row['accuracy']:6.1%}" if "accuracy" in row else "timed "
             print(
                 f"{done:3d}/{len(runs)} {time.perf_counter() - start:5.0f} s  {outcome}  "
@@ -282,7 +188,7 @@ def run_plan(plan: Plan, options: argparse.Namespace, folder: Path) -> None:
                 flush=True,
             )
     texts, verdicts = report(results, table, facts, folder)
-    results.write(plan, table, facts, verdicts)
+    results.write(table, said, verdicts)
     write_atomically(folder / "ablations.md", (heading + "\n".join(texts.values())).encode())
     print("", *(texts[name] for name in chosen), f"written to {folder}", sep="\n")
 
