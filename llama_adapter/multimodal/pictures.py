@@ -16,6 +16,7 @@ from tqdm import tqdm
 from llama_adapter.caches import cache_folder
 from llama_adapter.config import VisualConfig
 from llama_adapter.multimodal.features import Encoder, FeatureCache
+from llama_adapter.quiet import quiet
 from llama_adapter.vision import Scales, VisionOptions
 
 # images that are looked at together, between two steps of the bar
@@ -96,22 +97,14 @@ class Pictures:
                     f"that takes {visual.features} numbers of its maker's own"
                 )
         try:
-            from transformers.utils import logging
-
-            from llama_adapter.multimodal.clip import ClipFeatures
+            with quiet():
+                from llama_adapter.multimodal.clip import ClipFeatures
         except ImportError as error:
             raise ValueError(
                 f"images need transformers and Pillow ({error}): "
                 "pip install 'llama-adapter-kernels[hf]'"
             ) from error
-        # a bar of its own, of a second's work, which no option of ours would hide
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
-            encoder = ClipFeatures.load(options.vision_model, scales, device=device)
-        finally:
-            if shown:
-                logging.enable_progress_bar()
+        encoder = ClipFeatures.load(options.vision_model, scales, device=device)
         found = cls(
             encoder,
             options.feature_cache,
