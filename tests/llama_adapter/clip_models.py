@@ -37,10 +37,11 @@ def random_clip(seed: int = 3, **shape: int) -> CLIPVisionModelWithProjection:
     return model.eval()
 
 
-def save_clip(path: Path, seed: int = 3) -> Path:
+def save_clip(path: Path, seed: int = 3, **shape: int) -> Path:
     """A folder as transformers leaves it."""
-    random_clip(seed).save_pretrained(path)
-    sizes = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    random_clip(seed, **shape).save_pretrained(path)
+    edge = (SHAPE | shape)["image_size"]
+    sizes = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
     CLIPImageProcessor(**sizes).save_pretrained(path)
     return path
 
