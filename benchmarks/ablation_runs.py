@@ -173,9 +173,8 @@ class WeightTrainer(Trainer):
         self.groups = {"weights": weights}
         self.optimisers = {"weights": torch.optim.AdamW(weights, lr=0.0, **options)}
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Final hidden states without prompts."""
-        return self.model.hidden_packed(batch.tokens, batch.packing)
+    def project(self, batch: PackedBatch) -> None:
+        """No prompts."""
 
 
 def make_trainer(lab: Laboratory, run: Run) -> Trainer:

@@ -5,10 +5,7 @@ shares the tensors that it does not change, so that all of them fit one GPU side
 """
 
 import copy
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,6 +22,7 @@ from llama_adapter.checkpoints import load_base
 from llama_adapter.checkpoints.quantize import quantize
 from llama_adapter.config import PRESETS, AdapterConfig, LlamaConfig
 from llama_adapter.model import Llama
+from llama_adapter.quiet import quiet
 
 if TYPE_CHECKING:
     from benchmarks.generate_theirs import Theirs
@@ -85,19 +83,6 @@ def read_bytes(model: Llama) -> int:
     embedding = model.tok_embeddings.weight
     unread = 0 if model.config.tied_embeddings else stored_bytes(embedding)
     return sum(stored_bytes(parameter) for parameter in model.parameters()) - unread
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of packages that look for others at their import."""
-    disabled = logging.root.manager.disable
-    try:
-        logging.disable(logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 class Models:
@@ -166,7 +151,7 @@ class Models:
         """The base in transformers and PEFT, wearing adapter 0; None where one is missing."""
         if not all(map(installed, THEIRS)):
             return None
-        with _quiet():
+        with quiet():
             from benchmarks.generate_theirs import Theirs
 
             return Theirs(self.base, self.adapter(0))
@@ -179,7 +164,7 @@ class Models:
         """`theirs` in the dtype of the truth; it lives as long as the caller wants."""
         if self.theirs is None:
             return None
-        with _quiet():
+        with quiet():
             from benchmarks.generate_theirs import Theirs
 
             base = self.wider_base(wider(self.base.output_weight.dtype))

@@ -20,7 +20,7 @@ from llama_adapter.checkpoints import load_base
 from llama_adapter.checkpoints.adapter_formats import adapter_path
 from llama_adapter.convert import add_arguments, convert, describe_adapter
 from llama_adapter.data.template import prompt_text
-from llama_adapter.evaluation import command
+from llama_adapter.evaluation import command, records_command
 from llama_adapter.generate_command import generate, tell
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
 from llama_adapter.recipe import FinetuneConfig
@@ -175,6 +175,11 @@ def _parser() -> Parser:
 
     test = _command(commands, "evaluate", command.run, "Ask a benchmark's questions and score.")
     command.add_arguments(test)
+
+    kept = _command(
+        commands, "records", records_command.run, "Write a benchmark's files as data to train on."
+    )
+    records_command.add_arguments(kept)
 
     info = _command(commands, "info", _info, "Say what an adapter file or a model folder is.")
     info.add_argument("path", type=Path, help="adapter file or folder of a base model")

@@ -244,6 +244,15 @@ class Engine:
         self._admit()
         if self._waiting and self.running < self._max_batch:
             self.held_back += 1
+        if self._waiting and not self.running:
+            # the pool has room for any: its image has no row, and nobody here would make one
+            request = self._waiting[0]
+            self._end(request)
+            self._pieces.append(request.row.fail())
+            raise BankFull(
+                "the bank must have a free row for an image, got none and no request that frees "
+                "one: raise its capacity"
+            )
         writing = list(self._writing)
         if writing:
             self._write(writing, self.decoder.step([request.live for request in writing]))
@@ -276,20 +285,13 @@ class Engine:
             self._reading.append(self._waiting.popleft())
 
     def _see(self, request: Request) -> bool:
-        """Put a request's image, if it has one, into a row of the bank; False where it must wait.
-
-        Without a running request nobody would ever make room, unless it is another engine.
-        """
+        """Put a request's image, if any, into a row of the bank; False where it must wait."""
         if request.image is None or self._bank is None:
             return True
         try:
             own = self._bank.see(request.adapter, request.image)
         except BankFull:
-            if self.running:
-                return False
-            self._end(request)
-            self._pieces.append(request.row.fail())
-            raise
+            return False
         self._bank.release(request.adapter)
         request.adapter, request.image = own, None
         return True

@@ -137,8 +137,9 @@ class FinetuneConfig:
     clip: float | None = _recipe(None, "largest norm of the gradient; default: no limit")
     joint: str = _option(
         "off",
-        "batches of pictures or of text alone, which train the projector or the rest: one of each "
-        "in turn, as many as there are of each spread evenly, or shuffled",
+        "other than off: batches are of pictures, which train the projector, or of text, which "
+        "train the rest; alternate takes one of each in turn, proportional spreads those of the "
+        "rarer kind evenly, concat shuffles them",
         JOINT,
         recipe=True,
     )

@@ -153,10 +153,11 @@ class Trainer:
             batch = part.to(self.model.output_weight.device)
         with phase("forward"):
             prompts = self.project(batch)
-            hidden = self.hidden(batch, prompts)
+            hidden = self._hidden(batch, prompts)
             # the rows that carry loss alone: logits of the others would be thrown away
             rows, weight = hidden[batch.rows], self.model.output_weight
-            if not self.quantized and (prompts.tuned is None or prompts.tuned.output is None):
+            tuned = None if prompts is None else prompts.tuned
+            if not self.quantized and (tuned is None or tuned.output is None):
                 return linear_cross_entropy(
                     rows, weight, batch.targets, ignore_index=None, reduction="sum"
                 )
@@ -164,22 +165,19 @@ class Trainer:
             logits = self.model.logits(rows, prompts).float()
             return torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
 
-    def project(self, batch: PackedBatch) -> Prompts:
-        """The adapter's prompts for packed examples."""
+    def project(self, batch: PackedBatch) -> Prompts | None:
+        """The adapter's prompts for packed examples; None runs the model as it is."""
         project = project_in_place if self.sharded else Llama.project
         visual = None
         if batch.features is not None:
             visual = self.adapter.visual_tokens(batch.features, batch.present)
         return project(self.model, self.adapter, visual)
 
-    def hidden(self, batch: PackedBatch, prompts: Prompts | None = None) -> Tensor:
-        """Final hidden states (total, C) of packed examples, differentiable in the adapter.
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Final hidden states (total, C) of packed examples, differentiable in the adapter."""
+        return self._hidden(batch, self.project(batch))
 
-        Args:
-            batch: the examples.
-            prompts: what `project` made for them; None projects now.
-        """
-        prompts = self.project(batch) if prompts is None else prompts
+    def _hidden(self, batch: PackedBatch, prompts: Prompts | None) -> Tensor:
         return self.model.hidden_packed(
             batch.tokens, batch.packing, prompts, recompute=self.recompute
         )

@@ -84,9 +84,10 @@ def finetune(
     """Train an adapter for a frozen base on instruction data.
 
     Prompts and gates are float32 whatever the base's dtype. Records that cannot be used are listed
-    in the run folder and warned of. Where torchrun has started several processes, each computes a
-    share of every batch, and rank 0 alone writes the run folder; a run may be continued by another
-    number of them.
+    in the run folder and warned of. Where config.vision names images, all are encoded before the
+    first step, and a projector is trained with the rest. Where torchrun has started several
+    processes, each computes a share of every batch, and rank 0 alone writes the run folder; a run
+    may be continued by another number of them.
 
     Args:
         config: the recipe, the data and the run folder.
@@ -100,7 +101,7 @@ def finetune(
         The adapter, the run folder and the data.
 
     Raises:
-        FileNotFoundError: a data file or the base does not exist.
+        FileNotFoundError: a data file, the base, the images or their encoder do not exist.
         ValueError: the data, the run folder or the base cannot be used, or processes of the run
             were given different options or content; the message says which.
         FloatingPointError: the loss or its gradient became NaN or infinite; names step and records.

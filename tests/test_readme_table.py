@@ -50,8 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(assets.BASE / "tokenizer.model", found / "base")
     torch.save(adapter_samples.prompt_tensors(), found / "official.pth")
     torch.save({"model": adapter_samples.litgpt_tensors()}, found / "lit_model.pth.adapter")
-    visual = {"visual_query.weight": torch.randn(10, 16)}
-    content = {"model": adapter_samples.multimodal_tensors() | visual}
+    content = {"model": adapter_samples.multimodal_tensors() | adapter_samples.visual_tensors()}
     settings = {"w_bias": True, "w_lora": False, "lora_rank": 16}
     torch.save(content | {"config": settings}, found / "multimodal.pth")
     (found / "peft").mkdir()

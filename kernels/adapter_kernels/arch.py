@@ -65,7 +65,6 @@ def _capability(index: int) -> int | None:
     return nearest(found)
 
 
-@torch.compiler.assume_constant_result
 def capability_of(device: torch.device) -> int | None:
     """The key of a device's rows, None for a GPU older than all of them.
 
@@ -75,3 +74,7 @@ def capability_of(device: torch.device) -> int | None:
     if device.type != "cuda":
         return 80
     return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+# what torch.compiler.assume_constant_result does, without importing the compiler with this package
+capability_of.__dict__["_dynamo_marked_constant"] = True

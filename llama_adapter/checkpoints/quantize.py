@@ -6,9 +6,7 @@ It happens in place: the weights as read are gone afterwards.
 """
 
 import importlib
-import logging
 import math
-import warnings
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import nn
 from llama_adapter.float8 import MULTIPLE, Float8Weight
 from llama_adapter.layers import Linear
 from llama_adapter.model import Llama
+from llama_adapter.quiet import quiet
 
 # a format to the dtypes of the bases that it can hold: torchao multiplies int8 by its scale last,
 # so that 516 products of 1 and 127 overflow float16, where 128 over a small difference of nf4's
@@ -135,12 +134,8 @@ def passes_gradients(model: torch.nn.Module) -> bool:
 
 
 def _import_torchao(name: str) -> ModuleType:
-    disabled = logging.root.manager.disable
     try:
-        # at import it warns of libraries for other GPUs and of deprecations of its own
-        logging.disable(logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet():
             module = _NF4_MODULE if name == "nf4" else "torchao.quantization"
             return importlib.import_module(module)
     except ImportError as error:
@@ -148,8 +143,6 @@ def _import_torchao(name: str) -> ModuleType:
             f'quantize "{name}" needs torchao ({error}): '
             "pip install 'llama-adapter-kernels[quant]'"
         ) from None
-    finally:
-        logging.disable(disabled)
 
 
 def round_to_float8(model: Llama) -> None:

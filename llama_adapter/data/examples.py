@@ -49,15 +49,31 @@ class Batch:
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, max_length: int) -> Example:
-    """Tokenise one record, with labels on its output and EOS only.
+    """Tokenise one record in the papers' template; arguments and errors as `encode_pair`."""
+    prompt = prompt_text(record.instruction, record.input)
+    return encode_pair(record.index, prompt, record.output, tokenizer, max_length, record.image)
 
-    Prompt and prompt + output are tokenised each as a whole, as in the papers' recipe: the labels
+
+def encode_pair(
+    index: int,
+    prompt: str,
+    answer: str,
+    tokenizer: Tokenizer,
+    max_length: int,
+    image: str | None = None,
+) -> Example:
+    """Tokenise a text and how it goes on, with labels on what goes on and EOS only.
+
+    Prompt and prompt + answer are tokenised each as a whole, as in the papers' recipe: the labels
     start behind as many tokens as the prompt alone has. Both are cut at max_length from the right.
 
     Args:
-        record: a checked record.
+        index: of the record in its file.
+        prompt: the whole text before the answer.
+        answer: what follows.
         tokenizer: the base model's.
         max_length: tokens kept, BOS and EOS included.
+        image: path of the picture that it is about.
 
     Returns:
         The example, which has no label at all where the prompt fills max_length.
@@ -67,9 +83,7 @@ def encode_record(record: Record, tokenizer: Tokenizer, max_length: int) -> Exam
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, got {max_length}")
-    prompt = prompt_text(record.instruction, record.input)
     masked = len(tokenizer.encode(prompt, bos=True))
-    tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
+    tokens = tokenizer.encode(prompt + answer, bos=True, eos=True)
     labels = [IGNORE_INDEX] * min(masked, len(tokens)) + tokens[masked:]
-    kept = tuple(tokens[:max_length]), tuple(labels[:max_length])
-    return Example(record.index, *kept, record.image)
+    return Example(index, tuple(tokens[:max_length]), tuple(labels[:max_length]), image)

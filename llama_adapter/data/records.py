@@ -1,8 +1,8 @@
 """Which records of an instruction file can be trained on.
 
 Files are Alpaca's: a JSON list of {"instruction", "input", "output"}, or one such object per line
-in a `.jsonl` file; with an "image" a record is about a picture. What cannot be used is named by
-index and reason.
+in a `.jsonl` file; with an "image" a record is about a picture. {"prompt", "completion"} is text
+that no template surrounds. What cannot be used is named by index and reason.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from llama_adapter.data.items import NotJson, kind_of, stream_items
 
 Found = TypeVar("Found")
 FIELDS = ("instruction", "input", "output")
+COMPLETION = ("prompt", "completion")
 _SHOWN = 3
 
 
@@ -34,6 +35,22 @@ class Record:
     def question(self) -> tuple[str, ...]:
         """What is asked, for telling duplicates: the texts without outer blanks, and the image."""
         asked = self.instruction.strip(), self.input.strip()
+        return asked if self.image is None else (*asked, self.image)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A text and how it goes on, as they are; index and image as of a `Record`."""
+
+    index: int
+    prompt: str
+    completion: str
+    image: str | None = None
+
+    @property
+    def question(self) -> tuple[str, ...]:
+        """What is asked, for telling duplicates."""
+        asked = (self.prompt.strip(),)
         return asked if self.image is None else (*asked, self.image)
 
 
@@ -102,20 +119,28 @@ def checked(
 
 def check_item(index: int, item: Any) -> Record | Problem:
     """The value at `index` of a file as a record, or why it is none."""
-    reason = _reason_against(item)
+    reason = _reason_against(item, FIELDS)
     if reason is not None:
         return Problem(index, reason)
     texts = item["instruction"], item.get("input", ""), item["output"]
     return Record(index, *texts, item.get("image"))
 
 
-def _reason_against(item: Any) -> str | None:
-    """Why `item` is not a usable record, or None."""
+def check_completion(index: int, item: Any) -> Completion | Problem:
+    """The value at `index` of a file as text without a template, or why it is none."""
+    reason = _reason_against(item, COMPLETION)
+    if reason is not None:
+        return Problem(index, reason)
+    return Completion(index, item["prompt"], item["completion"], item.get("image"))
+
+
+def _reason_against(item: Any, names: Sequence[str]) -> str | None:
+    """Why `item` is not a usable record of these texts, or None."""
     if isinstance(item, NotJson):
         return str(item)
     if not isinstance(item, dict):
         return f"must be an object, got {kind_of(item)}"
-    for name in FIELDS:
+    for name in names:
         if name not in item:
             if name == "input":
                 continue

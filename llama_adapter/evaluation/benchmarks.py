@@ -3,6 +3,7 @@
 One table, read by the command `evaluate`, which asks all of them in the same way.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from llama_adapter.sampling import SamplingConfig
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class SourceOptions:
     """Data."""
 
     data: Path = field(
@@ -36,7 +37,6 @@ class DataOptions:
             "pid_splits.json, of mme that of the subtasks"
         }
     )
-    output: Path = field(metadata={"help": "run folder to create, or to go on with"})
     split: str | None = field(
         default=None, metadata={"help": "of scienceqa and coco_caption; default: test"}
     )
@@ -47,6 +47,17 @@ class DataOptions:
         default="COCO_val2014_{:012d}.jpg",
         metadata={"help": "an image's name by its number, of vqav2 and okvqa"},
     )
+    suffix: str | None = field(
+        default=None,
+        metadata={"help": "text behind every question, in the benchmarks that have none"},
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions(SourceOptions):
+    """Data."""
+
+    output: Path = field(kw_only=True, metadata={"help": "run folder to create, or to go on with"})
     metric: str | None = field(
         default=None,
         metadata={"help": "of lvlm_ehub's data set", "choices": tuple(lvlm_ehub.MAIN_SCORE)},
@@ -68,9 +79,12 @@ class DataOptions:
     reviews: Path | None = field(
         default=None, metadata={"help": "review.jsonl of a judge elsewhere, of judge"}
     )
-    suffix: str | None = field(
-        default=None,
-        metadata={"help": "text behind every question, in the benchmarks that have none"},
+    choose: bool = field(
+        default=False,
+        metadata={
+            "help": "take the option with the least loss in place of a generated answer, of "
+            "mmbench and scienceqa"
+        },
     )
     blind: bool = field(default=False, metadata={"help": "answer without the images"})
 
@@ -96,7 +110,10 @@ class Benchmark:
         takes, needs: the data options that it reads besides data and output; those it needs.
         images: whether its questions are about images.
         root: the folder of the images where it is not the option's.
+        options: outputs that an item's question can have, by the prediction that each stands for.
         check: raises where something lacks that scoring needs.
+        targets: what a model that is trained on an item answers, a record each, with the blank that
+            a prompt does not end with where it is not wrapped; None where nobody trains on it.
     """
 
     load: Callable[[DataOptions, Path | None], Loaded]
@@ -114,7 +131,15 @@ class Benchmark:
     needs: tuple[str, ...] = ()
     images: bool = True
     root: Callable[[DataOptions], Path] | None = None
+    options: Callable[[Item], Mapping[str, str]] | None = None
     check: Callable[[DataOptions], None] | None = None
+    targets: Callable[[Item], Sequence[str]] | None = None
+
+
+def question_of(benchmark: Benchmark, item: Item, data: SourceOptions) -> str:
+    """What an item asks, with the suffix that is asked for."""
+    question = benchmark.question(item)
+    return f"{question} {data.suffix}" if data.suffix else question
 
 
 def _asked(item: Item) -> str:
@@ -169,6 +194,11 @@ def _aggregate_mmbench(rows: list[Scores]) -> Scores:
     return mmbench.aggregate(scored) if scored else {}
 
 
+def _agreed(item: Item) -> list[str]:
+    """The answer that most people gave, of equally many the first; none where none is known."""
+    return [answer for answer, _ in Counter(item["answers"]).most_common(1)]
+
+
 def _vqa(name: str) -> Benchmark:
     own = name in ("vqav2", "okvqa")
 
@@ -183,6 +213,7 @@ def _vqa(name: str) -> Benchmark:
         "results.json",
         _written(vqa.write),
         takes=("annotations", "image_name", "suffix") if own else ("suffix",),
+        targets=_agreed,
     )
 
 
@@ -242,7 +273,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         _write_scienceqa,
         wrapped=False,
         aggregate=scienceqa.aggregate,
-        takes=("split", "fallback"),
+        takes=("split", "fallback", "choose"),
+        options=scienceqa.targets_of,
+        targets=lambda item: [scienceqa.target_of(item)],
     ),
     "mme": Benchmark(
         lambda options, images: mme.load(options.data),
@@ -261,7 +294,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         "mmbench.tsv",
         _written(mmbench.write),
         aggregate=_aggregate_mmbench,
-        takes=("suffix",),
+        takes=("suffix", "choose"),
+        options=lambda item: item["options"],
         root=_pictures_of,
     ),
     "pope": Benchmark(
@@ -292,6 +326,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         sampling=SamplingConfig(temperature=0.0, max_new_tokens=64),
         corpus=coco_caption.aggregate,
         takes=("split",),
+        targets=lambda item: item["references"],
         check=_needs_pycocoevalcap,
     ),
     **{name: _vqa(name) for name in vqa.BENCHMARKS},

@@ -20,7 +20,13 @@ from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.completion import encode_prompt
 from llama_adapter.data.template import prompt_text
 from llama_adapter.evaluation.benchmark_files import FileProblem
-from llama_adapter.evaluation.benchmarks import BENCHMARKS, Benchmark, DataOptions
+from llama_adapter.evaluation.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    DataOptions,
+    question_of,
+)
+from llama_adapter.evaluation.choosing import likeliest
 from llama_adapter.evaluation.runner import SCORES_FILE, Evaluation, Item, evaluate
 from llama_adapter.options import UsageError, add_options, build
 from llama_adapter.sampling import SamplingConfig
@@ -44,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     for cls in (DataOptions, ModelOptions, VisionOptions, SamplingConfig):
         add_options(parser, cls)
+    own = "; ".join(
+        f"{name}: temperature {one.sampling.temperature:g}, {one.sampling.max_new_tokens} tokens"
+        for name, one in BENCHMARKS.items()
+    )
+    parser.epilog = f"Without sampling options a benchmark has its own. {own}."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,27 +82,30 @@ def run(options: argparse.Namespace) -> int:
     # where nobody looks at the images they need not be there
     images = None if root is None or not seeing else root.absolute()
     items, problems = benchmark.load(data, images)
-    items = [_relative(item, images) for item in items]
+    items = [relative(item, images) for item in items]
     seeing = seeing and any(item.get("image") for item in items)
     if seeing and answerer is not None:
         items, unseen = _with_images(items, answerer, data)
         problems += unseen
     texts = {item["id"]: _text(benchmark, data, item) for item in items if "given" not in item}
     if answerer is not None:
-        problems += _too_long(texts, items, answerer, data)
+        problems += _too_long(benchmark, data, texts, items, answerer)
     _report(problems, data, strict=options.strict)
-    evaluation = evaluate(
-        items,
-        _predictor(items, texts, answerer, sampling, seeing),
-        lambda item, prediction: benchmark.score(item, prediction, data),
-        data.output,
-        settings=_settings(name, data, model, answerer, sampling, seeing),
-        batch_size=options.batch_size,
-        batch_key=lambda item: len(texts.get(item["id"], "")),
-        aggregate=benchmark.aggregate,
-        corpus=benchmark.corpus,
-        progress=None if options.quiet else name,
-    )
+    try:
+        evaluation = evaluate(
+            items,
+            _predictor(benchmark, data, items, texts, answerer, sampling, seeing),
+            lambda item, prediction: benchmark.score(item, prediction, data),
+            data.output,
+            settings=_settings(name, data, model, answerer, sampling, seeing),
+            batch_size=options.batch_size,
+            batch_key=lambda item: len(texts.get(item["id"], "")),
+            aggregate=benchmark.aggregate,
+            corpus=benchmark.corpus,
+            progress=None if options.quiet else name,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped: the same command goes on from {data.output}") from None
     _finish(name, benchmark, data, items, evaluation, _called(model, data))
     return 0
 
@@ -115,7 +129,7 @@ def _check(
             raise UsageError(str(error)) from error
 
 
-def _relative(item: Item, root: Path | None) -> Item:
+def relative(item: Item, root: Path | None) -> Item:
     """An item that names its image from the root on: a run's folder and data may move."""
     image = item.get("image")
     if image is None or root is None:
@@ -144,21 +158,29 @@ def _with_images(
 
 
 def _text(benchmark: Benchmark, data: DataOptions, item: Item) -> str:
-    question = benchmark.question(item)
-    if data.suffix:
-        question = f"{question} {data.suffix}"
+    question = question_of(benchmark, item, data)
     return prompt_text(question) if benchmark.wrapped else question
 
 
+def _outputs(benchmark: Benchmark, data: DataOptions, item: Item) -> Mapping[str, str]:
+    """What is chosen from, by the prediction that it stands for; nothing where it is generated."""
+    return {} if benchmark.options is None or not data.choose else benchmark.options(item)
+
+
 def _too_long(
-    texts: dict[str, str], items: Sequence[Item], answerer: Answerer, data: DataOptions
+    benchmark: Benchmark,
+    data: DataOptions,
+    texts: dict[str, str],
+    items: Sequence[Item],
+    answerer: Answerer,
 ) -> list[FileProblem]:
     """Take out the texts that leave no room for an answer, which is empty then, and say so."""
     context = answerer.base.model.config.max_seq_len
     problems = []
     for position, item in enumerate(items):
         name = item["id"]
-        count = len(encode_prompt(texts[name], answerer.base.tokenizer, f"item {name!r}"))
+        whole = texts[name] + max(_outputs(benchmark, data, item).values(), key=len, default="")
+        count = len(encode_prompt(whole, answerer.base.tokenizer, f"item {name!r}"))
         if count >= context:
             del texts[name]
             reason = (
@@ -187,6 +209,8 @@ def _report(problems: Sequence[FileProblem], data: DataOptions, *, strict: bool)
 
 
 def _predictor(
+    benchmark: Benchmark,
+    data: DataOptions,
     items: Sequence[Item],
     texts: Mapping[str, str],
     answerer: Answerer | None,
@@ -200,12 +224,14 @@ def _predictor(
         asked = [item for item in batch if item["id"] in texts]
         found = {item["id"]: item.get("given", "") for item in batch}
         if asked and answerer is not None:
-            answers = answerer.answers(
-                [texts[item["id"]] for item in asked],
-                sampling,
-                images=[item.get("image") if seeing else None for item in asked],
-                row_seeds=[places[item["id"]] for item in asked],
-            )
+            prompts = [texts[item["id"]] for item in asked]
+            images = [item.get("image") if seeing else None for item in asked]
+            options = [_outputs(benchmark, data, item) for item in asked]
+            if all(options):
+                answers = likeliest(answerer, prompts, options, images)
+            else:
+                seeds = [places[item["id"]] for item in asked]
+                answers = answerer.answers(prompts, sampling, images=images, row_seeds=seeds)
             found |= {item["id"]: text.strip() for item, text in zip(asked, answers, strict=True)}
         return [found[item["id"]] for item in batch]
 
@@ -234,7 +260,9 @@ def _settings(
         "dtype": str(base.model.output_weight.dtype).removeprefix("torch."),
         "quantize": model.quantize,
         "vision_model": answerer.pictures.encoder.digest if seeing else None,
+        "images": answerer.pictures.content if seeing else None,
         "suffix": data.suffix,
+        "choose": data.choose,
         **asdict(sampling),
     }
 

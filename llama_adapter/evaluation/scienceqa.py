@@ -156,7 +156,17 @@ def prompt_of(item: Item) -> str:
 
 def target_of(item: Item) -> str:
     """What follows the prompt, its leading blank included: " The answer is B."."""
-    return f" The answer is {LETTERS[item['answer']]}."
+    return _target(LETTERS[item["answer"]])
+
+
+def _target(letter: str) -> str:
+    return f" The answer is {letter}."
+
+
+def targets_of(item: Item) -> dict[str, str]:
+    """What could follow the prompt, one of each option, by the same without its leading blank."""
+    targets = [_target(letter) for letter in LETTERS[: len(item["choices"])]]
+    return {target.strip(): target for target in targets}
 
 
 def extracted(prediction: str, options: int) -> int | None:

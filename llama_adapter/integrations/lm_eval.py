@@ -131,7 +131,8 @@ class LeanLM(TemplateLM):
         found = []
         for n, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
             count = min(len(continuation), len(row) - 1)
-            logits = self._model.logits(hidden[n, len(row) - 1 - count : len(row) - 1])
+            last = hidden[n, len(row) - 1 - count : len(row) - 1]
+            logits = self._model.logits(last, self._prompts)
             found.append(_score(logits, row[len(row) - count :]))
         return found
 

@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
 from llama_adapter.multimodal.features import digest_of
+from llama_adapter.quiet import quiet
 from llama_adapter.vision import Scales
 
 
@@ -73,11 +74,11 @@ class ClipFeatures:
         """
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, of a CLIP that transformers saved")
-        with _quiet():
+        with quiet(), _no_bar():
             model = CLIPVisionModelWithProjection.from_pretrained(
                 folder, dtype=dtype, local_files_only=True
             )
-        processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+            processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         nn.Module.to(model, device)
         return cls(model, processor, scales)
 
@@ -114,7 +115,7 @@ class ClipFeatures:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _no_bar() -> Iterator[None]:
     """Without transformers' bar, which takes longer to read than the weights."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from llama_adapter.caches import cache_folder
 from llama_adapter.config import VisualConfig
 from llama_adapter.multimodal.features import Encoder, FeatureCache
+from llama_adapter.quiet import quiet
 from llama_adapter.vision import Scales, VisionOptions
 
 # images that are looked at together, between two steps of the bar
@@ -96,7 +97,8 @@ class Pictures:
                     f"that takes {visual.features} numbers of its maker's own"
                 )
         try:
-            from llama_adapter.multimodal.clip import ClipFeatures
+            with quiet():
+                from llama_adapter.multimodal.clip import ClipFeatures
         except ImportError as error:
             raise ValueError(
                 f"images need transformers and Pillow ({error}): "

@@ -13,6 +13,7 @@ from llama_adapter.checkpoints.adapter_file import save_adapter
 from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.config import AdapterConfig
 from llama_adapter.multimodal.pictures import Pictures
+from llama_adapter.tuning import Tuning
 from llama_adapter.vision import Scales, VisionOptions
 
 SHAPE = {
@@ -36,10 +37,11 @@ def random_clip(seed: int = 3, **shape: int) -> CLIPVisionModelWithProjection:
     return model.eval()
 
 
-def save_clip(path: Path, seed: int = 3) -> Path:
+def save_clip(path: Path, seed: int = 3, **shape: int) -> Path:
     """A folder as transformers leaves it."""
-    random_clip(seed).save_pretrained(path)
-    sizes = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}
+    random_clip(seed, **shape).save_pretrained(path)
+    edge = (SHAPE | shape)["image_size"]
+    sizes = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
     CLIPImageProcessor(**sizes).save_pretrained(path)
     return path
 
@@ -53,18 +55,23 @@ def picture(path: Path, mode: str = "RGB", size: tuple[int, int] = (31, 40)) -> 
     return path
 
 
-def save_image_adapter(path: Path, base: Path, clip: Path, seed: int = 3, **shape: Any) -> Path:
+def save_image_adapter(
+    path: Path, base: Path, clip: Path, seed: int = 3, tuning: Tuning | None = None, **shape: Any
+) -> Path:
     """An adapter of two layers that sees a CLIP's pictures; gates are random, some above 1."""
     g = torch.Generator().manual_seed(seed)
     model = load_base(base, device="cpu").model
     pictures = Pictures.load(VisionOptions(vision_model=clip), Scales((2, 4)))
     visual = pictures.visual_config(**{"hidden": (7,), **shape})
     adapter = Adapter(
-        AdapterConfig(4, n_layers=2), model.config, generator=g, visual=visual
+        AdapterConfig(4, n_layers=2), model.config, generator=g, tuning=tuning, visual=visual
     ).requires_grad_(False)
     assert adapter.projector is not None
     # features of a random CLIP differ less than those of a trained one
     adapter.projector.maps[0].weight.mul_(4)
+    for name, parameter in adapter.tuned_parameters().items():
+        around = 0.0 if name.startswith("bias_") else 1.0
+        parameter.copy_(around + 0.2 * torch.randn(parameter.shape, generator=g))
     for gates in (adapter.gates, adapter.visual_gates):
         if gates is not None:
             gates.normal_(std=1.5, generator=g)

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from llama_adapter.completion import Row
 from llama_adapter.data.template import prompt_text
 from llama_adapter.multimodal.experts import CAPTION_INSTRUCTION, context_of
 from llama_adapter.sampling import SamplingConfig
+from llama_adapter.tuning import Tuning
 from llama_adapter.vision import VisionOptions
 from tests.llama_adapter.clip_models import picture, save_clip, save_image_adapter
 
@@ -53,11 +55,17 @@ def alone(answerer: Answerer, text: str, image: Path | None, count: int = 6) -> 
             return piece.completion.text
 
 
+EARLY = {"fusion": "early", "tokens": 3, "layers": 2}
+TUNING = Tuning(("bias", "scale", "norm"), ("wq", "w2", "output"), "output")
+
+
 @pytest.mark.parametrize(
-    "shape", [{}, {"fusion": "early", "tokens": 3, "layers": 2}], ids=["late", "early"]
+    "shape",
+    [{}, {"tokens": 4}, EARLY, {**EARLY, "tuning": TUNING}],
+    ids=["late", "a token a row", "early", "V2"],
 )
 def test_every_text_has_its_own_image(
-    shape: dict[str, object],
+    shape: dict[str, Any],
     tiny_base: Path,
     clip: Path,
     vision: VisionOptions,

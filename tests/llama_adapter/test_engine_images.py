@@ -1,5 +1,6 @@
 """Requests with pictures share an engine with others, and each gets what the model alone gives."""
 
+import random
 from typing import Any
 
 import pytest
@@ -144,6 +145,37 @@ def test_a_replaced_adapter_keeps_its_pictures(
         assert tokens == alone(tiny_model, tiny_tokenizer, "green light", prompts)
 
 
+def test_who_leaves_frees_its_pictures_row(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    """Cancelled while it waits, while its prompt is read and while it is answered."""
+    bank = AdapterBank(tiny_model, capacity=2, prompt_length=3)
+    bank.load("a", random_adapter(tiny_config, 1, LATE))
+    (image,) = images(1)
+    for steps in (0, 1, 3):
+        engine = Engine(tiny_model, tiny_tokenizer, bank=bank, pool_tokens=256, prefill_chunk=2)
+        first, second = (
+            engine.submit("green light", GREEDY, adapter="a", image=image) for _ in range(2)
+        )
+        for _ in range(steps):
+            engine.step()
+        # one row for two pictures: the second waits for the first
+        assert engine.waiting == (1 if steps else 2)
+        engine.cancel(first)
+        done = {p.row: p.completion for p in engine.run() if p.completion is not None}
+        prompts = tiny_model.project(
+            random_adapter(tiny_config, 1, LATE),
+            random_adapter(tiny_config, 1, LATE).visual_tokens(image[None]),
+        )
+        assert done[second].tokens == alone(tiny_model, tiny_tokenizer, "green light", prompts)
+        own = bank.acquire("a")
+        bank.release(bank.see(own, image))
+        bank.release(own)
+    bank.unload("a")
+    bank.load("b", random_adapter(tiny_config, 2, None))
+    bank.load("c", random_adapter(tiny_config, 3, None))
+
+
 def test_what_cannot_be_seen_is_refused(
     tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
 ) -> None:
@@ -162,9 +194,11 @@ def test_what_cannot_be_seen_is_refused(
         with pytest.raises(ValueError, match=message):
             engine.submit("green light", GREEDY, **arguments)
     # without a row for it nobody would ever make one
+    engine = Engine(tiny_model, tiny_tokenizer, bank=bank, pool_tokens=256, max_waiting=3)
     ticket = engine.submit("green light", GREEDY, adapter="a", image=image)
+    # who asks after it is not told of it
     other = engine.submit("green light", GREEDY, adapter="text")
-    with pytest.raises(BankFull, match="a free row for an image, got 2 of 2 in use"):
+    with pytest.raises(BankFull, match="a free row for an image, got none and no request"):
         engine.step()
     done = {p.row: p.completion for p in engine.run() if p.completion is not None}
     assert done[ticket].finish_reason == "error"
@@ -179,3 +213,47 @@ def test_what_cannot_be_seen_is_refused(
     for number in (-1, 5):
         with pytest.raises(ValueError, match=f"visual_layers must be from 0 to 4, got {number}"):
             AdapterBank(tiny_model, capacity=1, visual_layers=number)
+
+
+def rounds(
+    model: Llama, tokenizer: Tokenizer, config: LlamaConfig, *, graphs: bool
+) -> list[tuple[int, ...]]:
+    """Tokens of 30 requests, with pictures and without, that come while others run."""
+    device = model.output_weight.device
+    bank = AdapterBank(model, capacity=5, prompt_length=3, visual_layers=2, visual_tokens=3)
+    for seed, (name, visual) in enumerate((("late", LATE), ("early", EARLY))):
+        bank.load(name, random_adapter(config, seed, visual).to(device))
+    engine = Engine(
+        model, tokenizer, bank=bank, pool_tokens=1024, max_batch=5, prefill_chunk=9, graphs=graphs
+    )
+    engine.warmup()
+    seen, rng = images(4), random.Random(1)
+    pieces, tickets = [], []
+    for _ in range(30):
+        name = rng.choice(["late", "early", None])
+        image = seen[rng.randrange(4)] if name and rng.random() < 0.6 else None
+        text = " ".join(rng.choices(["green", "light", "river", "stone"], k=rng.choice([1, 5])))
+        tickets.append(engine.submit(text, GREEDY, adapter=name, image=image))
+        pieces += engine.step()
+    pieces += engine.run()
+    done = {piece.row: piece.completion for piece in pieces if piece.completion is not None}
+    return [done[ticket].tokens for ticket in tickets]
+
+
+def test_more_pictures_than_rows(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    found = rounds(tiny_model, tiny_tokenizer, tiny_config, graphs=False)
+    assert len(found) == 30
+    assert len(set(found)) > 15
+
+
+@pytest.mark.gpu
+def test_graphs_change_no_token_of_a_picture(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    model = tiny_model.to("cuda")
+    eager, replayed = (
+        rounds(model, tiny_tokenizer, tiny_config, graphs=graphs) for graphs in (False, True)
+    )
+    assert eager == replayed

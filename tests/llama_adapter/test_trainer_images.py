@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from llama_adapter import trainer as trainer_module
 from llama_adapter.adapter import VISUAL, Adapter
+from llama_adapter.checkpoints.quantize import quantize
 from llama_adapter.config import AdapterConfig, LlamaConfig, VisualConfig
 from llama_adapter.data.examples import IGNORE_INDEX, Batch, Example
 from llama_adapter.data.packed import Collated, Prefix, collate, pack
@@ -250,6 +251,48 @@ def test_features_go_with_the_rows_of_a_share(tiny_model: Llama, adapter: Adapte
         found.append(gradients)
     for name, one in found[0].items():
         assert float((one - found[1][name]).abs().max()) <= 1e-5 * float(one.abs().max()), name
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_a_quantised_base_gives_the_gradients_of_its_rounded_weights(
+    name: str, even_model: Llama, adapter: Adapter
+) -> None:
+    pytest.importorskip("torchao.quantization")
+    rounded, other = deepcopy(even_model), deepcopy(adapter)
+    quantize(even_model, name)
+    whole = {"int8": "dequantize", "nf4": "get_original_weight"}[name]
+    with torch.no_grad():
+        for plain, packed in zip(rounded.parameters(), even_model.parameters(), strict=True):
+            changed = type(packed).__module__.startswith("torchao")
+            plain.copy_(getattr(packed, whole)() if changed else packed)
+    found = []
+    for model, own in ((even_model, adapter), (rounded, other)):
+        trainer = Trainer(model, own, micro_batch_tokens=90, prefixes=(FIRST,), features=features)
+        found.append(trainer.step(Batch(examples(9), groups_of(own)), 0.0)[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    for (group, one), two in zip(adapter.named_parameters(), other.parameters(), strict=True):
+        assert one.grad is not None
+        assert two.grad is not None
+        error = float((one.grad - two.grad).abs().max()) / float(two.grad.abs().max())
+        assert error <= 1e-4, group
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_the_same_step(tiny_model: Llama, adapter: Adapter) -> None:
+    """Rows there come in multiples, and features from pinned memory."""
+    found = []
+    for device in ("cpu", "cuda"):
+        model, own = deepcopy(tiny_model).to(device), deepcopy(adapter).to(device)
+        trainer = Trainer(model, own, micro_batch_tokens=90, prefixes=(FIRST,), features=features)
+        loss, norm = trainer.step(Batch(examples(9), groups_of(own)), 0.0)
+        grads = [x.grad.cpu() for x in own.parameters() if x.grad is not None]
+        found.append((loss, norm, grads))
+    (loss, norm, grads), (other_loss, other_norm, others) = found
+    assert loss == pytest.approx(other_loss, rel=1e-4)
+    assert norm == pytest.approx(other_norm, rel=1e-2)
+    assert len(grads) == len(others) == len(list(adapter.parameters()))
+    for one, two in zip(grads, others, strict=True):
+        assert float((one - two).abs().max()) <= 1e-2 * float(one.abs().max())
 
 
 def test_features_need_a_projector(tiny_model: Llama, tiny_adapter: Adapter) -> None:

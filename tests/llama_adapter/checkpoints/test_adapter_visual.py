@@ -10,7 +10,8 @@ from llama_adapter.checkpoints.adapter_assembly import ReadOptions, StoredAdapte
 from llama_adapter.checkpoints.adapter_formats import WRITERS, read_any_adapter, write_adapter_as
 from llama_adapter.cli import main
 from llama_adapter.config import Resampler, VisualConfig
-from llama_adapter.vision import Scales
+from llama_adapter.multimodal.pictures import Pictures
+from llama_adapter.vision import Scales, VisionOptions
 from tests.llama_adapter.checkpoints.adapter_samples import (
     CLIP_TOKENS,
     CLIP_WIDTH,
@@ -25,6 +26,7 @@ from tests.llama_adapter.checkpoints.adapter_samples import (
     transcribe,
     visual_tensors,
 )
+from tests.llama_adapter.clip_models import picture, random_clip, save_clip
 
 SHAPED = ReadOptions(base=CONFIG)
 SEEN = VisualConfig(
@@ -95,6 +97,28 @@ def test_logits_equal_the_formula(make, tmp_path: Path) -> None:
     text = expected_logits(bare, [None, None], tokens)
     assert (expected[0] - text[0]).abs().max() > 0.1
     torch.testing.assert_close(model(tokens, model.project(adapter)), text, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_picture_goes_from_its_file_to_the_logits(tmp_path: Path) -> None:
+    """By a CLIP of 24 layers and 257 tokens in transformers' own format, as ViT-L/14 is."""
+    path, bare, queries = official(tmp_path)
+    stored = read_any_adapter(path, SHAPED)
+    shape = {"image_size": 32, "patch_size": 2, "num_hidden_layers": 24, "projection_dim": 12}
+    clip = save_clip(tmp_path / "clip", **shape)
+    pictures = Pictures.load(
+        VisionOptions(vision_model=clip, feature_cache=tmp_path / "kept"), visual=SEEN
+    )
+    image = picture(tmp_path / "a.png")
+    features, present = pictures([image, None])
+    theirs, pixels = random_clip(**shape), pictures.encoder.pixels([image])
+    states = theirs.vision_model(pixels).last_hidden_state
+    tokens = theirs.visual_projection(theirs.vision_model.post_layernorm(states))[0]
+    assert tokens.shape == (CLIP_TOKENS, CLIP_WIDTH)
+    model, ids, adapter = random_model(), random_tokens(), stored.adapter(CONFIG)
+    got = model(ids, model.project(adapter, adapter.visual_tokens(features, present)))
+    expected = expected_logits(bare, [see(bare, queries, tokens), None], ids)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
 def same(first: StoredAdapter, second: StoredAdapter) -> bool:

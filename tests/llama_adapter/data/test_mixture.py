@@ -13,7 +13,7 @@ from llama_adapter.data.dataset import load_dataset
 from llama_adapter.data.examples import IGNORE_INDEX, encode_record
 from llama_adapter.data.llava_instruct import Conversation
 from llama_adapter.data.mixture import check_any, encode_any, templates
-from llama_adapter.data.records import Problem, Record
+from llama_adapter.data.records import Completion, Problem, Record
 from llama_adapter.tokenizer import Tokenizer
 
 SAID = [
@@ -31,6 +31,9 @@ FILE: list[Any] = [
     {"image": "river.jpg", "conversations": SAID[:3]},
     {"image": "river.jpg"},
     "text",
+    {"prompt": "Question: a?\nAnswer:", "completion": " b", "image": "river.jpg"},
+    {"prompt": "Question: a?", "completion": " "},
+    {"prompt": "not looked at", "instruction": "reverse", "output": "b a"},
 ]
 RECORDS = [
     Record(0, "reverse", "a b", "b a"),
@@ -42,6 +45,9 @@ RECORDS = [
     Problem(6, "conversations ends with a question"),
     Problem(7, "instruction is missing"),
     Problem(8, "must be an object, got a string"),
+    Completion(9, "Question: a?\nAnswer:", " b", "river.jpg"),
+    Problem(10, "completion is empty"),
+    Record(11, "reverse", "", "b a"),
 ]
 
 
@@ -72,7 +78,7 @@ def test_a_mixed_file_is_read_whole_through_the_cache(
     for _ in range(2):
         found = load_dataset(path, tiny_tokenizer, 400, token_cache=tmp_path, unusable=lambda _: {})
         assert list(found.train) == expected
-        assert found.with_image.tolist() == [False, True, True, False]
+        assert found.with_image.tolist() == [False, True, True, False, True, False]
         problems = [record for record in RECORDS if isinstance(record, Problem)]
         assert found.problems == {str(path): problems}
     labels = [label != IGNORE_INDEX for label in found.train[2].labels]

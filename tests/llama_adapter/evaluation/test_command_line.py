@@ -16,7 +16,7 @@ from llama_adapter.evaluation.benchmarks import BENCHMARKS
 from llama_adapter.model import Llama
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.vision import VisionOptions
-from tests.llama_adapter.clip_models import save_clip, save_image_adapter
+from tests.llama_adapter.clip_models import picture, save_clip, save_image_adapter
 from tests.llama_adapter.conftest import save_base
 from tests.llama_adapter.evaluation.benchmark_cases import CASES, Case
 
@@ -144,7 +144,10 @@ def test_scores_results_and_what_cannot_be_used(
 
 
 def test_a_killed_run_goes_on_where_it_stopped(
-    model: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: tuple[object, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     case = CASES["c_vqa"](tmp_path / "data")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -161,6 +164,7 @@ def test_a_killed_run_goes_on_where_it_stopped(
 
     monkeypatch.setattr(Answerer, "answers", killed)
     assert run("c_vqa", *own, "--output", cut) == 130
+    assert f"stopped: the same command goes on from {cut}" in capsys.readouterr().err
     assert len(kept(cut)) == 2
     # a line that the kill has torn
     with (cut / "predictions.jsonl").open("a") as file:
@@ -199,6 +203,12 @@ def test_a_run_of_something_else_is_refused_by_name(
         shown = capsys.readouterr().err
         assert f"{output} holds another evaluation run: " in shown
         assert message in shown
+    image = tmp_path / "data" / "val2014" / "b.jpg"
+    content = image.read_bytes()
+    picture(image, size=(60, 60))
+    assert run("pope", *own) == 2
+    assert 'images is "' in capsys.readouterr().err
+    image.write_bytes(content)
     data = tmp_path / "data" / "pope.json"
     data.write_text(data.read_text().replace("a dog", "a fox"))
     assert run("pope", *own) == 2

@@ -1,11 +1,15 @@
 """Images are found below their root, are features of the adapter's own encoder, or are named."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 pytest.importorskip("transformers")
+
+from transformers.utils import logging
 
 from llama_adapter.config import VisualConfig
 from llama_adapter.multimodal.clip import ClipFeatures
@@ -94,3 +98,25 @@ def test_an_adapter_takes_its_own_encoder_alone(clip: Path, root: Path, tmp_path
     pictures.check(VisualConfig(48))
     with pytest.raises(ValueError, match="must give 47 features, as the adapter takes, got 48"):
         pictures.check(VisualConfig(47))
+
+
+def test_a_bar_is_shown_where_it_is_asked_for(
+    clip: Path, root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_once(**options: Any) -> Any:
+        return tqdm(**options | {"delay": 0})
+
+    assert logging.is_progress_bar_enabled()
+    for shown in (True, False):
+        pictures = Pictures.load(options(clip, root), SCALES, progress=shown)
+        # the encoder's own is none of ours
+        assert capfd.readouterr().err == ""
+        # nor is one of what takes no second
+        pictures.unusable(["a.png"])
+        assert capfd.readouterr().err == ""
+        with monkeypatch.context() as patched:
+            patched.setattr("llama_adapter.multimodal.pictures.tqdm", at_once)
+            pictures.unusable(["a.png", "train/b.png"])
+        said = capfd.readouterr().err.strip()
+        assert said.startswith("images: ") if shown else not said
+    assert logging.is_progress_bar_enabled()
