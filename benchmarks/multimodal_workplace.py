@@ -98,7 +98,9 @@ class Workplace:
             held = json.loads(done.read_text(encoding="utf-8"))
             if held["identity"] == identity:
                 return held["processor_seconds"]
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # nothing but what is made here: the folder may hold more
+        for part in (self.task, self.base, self.encoder, self.features):
+            shutil.rmtree(part, ignore_errors=True)
         spent: Row = {}
         for name, make in (
             ("task", self._make_task),

@@ -238,8 +238,11 @@ def test_a_workplace_is_made_once(folder: Path) -> None:
     marker = folder / "made.json"
     held = json.loads(marker.read_text())
     marker.write_text(json.dumps({**held, "identity": {}}))
+    other = folder / "of somebody else"
+    other.write_text("kept")
     Workplace(folder).make(TINY.sizes, said.append)
     assert said == ["making the task", "making the base", "making the encoder"]
+    assert other.read_text() == "kept"
     laboratory.cache_clear()
 
 
@@ -303,6 +306,18 @@ def test_the_command_writes_tables_figures_and_verdicts_and_continues(
     text = (tmp_path / "multimodal.md").read_text()
     assert "Processor time of all of it" in text
     assert math.isclose(held["facts"]["chance"]["Avg"], 36, abs_tol=10)
+
+
+def test_the_reduced_form_needs_no_folder_and_writes_where_it_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multimodal, "QUICK", TINY)
+    monkeypatch.chdir(tmp_path)
+    assert multimodal.main(["--quick"]) == 0
+    laboratory.cache_clear()
+    assert {path.name for path in tmp_path.iterdir()} == {"runs"}
+    results = tmp_path / "runs" / "multimodal" / "quick" / "results"
+    assert (results / "multimodal.md").is_file()
 
 
 def test_results_of_another_base_are_not_continued(
