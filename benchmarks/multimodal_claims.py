@@ -143,12 +143,13 @@ class Skills:
     moved: Spread
 
 
-def group_claims(found: Mapping[str, Skills]) -> list[Claim]:
+def group_claims(found: Mapping[str, Skills], base: float) -> list[Claim]:
     """V2, sections 3 and 4: disjoint groups against all parameters.
 
     Args:
         found: "late all" (A), "early all" (B), "early disjoint" (C) and "late disjoint" (D), one
             stage after the other; "joint all" (E) and "joint disjoint" (F), in turn.
+        base: INST of the untouched base.
     """
     a, c = found["late all"], found["early disjoint"]
     e, f = found["joint all"], found["joint disjoint"]
@@ -156,7 +157,16 @@ def group_claims(found: Mapping[str, Skills]) -> list[Claim]:
     exact = c.moved.high == 0.0
     learned = c.cap.median >= LEARNED
     gained = c.vqa.median - c.vqa_before.median
+    taught = a.inst_before
     return [
+        Claim(
+            "Not in the papers: the first stage teaches the instructions that the others are held "
+            "against.",
+            f"A: INST before the captions at least {SAME:g} points over the untouched base's in "
+            "every seed; partly: the median over it.",
+            verdict(taught.low >= base + SAME, taught.median > base),
+            f"{taught.show('.1f')} against {base:.1f}.",
+        ),
         Claim(
             "V2, section 3: captions, learned by all parameters of a late-fusion adapter after "
             "instructions, destroy instruction following.",

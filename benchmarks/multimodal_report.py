@@ -227,7 +227,7 @@ def groups_section(rows: Rows, facts: Row) -> Section:
             "text logits moved",
         ],
         table,
-        group_claims(found),
+        group_claims(found, facts["base_instructions"]),
         {"groups": figure},
     )
 

@@ -411,11 +411,11 @@ def test_verdicts_on_groups() -> None:
     )
     ruined = replace(kept, inst=spread(40, 60), moved=spread(3.0, 4.0))
     found = dict.fromkeys(GROUPS, kept) | {"late all": ruined, "joint all": ruined}
-    assert verdicts(group_claims(found)) == [REPRODUCED] * 4
+    assert verdicts(group_claims(found, 80.0)) == [REPRODUCED] * 5
     slight = replace(kept, inst=spread(80, 89))
     dull = replace(kept, cap=spread(10, 20), vqa=spread(43, 46))
     found |= {"late all": slight, "early disjoint": dull, "joint all": kept}
-    assert verdicts(group_claims(found)) == [PARTLY, PARTLY, PARTLY, NOT]
+    assert verdicts(group_claims(found, 89.0)) == [PARTLY, PARTLY, PARTLY, PARTLY, NOT]
     moved = replace(kept, moved=spread(0.0, 1e-6), vqa=spread(30, 40))
     found |= {"late all": kept, "early disjoint": moved, "joint all": slight}
-    assert verdicts(group_claims(found)) == [NOT, NOT, NOT, REPRODUCED]
+    assert verdicts(group_claims(found, 91.0)) == [NOT, NOT, NOT, NOT, REPRODUCED]
