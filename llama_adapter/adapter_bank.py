@@ -137,6 +137,9 @@ class AdapterBank:
     def load(self, name: Hashable, adapter: Adapter) -> None:
         """Project an adapter under a name; one that bears it already is replaced for new requests.
 
+        An adapter that takes images is kept, for those of later requests: load it again once its
+        parameters have changed.
+
         Raises:
             BankFull: every row is in use.
             ValueError: the adapter does not fit the model or the bank, or the name is None, which

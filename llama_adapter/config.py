@@ -232,6 +232,10 @@ FUSIONS = ("late", "early")
 EARLY_TOKENS, EARLY_LAYERS = 20, 1
 
 
+# a file's header is believed before its tensors are looked at
+_MOST_BLOCKS = 1024
+
+
 @dataclass(frozen=True)
 class Resampler:
     """A projector of learned queries that attend to many tokens of an image, and to each other.
@@ -249,11 +253,14 @@ class Resampler:
     heads: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.inputs, self.width, self.blocks, self.heads) < 1 or self.width % self.heads:
+        sizes = self.inputs, self.width, self.blocks, self.heads
+        if min(sizes) < 1 or self.width % self.heads:
             raise ValueError(
                 "inputs, width, blocks and heads must be at least 1 and heads divide width, got "
                 f"{self.inputs}, {self.width}, {self.blocks} and {self.heads}"
             )
+        if self.blocks > _MOST_BLOCKS:
+            raise ValueError(f"blocks must be at most {_MOST_BLOCKS}, got {self.blocks}")
 
 
 @dataclass(frozen=True)

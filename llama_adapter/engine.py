@@ -33,7 +33,8 @@ class Engine:
     """Serves requests with one model, one pool of pages and a bank of adapters.
 
     One thread at a time: who submits, cancels or loads adapters from others holds the lock that
-    also guards `step`. Two engines may share a model and a bank under one lock.
+    also guards `step`. Two engines may share a model and a bank under one lock; the bank must then
+    have rows for the images of both, as an engine without requests of its own waits for no other's.
 
     Attributes:
         pool: pages of keys and values.
@@ -192,7 +193,8 @@ class Engine:
             except ValueError:
                 self._end(request)
                 raise
-            request.image = image
+            # the caller may use the memory again before the request is admitted
+            request.image = image.clone()
         self._waiting.append(request)
         return row.index
 

@@ -58,8 +58,9 @@ def load_run_data(
             f"{config.data}: none of the {len(dataset.train)} records to train on has an image: "
             "leave out --images and --vision-model"
         )
+    # one folder may be both
     seen = {
         str(config.vision.vision_model): pictures.encoder.digest,
-        str(config.vision.images): pictures.content,
+        f"the images in {config.vision.images}": pictures.content,
     }
     return replace(dataset, digests=dataset.digests | seen), pictures

@@ -8,15 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
 from llama_adapter.multimodal.features import digest_of
 from llama_adapter.quiet import quiet
 from llama_adapter.vision import Scales
+
+# of a CLIP's configuration, what changes its features and no weight's shape
+_DECIDING = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size")
+# of another package's message, and of an image's sides, the longest there may be
+_SAID, _LONGEST = 160, 100
 
 
 class ClipFeatures:
@@ -29,7 +36,10 @@ class ClipFeatures:
     """
 
     def __init__(
-        self, model: CLIPVisionModelWithProjection, processor: Any, scales: Scales | None = None
+        self,
+        model: CLIPVisionModel | CLIPVisionModelWithProjection,
+        processor: Any,
+        scales: Scales | None = None,
     ) -> None:
         """Freeze an encoder.
 
@@ -39,9 +49,12 @@ class ClipFeatures:
             scales: what is taken; None for `Scales()`.
 
         Raises:
-            ValueError: the encoder has fewer layers.
+            ValueError: the encoder has fewer layers, or no projection where one is to be applied.
         """
-        self._model, self._processor = model.requires_grad_(False).eval(), processor
+        nn.Module.requires_grad_(model, False).eval()
+        self._model, self._processor = model, processor
+        self._encoder: Any = getattr(model, "vision_model", model)
+        self._projection: Any = getattr(model, "visual_projection", None)
         self.scales = Scales() if scales is None else scales
         config = model.config
         if max(self.scales.layers) > config.num_hidden_layers:
@@ -49,13 +62,19 @@ class ClipFeatures:
                 f"layers must be at most the encoder's {config.num_hidden_layers}, "
                 f"got {self.scales.layers}"
             )
+        if self.scales.project and self._projection is None:
+            raise ValueError("project must be left out: this encoder has no projection")
         each = config.projection_dim if self.scales.project else config.hidden_size
         if self.scales.pool == "tokens":
             # the class token's and the patches'
-            each *= int(model.vision_model.embeddings.num_positions)
+            each *= int(self._encoder.embeddings.num_positions)
         self.width: int = each * len(self.scales.layers)
+        used = [*self._encoder.parameters()]
+        used += [*self._projection.parameters()] if self.scales.project else []
+        # what no weight's shape tells
+        more = [getattr(config, name) for name in _DECIDING]
         prepared = sorted(processor.to_dict().items())
-        self.digest = digest_of([*model.parameters()], self.scales, prepared)
+        self.digest = digest_of(used, self.scales, more, prepared)
 
     @classmethod
     def load(
@@ -66,19 +85,32 @@ class ClipFeatures:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "ClipFeatures":
-        """The encoder of a folder that transformers has saved.
+        """The encoder of a folder that transformers has saved: a CLIP, or its visual half.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: the encoder has fewer layers than are asked for.
+            ValueError: it holds no CLIP, not all of it or numbers that are not finite, or the
+                encoder has fewer layers than are asked for.
         """
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder}: no such folder, of a CLIP that transformers saved")
-        with quiet(), _no_bar():
-            model = CLIPVisionModelWithProjection.from_pretrained(
-                folder, dtype=dtype, local_files_only=True
-            )
-            processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        project = scales is not None and scales.project
+        kind: Any = CLIPVisionModelWithProjection if project else CLIPVisionModel
+        try:
+            with quiet(), _no_bar():
+                model, told = kind.from_pretrained(
+                    folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                )
+                processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            said = " ".join(str(error).split())[:_SAID]
+            raise ValueError(f"{folder} holds no CLIP that can be read ({said})") from error
+        lacking = sorted(told["missing_keys"])
+        if lacking:
+            # transformers draws them at random, other ones every time
+            raise ValueError(f"{folder} lacks {len(lacking)} weights of its CLIP, as {lacking[0]}")
+        if not all(bool(x.isfinite().all()) for x in nn.Module.parameters(model)):
+            raise ValueError(f"{folder}: weights must be finite, got NaN or infinity")
         nn.Module.to(model, device)
         return cls(model, processor, scales)
 
@@ -96,9 +128,8 @@ class ClipFeatures:
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Features (B, width) in the encoder's dtype of pixels (B, 3, height, width)."""
-        encoder = self._model.vision_model
         given = pixels.to(self._model.device, self._model.dtype)
-        states = encoder(given, output_hidden_states=True).hidden_states
+        states = self._encoder(given, output_hidden_states=True).hidden_states
         found = []
         for layer in self.scales.layers:
             state = states[layer]
@@ -106,9 +137,9 @@ class ClipFeatures:
             if self.scales.pool != "tokens":
                 x = state[:, 0] if self.scales.pool == "cls" else state[:, 1:].mean(1)
             if self.scales.post_norm:
-                x = encoder.post_layernorm(x)
+                x = self._encoder.post_layernorm(x)
             if self.scales.project:
-                x = self._model.visual_projection(x)
+                x = self._projection(x)
             x = x / x.norm(dim=-1, keepdim=True) if self.scales.normalise else x
             found.append(x.flatten(1))
         return torch.cat(found, -1)
@@ -127,14 +158,40 @@ def _no_bar() -> Iterator[None]:
 
 
 def _opened(image: str | Path | Image.Image) -> Image.Image:
-    """An image in RGB, whatever its file holds."""
+    """An image in RGB."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _in_rgb(image, "image")
     path = Path(image)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with Image.open(path) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            return _in_rgb(opened, str(path))
+    except (
+        OSError, SyntaxError, RuntimeError, MemoryError, Image.DecompressionBombError
+    ) as error:  # fmt: skip
         raise ValueError(f"{path}: no image that can be read ({error})") from error
+
+
+def _in_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An image with 8 bits a channel.
+
+    Raises:
+        ValueError: it is a thread, which a CLIP's preparation would make gigabytes of, or its
+            numbers have no range of their own.
+    """
+    short, long = sorted(image.size)
+    if long > _LONGEST * short:
+        raise ValueError(
+            f"{name}: one side must be at most {_LONGEST} times the other, got "
+            f"{image.size[0]} x {image.size[1]}"
+        )
+    if image.mode.startswith("I;16"):
+        # Pillow would cut off at 255
+        grey = np.asarray(image).astype(np.float32) * (255 / 65535)
+        image = Image.fromarray(grey.round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"{name}: must have 8 or 16 bits a channel, got Pillow's mode {image.mode}"
+        )
+    return image.convert("RGB")

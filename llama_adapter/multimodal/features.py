@@ -1,11 +1,11 @@
 """Features of image files, computed once: the encoder is frozen, so they never change.
 
-One file an image, named by the digest of its content, in a folder named by the encoder's. All of
-them may be deleted whenever nobody reads; one that is damaged is made anew.
+One file an image, named by the digest of its content, in a folder named by the encoder's: a SHA-256
+of what follows, then float32. All of them may be deleted whenever nobody reads; one that is damaged
+is made anew.
 """
 
 import hashlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from llama_adapter.checkpoints.atomic import write_atomically
+
+_NUMBER = np.dtype("<f4")
+_SEAL = hashlib.sha256().digest_size
 
 
 class Encoder(Protocol):
@@ -85,6 +88,8 @@ class FeatureCache:
                 if _digest(Path(missing[name])) != name:
                     raise ValueError(f"{missing[name]}: was changed while it was in use")
             for name, row in zip(some, features.float().cpu(), strict=True):
+                if not bool(row.isfinite().all()):
+                    raise ValueError(f"{missing[name]}: its features must be finite numbers")
                 self._write(name, row)
                 found[name] = row
         if know:
@@ -94,22 +99,34 @@ class FeatureCache:
 
     def _path(self, digest: str) -> Path:
         # folders of a million files are slow to list
-        return self.folder / digest[:2] / f"{digest}.npy"
+        return self.folder / digest[:2] / f"{digest}.features"
 
     def _read(self, digest: str) -> Tensor | None:
+        """A row that is there and whole."""
         try:
-            row = np.load(self._path(digest), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            content = self._path(digest).read_bytes()
+        except OSError:
             return None
-        whole = row.dtype == np.float32 and row.shape == (self._encoder.width,)
-        return torch.from_numpy(row) if whole else None
+        sealed, row = content[:_SEAL], content[_SEAL:]
+        if len(row) != _NUMBER.itemsize * self._encoder.width or sealed != _seal(row):
+            return None
+        return torch.from_numpy(np.frombuffer(row, _NUMBER).astype(np.float32))
 
     def _write(self, digest: str, row: Tensor) -> None:
-        content = io.BytesIO()
-        np.save(content, row.numpy(), allow_pickle=False)
+        content = row.numpy().astype(_NUMBER).tobytes()
         path = self._path(digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.getvalue())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, _seal(content) + content)
+        except OSError as error:
+            raise OSError(
+                f"features cannot be cached in {self.folder} ({error.strerror or error}): name "
+                "another folder with --feature-cache"
+            ) from error
+
+
+def _seal(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def _digest(path: Path) -> str:

@@ -145,6 +145,23 @@ def test_a_replaced_adapter_keeps_its_pictures(
         assert tokens == alone(tiny_model, tiny_tokenizer, "green light", prompts)
 
 
+def test_a_callers_memory_may_be_used_again(
+    tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
+) -> None:
+    bank = AdapterBank(tiny_model, capacity=3, prompt_length=3)
+    adapter = random_adapter(tiny_config, 1, LATE)
+    bank.load("a", adapter)
+    engine = Engine(tiny_model, tiny_tokenizer, bank=bank)
+    first, second = images(2)
+    buffer = first.clone()
+    ticket = engine.submit("green light", GREEDY, adapter="a", image=buffer)
+    buffer.copy_(second)
+    (done,) = [one.completion for one in engine.run() if one.completion is not None]
+    prompts = tiny_model.project(adapter, adapter.visual_tokens(first[None]))
+    assert done.tokens == alone(tiny_model, tiny_tokenizer, "green light", prompts)
+    assert ticket is not None
+
+
 def test_who_leaves_frees_its_pictures_row(
     tiny_model: Llama, tiny_tokenizer: Tokenizer, tiny_config: LlamaConfig
 ) -> None:

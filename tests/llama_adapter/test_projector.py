@@ -238,6 +238,9 @@ def test_what_is_no_resampler_is_refused(arguments: dict, message: str) -> None:
         replace(QUERIES, **arguments)
     with pytest.raises(ValueError, match="heads divide width, got 9, 32, 2 and 5"):
         Resampler(9, 32, 2, 5)
+    # of a file's header, before its tensors are counted
+    with pytest.raises(ValueError, match="blocks must be at most 1024, got 1000000000"):
+        Resampler(2, 16, 1_000_000_000, 2)
 
 
 def test_as_many_tokens_as_rows_or_one(tiny_model: Llama) -> None:

@@ -192,7 +192,7 @@ def test_a_stopped_run_resumes_bitwise(
     assert steps == 3 * {"off": 4, "alternate": 6, "concat": 4}[joint]
     for stop in (1, 2, 5, steps):
         # the features come from their files, or from the encoder again
-        for path in (own.output.parent / "features").rglob("*.npy"):
+        for path in (own.output.parent / "features").rglob("*.features"):
             path.unlink()
         result = finetune(replace(own, max_steps=stop), base=base, resume=True)
     finetune(own, base=base, resume=True)

@@ -58,9 +58,9 @@ def test_every_picture_is_encoded_before_a_run(tmp_path: Path, base: Base) -> No
     )
     dataset, pictures = load_run_data(run, base)
     assert pictures is not None
-    assert len(list(cache.rglob("*.npy"))) == 3
+    assert len(list(cache.rglob("*.features"))) == 3
     assert dataset.digests[str(clip)] == pictures.encoder.digest
-    assert dataset.digests[str(images)] == pictures.content
+    assert dataset.digests[f"the images in {images}"] == pictures.content
     assert [problem.index for problem in dataset.problems[str(run.data)]] == [3]
     assert "3.png: no such file" in dataset.problems[str(run.data)][0].reason
     assert dataset.with_image.all()

@@ -1,14 +1,18 @@
 """Features are what transformers' encoder computes, layer by layer, of whatever is an image."""
 
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("transformers")
 
-from transformers import CLIPImageProcessor
+from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from llama_adapter.multimodal.clip import ClipFeatures
 from llama_adapter.multimodal.features import FeatureCache
@@ -75,9 +79,91 @@ def test_a_cache_holds_them(folder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         changed.visual_projection.weight[3, 2] += 1
     processor = CLIPImageProcessor.from_pretrained(folder)
+    # a projection that is not applied decides nothing
     digests.add(ClipFeatures(changed, processor, Scales((2, 4))).digest)
+    assert len(digests) == 2
+    projected = Scales((2, 4), post_norm=True, project=True)
+    digests.add(ClipFeatures.load(folder, projected).digest)
+    digests.add(ClipFeatures(changed, processor, projected).digest)
     digests.add(ClipFeatures(random_clip(), CLIPImageProcessor(), Scales((2, 4))).digest)
-    assert len(digests) == 4
+    assert len(digests) == 5
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_attention_heads": 2}, {"hidden_act": "gelu"}, {"layer_norm_eps": 0.1}]
+)
+def test_what_no_weight_tells_is_another_encoder(
+    change: dict, folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | change))
+    a, b = (ClipFeatures.load(one, Scales((2, 4))) for one in (folder, other))
+    assert a.digest != b.digest
+    pixels = torch.randn(2, 3, 24, 24)
+    assert not torch.equal(a(pixels), b(pixels))
+
+
+def test_the_visual_half_alone_is_the_same_encoder(folder: Path, tmp_path: Path) -> None:
+    half = CLIPVisionModel.from_pretrained(folder)
+    half.save_pretrained(tmp_path / "half")
+    CLIPImageProcessor.from_pretrained(folder).save_pretrained(tmp_path / "half")
+    whole, alone = (ClipFeatures.load(one, Scales((2, 4))) for one in (folder, tmp_path / "half"))
+    assert whole.digest == alone.digest
+    pixels = torch.randn(2, 3, 24, 24)
+    assert torch.equal(whole(pixels), alone(pixels))
+    with pytest.raises(ValueError, match="lacks 1 weights of its CLIP, as visual_projection"):
+        ClipFeatures.load(tmp_path / "half", Scales((2,), post_norm=True, project=True))
+
+
+def test_a_damaged_encoder_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    file = other / "model.safetensors"
+    tensors = load_file(file)
+    name = "vision_model.encoder.layers.1.mlp.fc1.weight"
+
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            ClipFeatures.load(other, Scales((2,)))
+
+    save_file({n: x for n, x in tensors.items() if n != name}, file, {"format": "pt"})
+    refused(r"other lacks 1 weights of its CLIP, as .*layers\.1\.mlp\.fc1\.weight")
+    save_file(tensors | {name: tensors[name] * torch.nan}, file, {"format": "pt"})
+    refused("other: weights must be finite")
+    save_file(tensors, file, {"format": "pt"})
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    refused("other holds no CLIP that can be read")
+    file.write_bytes(whole)
+    (other / "config.json").write_text("[]")
+    refused("other holds no CLIP that can be read")
+    (other / "config.json").unlink()
+    refused("other holds no CLIP that can be read")
+
+
+def test_sixteen_bits_of_grey_are_scaled_and_other_numbers_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    features = ClipFeatures.load(folder, Scales((2,)))
+    grey = np.linspace(0, 65535, 1600).reshape(40, 40)
+    deep, plain = tmp_path / "deep.png", tmp_path / "plain.png"
+    Image.fromarray(grey.astype(np.uint16)).save(deep)
+    Image.fromarray((grey / 257).round().astype(np.uint8)).save(plain)
+    # within one step of 255, where both are rounded
+    one = features.pixels([deep]) - features.pixels([plain])
+    assert float(one.abs().max()) < 1.1 / 255 / min(features._processor.image_std)
+    for kind in (np.float32, np.int32):
+        Image.fromarray(grey.astype(kind)).save(tmp_path / "odd.tiff")
+        with pytest.raises(ValueError, match=r"odd\.tiff: must have 8 or 16 bits a channel"):
+            features.pixels([tmp_path / "odd.tiff"])
+
+
+def test_a_thread_of_an_image_is_refused(folder: Path, tmp_path: Path) -> None:
+    features = ClipFeatures.load(folder, Scales((2,)))
+    assert features.pixels([picture(tmp_path / "a.png", size=(2, 200))]).shape == (1, 3, 24, 24)
+    Image.new("L", (1, 40_000)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png: one side must be at most 100 times the other"):
+        features.pixels([tmp_path / "b.png"])
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1"])

@@ -68,20 +68,43 @@ def test_another_encoder_has_features_of_its_own(images: list[Path], tmp_path: P
     assert torch.equal(got, expected(images, 3))
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"no array at all"])
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04junk", b"no features at all"])
 def test_what_is_damaged_is_made_anew(damage: bytes, images: list[Path], tmp_path: Path) -> None:
     encoder = Bytes()
     cache = FeatureCache(tmp_path / "cache", encoder)
     cache(images)
-    files = sorted(cache.folder.rglob("*.npy"))
+    files = sorted(cache.folder.rglob("*.features"))
     assert len(files) == 6
+    whole = files[4].read_bytes()
     files[2].write_bytes(damage)
-    np.save(files[4], np.zeros(4, np.float32))
-    np.save(files[5], np.array(["a"], object), allow_pickle=True)
+    # a bit of a number, numbers of zero as after a power failure, and one number too many
+    files[3].write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    files[4].write_bytes(whole[:-20] + bytes(20))
+    files[5].write_bytes(whole + bytes(4))
     assert torch.equal(cache(images), expected(images))
-    assert encoder.asked == 9
+    assert encoder.asked == 10
     assert torch.equal(cache(images), expected(images))
-    assert encoder.asked == 9
+    assert encoder.asked == 10
+
+
+def test_features_that_are_no_numbers_are_not_kept(images: list[Path], tmp_path: Path) -> None:
+    class Odd(Bytes):
+        def __call__(self, pixels: Tensor) -> Tensor:
+            return super().__call__(pixels).masked_fill(pixels == 3, torch.nan)
+
+    cache = FeatureCache(tmp_path / "cache", Odd())
+    with pytest.raises(ValueError, match=r"\.png: its features must be finite numbers"):
+        cache(images)
+    assert not list(cache.folder.rglob("*.features"))
+
+
+def test_a_folder_that_cannot_be_made_is_no_fault_of_an_image(
+    images: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"features cannot be cached in .*--feature-cache") as raised:
+        FeatureCache(tmp_path / "file", Bytes())(images)
+    assert type(raised.value) is OSError
 
 
 def test_a_file_that_is_not_there_is_named(images: list[Path], tmp_path: Path) -> None:
@@ -99,7 +122,7 @@ def test_files_that_are_known_are_not_read_again(images: list[Path], tmp_path: P
     assert torch.equal(cache(images), right)
     assert cache.known == content
     # its content has other features, which are not kept as those of the first
-    for path in cache.folder.rglob("*.npy"):
+    for path in cache.folder.rglob("*.features"):
         path.unlink()
     with pytest.raises(ValueError, match=r"3\.png: was changed while it was in use"):
         cache(images)
