@@ -272,10 +272,18 @@ def _digest(path: Path | None) -> str | None:
 
 
 def _called(model: ModelOptions, data: DataOptions) -> str:
-    """What a run's model is called in results that name it."""
+    """What a run's model is called in results that name it: no other adapter is called the same.
+
+    Every run's file is adapter.safetensors, so that its folder's name says more; a digest of the
+    content tells the rest apart.
+    """
     if data.reviews is not None:
         return data.reviews.stem
-    return model.base.name if model.adapter is None else f"{model.base.name}+{model.adapter.stem}"
+    if model.adapter is None:
+        return model.base.name
+    path = model.adapter.absolute()
+    name = path.parent.name if path.stem == "adapter" else path.stem
+    return f"{model.base.name}+{name}-{_digest(path)}"
 
 
 def _finish(
