@@ -179,8 +179,12 @@ def _too_long(
     problems = []
     for position, item in enumerate(items):
         name = item["id"]
-        whole = texts[name] + max(_outputs(benchmark, data, item).values(), key=len, default="")
-        count = len(encode_prompt(whole, answerer.base.tokenizer, f"item {name!r}"))
+        # a longer option may have fewer tokens
+        outputs = _outputs(benchmark, data, item).values() or ("",)
+        count = max(
+            len(encode_prompt(texts[name] + output, answerer.base.tokenizer, f"item {name!r}"))
+            for output in outputs
+        )
         if count >= context:
             del texts[name]
             reason = (
