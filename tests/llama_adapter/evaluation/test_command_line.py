@@ -320,6 +320,19 @@ def test_a_text_adapter_does_not_need_the_images(
     assert json.loads((output / "run.json").read_text())["settings"]["vision_model"] is None
 
 
+def test_blind_answers_do_not_need_the_images(
+    base: Path, adapter: Path, model: tuple[object, ...], tmp_path: Path
+) -> None:
+    case, output = CASES["mme"](tmp_path / "data"), tmp_path / "run"
+    for image in case.images.values():
+        image.unlink(missing_ok=True)
+    assert run("mme", *case.words, "--output", output, *model, "--blind") == 0
+    answerer = ModelOptions(base, adapter, device="cpu").load()
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=FEW)
+    said = answerer.answers(list(case.texts.values()), sampling)
+    assert kept(output) == dict(zip(case.texts, (text.strip() for text in said), strict=True))
+
+
 def test_requests_that_cannot_be_carried_out(
     model: tuple[object, ...],
     base: Path,
