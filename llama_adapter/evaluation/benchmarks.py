@@ -278,7 +278,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         targets=lambda item: [scienceqa.target_of(item)],
     ),
     "mme": Benchmark(
-        lambda options, images: mme.load(options.data),
+        lambda options, images: mme.load(options.data, with_images=images is not None),
         mme.prompt_of,
         _plain(mme.score),
         "mme",

@@ -179,8 +179,12 @@ def _too_long(
     problems = []
     for position, item in enumerate(items):
         name = item["id"]
-        whole = texts[name] + max(_outputs(benchmark, data, item).values(), key=len, default="")
-        count = len(encode_prompt(whole, answerer.base.tokenizer, f"item {name!r}"))
+        # a longer option may have fewer tokens
+        outputs = _outputs(benchmark, data, item).values() or ("",)
+        count = max(
+            len(encode_prompt(texts[name] + output, answerer.base.tokenizer, f"item {name!r}"))
+            for output in outputs
+        )
         if count >= context:
             del texts[name]
             reason = (
@@ -272,10 +276,18 @@ def _digest(path: Path | None) -> str | None:
 
 
 def _called(model: ModelOptions, data: DataOptions) -> str:
-    """What a run's model is called in results that name it."""
+    """What a run's model is called in results that name it: no other adapter is called the same.
+
+    Every run's file is adapter.safetensors, so that its folder's name says more; a digest of the
+    content tells the rest apart.
+    """
     if data.reviews is not None:
         return data.reviews.stem
-    return model.base.name if model.adapter is None else f"{model.base.name}+{model.adapter.stem}"
+    if model.adapter is None:
+        return model.base.name
+    path = model.adapter.absolute()
+    name = path.parent.name if path.stem == "adapter" else path.stem
+    return f"{model.base.name}+{name}-{_digest(path)}"
 
 
 def _finish(

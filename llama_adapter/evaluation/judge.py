@@ -178,10 +178,19 @@ def load_reviews(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not UTF-8 or nothing in it can be used.
+        ValueError: the file is not UTF-8, nothing in it can be used, or both answers to a question
+            have the same id, so that a review does not say which came first.
     """
     problems: list[FileProblem] = []
-    wanted = {(item["question_id"], *map(str, item["answer_ids"])) for item in items}
+    wanted: set[tuple[str, ...]] = set()
+    for item in items:
+        first, second = map(str, item["answer_ids"])
+        if first == second:
+            raise ValueError(
+                f"{path}: the answers to question {item['question_id']} must have different ids "
+                f"to tell its reviews' orders apart, got answer_id {first!r} twice"
+            )
+        wanted.add((item["question_id"], first, second))
     found: dict[tuple[str, ...], str] = {}
     fields = {"question_id": ID, "answer1_id": ID, "answer2_id": ID, "text": STRING}
     entries = line_entries(path, problems)

@@ -42,7 +42,9 @@ _SUFFIXES = (".jpg", ".png")
 _PREFIX = 4
 
 
-def load(folder: str | Path, tasks: Sequence[str] = TASKS) -> tuple[list[Item], list[FileProblem]]:
+def load(
+    folder: str | Path, tasks: Sequence[str] = TASKS, *, with_images: bool = True
+) -> tuple[list[Item], list[FileProblem]]:
     """Read MME's folder, in either of its layouts.
 
     A subtask holds questions_answers_YN/NAME.txt and images/NAME.jpg or .png, or both kinds of
@@ -52,6 +54,7 @@ def load(folder: str | Path, tasks: Sequence[str] = TASKS) -> tuple[list[Item], 
     Args:
         folder: what holds one folder per subtask.
         tasks: the subtasks to read, all of them unless told otherwise.
+        with_images: False leaves the images out, which need not be there then: image is None.
 
     Returns:
         Items in the subtasks' order, the two of an image adjacent (id, task, pair: number of the
@@ -77,21 +80,21 @@ def load(folder: str | Path, tasks: Sequence[str] = TASKS) -> tuple[list[Item], 
             questions, problems = _questions(path)
             found = [images / f"{path.stem}{suffix}" for suffix in _SUFFIXES]
             image = next((each for each in found if each.is_file()), None)
-            if image is None:
+            if image is None and with_images:
                 reason = f"image {found[0]} or {_SUFFIXES[1]}: no such file"
                 problems.append(FileProblem(pair, reason, str(path), "image"))
             if len(questions) != PAIR:
                 reason = f"must hold {PAIR} usable questions, got {len(questions)}: none is used"
                 problems.append(FileProblem(pair, reason, str(path), "pair"))
             malformed += problems
-            if image is not None and len(questions) == PAIR:
-                shared = {"task": task, "pair": pair, "image": str(image)}
+            if (image is not None or not with_images) and len(questions) == PAIR:
+                shared = {"task": task, "pair": pair, "image": str(image) if with_images else None}
                 for number, (question, gold) in enumerate(questions, 1):
                     items.append(
                         {
                             "id": f"{task}/{path.stem}/{number}",
                             **shared,
-                            "image_name": image.name,
+                            "image_name": (image or found[0]).name,
                             "question": question,
                             "gold": gold,
                         }

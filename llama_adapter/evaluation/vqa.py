@@ -1,7 +1,9 @@
 """Questions about pictures with short answers: VQAv2, OK-VQA, TextVQA, VizWiz and GQA.
 
 The files are each benchmark's own. All but GQA have about ten people's answers a question and are
-scored by VQA accuracy; GQA has one, compared after the same normalisation.
+scored by VQA accuracy; GQA has one, compared after the same normalisation. VQA's own scorer, which
+VQAv2 and OK-VQA use, compares as they are an answer and people's that are all the same; the scorers
+of TextVQA normalise always.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ from llama_adapter.evaluation.runner import Item, Scores
 from llama_adapter.evaluation.vqa_answer import accuracy, normalise
 
 BENCHMARKS = ("vqav2", "okvqa", "textvqa", "vizwiz", "gqa")
+_BY_VQAS_SCORER = ("vqav2", "okvqa")
 
 
 def load(
@@ -217,7 +220,8 @@ def score(item: Item, prediction: str) -> Scores:
     if item["benchmark"] == "gqa":
         value = float(normalise(prediction) == normalise(item["answers"][0]))
     else:
-        value = accuracy(prediction, item["answers"])
+        as_is = item["benchmark"] in _BY_VQAS_SCORER
+        value = accuracy(prediction, item["answers"], unanimous_as_is=as_is)
     kind = item.get("answer_type")
     return {"accuracy": value} | ({f"accuracy/{kind}": value} if kind else {})
 

@@ -49,7 +49,7 @@ def normalise(answer: str) -> str:
     Periods go unless a digit follows. Lower case; none, zero to ten become digits; a, an, the go;
     "dont" becomes "don't".
     """
-    text = answer.replace("\n", " ").replace("\t", " ").strip()
+    text = _stripped(answer)
     grouped = _COMMA.search(text) is not None
     cleaned = text
     for mark in _MARKS:
@@ -59,7 +59,11 @@ def normalise(answer: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-def accuracy(prediction: str, answers: Sequence[str]) -> float:
+def _stripped(answer: str) -> str:
+    return answer.replace("\n", " ").replace("\t", " ").strip()
+
+
+def accuracy(prediction: str, answers: Sequence[str], *, unanimous_as_is: bool = False) -> float:
     """How far people agree with an answer: the mean, each person left out once.
 
     accuracy = (1 / n) sum_i min(#{j != i: answer_j = prediction} / 3, 1)
@@ -67,6 +71,8 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     Args:
         prediction: the answer given.
         answers: those of n people, ten in VQA; both sides are normalised.
+        unanimous_as_is: as VQA's scorer has it, where all people gave one answer both sides are
+            compared as they are, but for blanks around them: "Yes." is not "yes" then.
 
     Returns:
         0 to 1; 1 from four equal answers on.
@@ -76,8 +82,11 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """
     if not answers:
         raise ValueError("answers must hold at least one, got none")
-    given = normalise(prediction)
-    equal = [normalise(answer) == given for answer in answers]
+    form = normalise
+    if unanimous_as_is and len({_stripped(answer) for answer in answers}) == 1:
+        form = _stripped
+    given = form(prediction)
+    equal = [form(answer) == given for answer in answers]
     total = sum(equal)
     return sum(min((total - own) / 3, 1.0) for own in equal) / len(equal)
 

@@ -15,6 +15,8 @@ from llama_adapter.data.template import prompt_text
 from llama_adapter.evaluation.judge import SYSTEM, prompt
 from tests.llama_adapter.clip_models import picture
 
+# stands for what a run calls its model, which a digest of the adapter is part of
+CALLED = "CALLED"
 ASK = "Please answer yes or no."
 CAPTION = prompt_text("Generate caption for this image")
 
@@ -378,7 +380,7 @@ def lvlm_ehub(folder: Path) -> Case:
             [
                 {
                     "question": "Read it.", "answer": "a red house", "gt_answers": "red door",
-                    "image_path": "x/1.jpg", "model_name": "tiny+adapter",
+                    "image_path": "x/1.jpg", "model_name": CALLED,
                 }
             ],
         ),
@@ -395,7 +397,7 @@ def questions(folder: Path) -> Case:
     answers = {"1": "Fine, thanks.", "3": "A number"}
     official = [
         {
-            "answer_id": f"tiny+adapter-{n}", "question_id": int(n), "model_id": "tiny+adapter",
+            "answer_id": f"{CALLED}-{n}", "question_id": int(n), "model_id": CALLED,
             "text": text, "metadata": {},
         }
         for n, text in answers.items()
@@ -430,7 +432,7 @@ def judge(folder: Path) -> Case:
         {},
         {"1-1": "8 6\nours is better", "1-2": "(7, 9)\nthe second"},
         {"items_win": 2, "merged_win": 1, "malformed": 0, "win_rate": 1, "ratio": 1700 / 13},
-        ("review.jsonl", '"score": [7.0, 9.0], "reviewer_id": "tiny+adapter"'),
+        ("review.jsonl", '"score": [7.0, 9.0], "reviewer_id": "' + CALLED + '"'),
         ("ours.jsonl: line 2: text is missing", "theirs.jsonl: line 2: text is missing"),
     )
 

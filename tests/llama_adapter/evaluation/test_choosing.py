@@ -1,5 +1,6 @@
 """The option chosen is the one that the model alone finds likeliest, its picture before it."""
 
+import base64
 import json
 import math
 from dataclasses import replace
@@ -12,6 +13,7 @@ pytest.importorskip("transformers")
 
 from llama_adapter.answering import Answerer, ModelOptions
 from llama_adapter.cli import main
+from llama_adapter.data.template import prompt_text
 from llama_adapter.evaluation.choosing import likeliest, losses
 from llama_adapter.model import Llama
 from llama_adapter.vision import VisionOptions
@@ -92,3 +94,36 @@ def test_evaluate_chooses(
         image = case.images.get(row["id"])
         found = {key: alone(answerer, text, output, image) for key, output in options.items()}
         assert row["prediction"] == min(found, key=lambda key: found[key])
+
+
+def test_an_option_is_measured_by_its_tokens(
+    answerer: Answerer, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The option of more characters has fewer tokens, and the other alone does not fit."""
+    columns = ["index", "question", "hint", *"ABCD", "answer", "category", "l2-category", "image"]
+    few, many = ("window " * 12).strip(), "\u2603" * 60
+    assert len(few) > len(many)
+    image = base64.b64encode(picture(tmp_path / "a.png").read_bytes()).decode()
+    rows = [columns]
+    # one option is in the prompt too
+    for n, (a, b) in enumerate(((few, many), (many, few))):
+        kinds = ["leaf", "logic_reasoning", image if n == 0 else "5"]
+        rows.append([str(5 + n * 10**6), "Which?", "", a, b, "", "", "AB"[n], *kinds])
+    text = prompt_text(
+        f"Question: Which?\nOptions:\nA. {few}\nB. {many}\n"
+        "Please select the correct answer from the options above. \n"
+    )
+    tokenizer = answerer.base.tokenizer
+    assert len(tokenizer.encode(text + few, bos=True)) < 512
+    assert len(tokenizer.encode(text + many, bos=True)) > 513
+    rows += [["6", "Who?", "", "me", "you", "", "", "A", "leaf", "logic_reasoning", "5"]]
+    rows += [["1000006", "Who?", "", "you", "me", "", "", "B", "leaf", "logic_reasoning", "5"]]
+    data, output = tmp_path / "dev.tsv", tmp_path / "run"
+    data.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    words = ("evaluate", "mmbench", "--data", data, "--output", output, "--base", base)
+    assert main([str(word) for word in (*words, "--device", "cpu", "--quiet", "--choose")]) == 0
+    assert "item '5': its prompt must have at most 511 tokens, got " in capsys.readouterr().err
+    lines = (output / "predictions.jsonl").read_text().splitlines()
+    found = {row["id"]: row["prediction"] for row in map(json.loads, lines)}
+    assert (found["5"], found["1000005"]) == ("", "")
+    assert found["6"] in "AB"

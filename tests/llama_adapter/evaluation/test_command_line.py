@@ -1,5 +1,6 @@
 """`evaluate` asks every benchmark's questions as they are to be asked, scores, resumes, refuses."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from llama_adapter.sampling import SamplingConfig
 from llama_adapter.vision import VisionOptions
 from tests.llama_adapter.clip_models import picture, save_clip, save_image_adapter
 from tests.llama_adapter.conftest import save_base
-from tests.llama_adapter.evaluation.benchmark_cases import CASES, Case
+from tests.llama_adapter.evaluation.benchmark_cases import CALLED, CASES, Case
 
 FEW = 4
 
@@ -107,6 +108,7 @@ def test_every_item_is_asked_as_the_benchmark_has_it(
 def test_scores_results_and_what_cannot_be_used(
     name: str,
     model: tuple[object, ...],
+    adapter: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -128,7 +130,10 @@ def test_scores_results_and_what_cannot_be_used(
         assert sum(part in line for line in listed) == 1, part
     assert f"{len(listed)} entries cannot be used, listed in {output}/problems.txt" in shown.err
     if case.result is not None:
-        path, wanted = output / case.result[0], case.result[1]
+        digest = hashlib.sha256(adapter.read_bytes()).hexdigest()[:16]
+        called = f"tiny+{adapter.parent.name}-{digest}"
+        path = output / case.result[0]
+        wanted = json.loads(json.dumps(case.result[1]).replace(CALLED, called))
         assert f"result      {output}" in shown.out
         if isinstance(wanted, str):
             assert wanted in path.read_text()
@@ -236,6 +241,39 @@ def test_a_judges_file_is_counted_without_a_model(
     assert "judge, 2 items" in capsys.readouterr().out
 
 
+def test_answers_of_two_runs_are_told_apart_in_reviews(
+    base: Path, clip: Path, tmp_path: Path
+) -> None:
+    """Both adapters are called adapter.safetensors; the judge prefers the first one's answers."""
+    data = tmp_path / "question.jsonl"
+    data.write_text('{"question_id": 1, "text": "How?", "category": "generic"}\n')
+    answers = []
+    for seed, folder in ((1, "alpaca"), (2, "alpaca/again")):
+        (tmp_path / folder).mkdir()
+        file = save_image_adapter(tmp_path / folder / "adapter.safetensors", base, clip, seed=seed)
+        output = tmp_path / f"answers{seed}"
+        own = ("--base", base, "--adapter", file, "--vision-model", clip, "--device", "cpu")
+        words = ("--data", data, "--output", output, *own, "--max-new-tokens", FEW, "--quiet")
+        assert run("questions", *words) == 0
+        answers.append(output / "answer.jsonl")
+    rows = [json.loads(path.read_text()) for path in answers]
+    assert rows[0]["model_id"].startswith("tiny+alpaca-")
+    assert rows[1]["model_id"].startswith("tiny+again-")
+    first, second = (row["answer_id"] for row in rows)
+    reviews = tmp_path / "reviews.jsonl"
+    reviews.write_text(
+        "".join(
+            json.dumps({"question_id": 1, "answer1_id": a, "answer2_id": b, "text": text}) + "\n"
+            for a, b, text in ((second, first, "2 9"), (first, second, "8 3"))
+        )
+    )
+    words = ("--data", data, "--answers", answers[0], "--baseline", answers[1], "--base", base)
+    output = tmp_path / "judged"
+    assert run("judge", *words, "--reviews", reviews, "--output", output, "--quiet") == 0
+    scores = json.loads((output / "scores.json").read_text())["scores"]
+    assert (scores["items_win"], scores["merged_win"], scores["malformed"]) == (2, 1, 0)
+
+
 def test_a_text_that_is_too_long_is_answered_by_nothing(
     model: tuple[object, ...],
     tmp_path: Path,
@@ -280,6 +318,19 @@ def test_a_text_adapter_does_not_need_the_images(
     (said,) = answerer.answers(list(case.texts.values()), sampling)
     assert kept(output) == {"a1": said.strip()}
     assert json.loads((output / "run.json").read_text())["settings"]["vision_model"] is None
+
+
+def test_blind_answers_do_not_need_the_images(
+    base: Path, adapter: Path, model: tuple[object, ...], tmp_path: Path
+) -> None:
+    case, output = CASES["mme"](tmp_path / "data"), tmp_path / "run"
+    for image in case.images.values():
+        image.unlink(missing_ok=True)
+    assert run("mme", *case.words, "--output", output, *model, "--blind") == 0
+    answerer = ModelOptions(base, adapter, device="cpu").load()
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=FEW)
+    said = answerer.answers(list(case.texts.values()), sampling)
+    assert kept(output) == dict(zip(case.texts, (text.strip() for text in said), strict=True))
 
 
 def test_requests_that_cannot_be_carried_out(

@@ -223,3 +223,17 @@ def test_reviews_are_written_and_read_as_json_lines(tmp_path: Path, items: list[
         f"{path}: item 1: item 1-2 has no usable review",
         f"{path}: item 2: item 2-1 has no usable review",
     ]
+
+
+def test_reviews_of_answers_with_one_id_are_refused(tmp_path: Path) -> None:
+    """Which answer a review saw first would be a guess."""
+    files = [lines(tmp_path / "question.jsonl", question_rows())]
+    for name, good in (("a", True), ("b", False)):
+        rows = answer_rows("same", lambda i, good=good: good)
+        files.append(lines(tmp_path / f"{name}.jsonl", rows))
+    items, _ = load(*files)
+    path = tmp_path / "review.jsonl"
+    write(path, items, ask(honest)(items))
+    message = r"review\.jsonl: the answers to question 1 must have different ids .* 'same1' twice"
+    with pytest.raises(ValueError, match=message):
+        load_reviews(path, items)

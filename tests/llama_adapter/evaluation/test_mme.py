@@ -82,6 +82,14 @@ def test_both_layouts(folder: Path) -> None:
         load(folder, ["ocr"])
 
 
+def test_without_images_the_items_are_there_all_the_same(folder: Path) -> None:
+    seen, _ = load(folder, BOTH)
+    (folder / "existence/images/0001.jpg").unlink()
+    items, problems = load(folder, BOTH, with_images=False)
+    assert problems == []
+    assert items == [{**item, "image": None} for item in seen]
+
+
 @pytest.mark.parametrize(
     ("prediction", "expected"),
     [

@@ -69,11 +69,13 @@ def test_vqav2_and_okvqa(tmp_path: Path, benchmark: str) -> None:
         f"{questions}: questions 5: question_id 9001 occurs before",
         f"{questions}: questions 6: no usable annotation is of question_id 9007",
     ]
-    # "Frisbee." is everybody's; "two" is two people's: (2 * 1/3 + 8 * 2/3) / 10 = 0.6
-    got = evaluate(items, lambda batch: ["Frisbee.", "Two"], score)
+    # "frisbee" is everybody's; "two" is two people's: (2 * 1/3 + 8 * 2/3) / 10 = 0.6
+    got = evaluate(items, lambda batch: ["frisbee", "Two"], score)
     assert got.scores == pytest.approx(
         {"accuracy": 0.8, "accuracy/other": 1.0, "accuracy/number": 0.6}
     )
+    # VQA's scorer does not normalise what everybody says
+    assert score(items[0], "Frisbee.") == {"accuracy": 0, "accuracy/other": 0}
     write(tmp_path / "r.json", items, ["Frisbee.", "Two"])
     assert json.loads((tmp_path / "r.json").read_text()) == [
         {"question_id": 458752000, "answer": "Frisbee."},
@@ -107,6 +109,7 @@ def test_textvqa(tmp_path: Path) -> None:
     assert [*map(str, problems)] == [f"{path}: data 1: answers must be a list, got a string"]
     # three of ten agree: (3 * 2/3 + 7) / 10
     assert score(items[0], "Nous les gosses!") == pytest.approx({"accuracy": 0.9})
+    assert score({**items[0], "answers": ["dakota"] * 10}, "Dakota.") == {"accuracy": 1.0}
     assert score(items[1], "x") == {}
     write(tmp_path / "r.json", items, ["a", "b"])
     assert json.loads((tmp_path / "r.json").read_text())[1] == {"question_id": 34604, "answer": "b"}

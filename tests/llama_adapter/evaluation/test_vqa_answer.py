@@ -54,6 +54,26 @@ def test_accuracy_of_ten_answers(agreeing: int, expected: float) -> None:
     assert accuracy("the red", answers) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answers", "always", "as_is"),
+    [
+        ("Yes.", ["yes"] * 10, 1.0, 0.0),
+        ("\tyes\n", ["yes", " yes", *["yes\n"] * 8], 1.0, 1.0),
+        ("t shirt", ["t-shirt"] * 10, 1.0, 0.0),
+        ("t-shirt", ["t-shirt"] * 10, 1.0, 1.0),
+        # one who says it otherwise, if only in its letters, and all is normalised
+        ("Yes.", [*["yes"] * 9, "Yes"], 1.0, 1.0),
+        # nine agree with each of nine left out, and with the tenth
+        ("t shirt", [*["t-shirt"] * 9, "shirt"], 1.0, 1.0),
+    ],
+)
+def test_unanimous_answers_as_they_are(
+    prediction: str, answers: list[str], always: float, as_is: float
+) -> None:
+    assert accuracy(prediction, answers) == always
+    assert accuracy(prediction, answers, unanimous_as_is=True) == as_is
+
+
 def test_accuracy_needs_answers() -> None:
     with pytest.raises(ValueError, match="answers must hold at least one, got none"):
         accuracy("red", [])
