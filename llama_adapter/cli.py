@@ -60,7 +60,11 @@ def _finetune(options: argparse.Namespace) -> int:
         print(f"recipe      the bundled model's, {assets.RECIPE}")
     print(f"trained     {len(data.train)} records, {len(data.held_out)} held out", end="")
     print(f", {len(losses)} steps", end="")
-    print(f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "")
+    for label, points in result.folder.training_losses().items():
+        if points:
+            of = label.removeprefix("training").replace(",", " of")
+            print(f", loss{of} {points[0][1]:.3f} to {points[-1][1]:.3f}", end="")
+    print()
     if result.speed is not None:
         print(f"speed       {result.speed}, the median of a step")
     print(f"adapter     {result.adapter_path}")

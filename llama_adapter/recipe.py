@@ -217,6 +217,8 @@ class FinetuneConfig:
             raise ValueError(f"images and vision_model must be given together, got {given[0]}")
         if self.joint != "off" and not given:
             raise ValueError(f"images and vision_model must be given for joint = {self.joint}")
+        if self.projector.fusion == "early" and not given:
+            raise ValueError("images and vision_model must be given for fusion = early")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
 

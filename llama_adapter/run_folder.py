@@ -266,6 +266,20 @@ class RunFolder:
             self._lock.close()
         self._metrics = self._events = self._lock = None
 
+    def training_losses(self) -> dict[str, list[tuple[int, float]]]:
+        """Steps and their losses, by what they are of: batches of one kind each are two curves."""
+        rows = [row for row in self.rows if "loss" in row]
+        joint = self.options.get("joint", "off") != "off"
+        kinds = {"training, text": False, "training, images": True} if joint else {"training": None}
+        return {
+            label: [
+                (row["step"], row["loss"])
+                for row in rows
+                if images is None or images == bool(row.get("images"))
+            ]
+            for label, images in kinds.items()
+        }
+
     def draw_curve(self) -> None:
         """Draw training and validation loss over the steps into loss.png."""
         if self.follows:
@@ -275,10 +289,11 @@ class RunFolder:
 
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        for name, label, marker in (("loss", "training", ""), ("val_loss", "held out", "o")):
-            points = [(row["step"], row[name]) for row in self.rows if name in row]
+        held_out = [(row["step"], row["val_loss"]) for row in self.rows if "val_loss" in row]
+        for label, points in (*self.training_losses().items(), ("held out", held_out)):
             if points:
                 steps, losses = zip(*points, strict=True)
+                marker = "o" if points is held_out else ""
                 axes.plot(steps, losses, label=label, marker=marker, markersize=4, linewidth=1)
         axes.set(xlabel="step", ylabel="loss, nats per token")
         axes.grid(alpha=0.3)

@@ -54,9 +54,11 @@ def load_run_data(
     if pictures is None:
         return dataset, None
     if not dataset.with_image.any():
+        lines = (str(one) for some in dataset.problems.values() for one in some)
+        bad = next((line for line in lines if "image" in line), None)
         raise ValueError(
-            f"{config.data}: none of the {len(dataset.train)} records to train on has an image: "
-            "leave out --images and --vision-model"
+            f"{config.data}: none of the {len(dataset.train)} records to train on has an image"
+            + (f" that can be used ({bad})" if bad else ": leave out --images and --vision-model")
         )
     # one folder may be both
     seen = {

@@ -38,7 +38,8 @@ class SourceOptions:
         }
     )
     split: str | None = field(
-        default=None, metadata={"help": "of scienceqa and coco_caption; default: test"}
+        default=None,
+        metadata={"help": "of scienceqa and coco_caption; default: test, and of records train"},
     )
     annotations: Path | None = field(
         default=None, metadata={"help": "file of people's answers, of vqav2 and okvqa"}
@@ -114,6 +115,7 @@ class Benchmark:
         check: raises where something lacks that scoring needs.
         targets: what a model that is trained on an item answers, a record each, with the blank that
             a prompt does not end with where it is not wrapped; None where nobody trains on it.
+        training_split: the split to train on, of files that hold several.
     """
 
     load: Callable[[DataOptions, Path | None], Loaded]
@@ -134,6 +136,7 @@ class Benchmark:
     options: Callable[[Item], Mapping[str, str]] | None = None
     check: Callable[[DataOptions], None] | None = None
     targets: Callable[[Item], Sequence[str]] | None = None
+    training_split: Callable[[SourceOptions], str | None] = lambda options: None
 
 
 def question_of(benchmark: Benchmark, item: Item, data: SourceOptions) -> str:
@@ -276,6 +279,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         takes=("split", "fallback", "choose"),
         options=scienceqa.targets_of,
         targets=lambda item: [scienceqa.target_of(item)],
+        training_split=lambda options: "train",
     ),
     "mme": Benchmark(
         lambda options, images: mme.load(options.data, with_images=images is not None),
@@ -327,6 +331,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         corpus=coco_caption.aggregate,
         takes=("split",),
         targets=lambda item: item["references"],
+        training_split=lambda options: (
+            None if coco_caption.is_one_split(options.data) else "train+restval"
+        ),
         check=_needs_pycocoevalcap,
     ),
     **{name: _vqa(name) for name in vqa.BENCHMARKS},

@@ -58,6 +58,12 @@ class CaptionScores:
     tokenizer: str
 
 
+def is_one_split(path: str | Path) -> bool:
+    """Whether a file is COCO's own, of one split, and not Karpathy's; errors as `load`."""
+    content = read_json(path)
+    return isinstance(content, dict) and "annotations" in content
+
+
 def load(
     path: str | Path, images: str | Path, split: str | None = None
 ) -> tuple[list[Item], list[FileProblem]]:

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError(f"--{spec.replace('_', '-')} is no option of {name}")
     if options.output.suffix != ".jsonl":
         raise UsageError(f"--output must be a .jsonl file, got {options.output}")
+    if source.split is None:
+        source = replace(source, split=benchmark.training_split(source))
     images = None if options.images is None else options.images.absolute()
     items, problems = benchmark.load(DataOptions(**asdict(source), output=options.output), images)
     items = [relative(x, images) if images else {**x, "image": None} for x in items]

@@ -60,7 +60,7 @@ class ClipFeatures:
         if max(self.scales.layers) > config.num_hidden_layers:
             raise ValueError(
                 f"layers must be at most the encoder's {config.num_hidden_layers}, "
-                f"got {self.scales.layers}"
+                f"got {self.scales.layers}: choose with Scales, or --vision-layers"
             )
         if self.scales.project and self._projection is None:
             raise ValueError("project must be left out: this encoder has no projection")

@@ -1,6 +1,7 @@
 """A run on pictures learns what they alone tell, says what is wrong before it begins, resumes."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,9 @@ def test_a_run_remembers_the_encoder_and_its_options(
     assert state.values["digests"][str(clip)] == pictures.encoder.digest
 
 
+KINDS = ("text", "images")
+
+
 @pytest.mark.parametrize("joint", ["off", "alternate", "concat"])
 def test_a_stopped_run_resumes_bitwise(
     joint: str, base: Base, config: Callable[..., FinetuneConfig]
@@ -190,6 +194,11 @@ def test_a_stopped_run_resumes_bitwise(
     expected = finetune(whole, base=base)
     steps = len(expected.losses)
     assert steps == 3 * {"off": 4, "alternate": 6, "concat": 4}[joint]
+    curves = expected.folder.training_losses()
+    assert list(curves) == (["training"] if joint == "off" else [f"training, {x}" for x in KINDS])
+    points = sorted(point for curve in curves.values() for point in curve)
+    assert points == [*enumerate(expected.losses, 1)]
+    assert all(curves.values())
     for stop in (1, 2, 5, steps):
         # the features come from their files, or from the encoder again
         for path in (own.output.parent / "features").rglob("*.features"):
@@ -265,6 +274,17 @@ def test_pictures_and_their_options_go_together(
     plain = [{"instruction": f"a {n}", "output": " b"} for n in range(9)]
     with pytest.raises(ValueError, match="none of the 6 records to train on has an image: leave"):
         finetune(config(plain), base=base)
+    elsewhere = [*plain, *(one | {"instruction": f"b {n}"} for n, one in enumerate(plain[:3]))]
+    for one in elsewhere[9:]:
+        one["image"] = "elsewhere.png"
+    with (
+        pytest.raises(ValueError, match=r"an image that can be used \(.*elsewhere\.png: no such"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        finetune(config(elsewhere), base=base)
+    with pytest.raises(ValueError, match="must be given for fusion = early"):
+        config(plain, vision=VisionOptions(), projector=FusionOptions("early"))
     pictured = [asked(name) | {"instruction": f"a {n}"} for n in range(2) for name in COLOURS]
     with pytest.raises(ValueError, match="needs records with images and without, got 5 with one"):
         finetune(config(pictured, joint="concat"), base=base)

@@ -36,9 +36,12 @@ def options_of(words: Any) -> dict[str, Path]:
 
 
 def known(words: Any) -> list[object]:
-    """The options of `records` among a case's own."""
+    """The options of `records` among a case's own, whose splits are of the test."""
     wanted = ("--data", "--images", "--annotations", "--image-name", "--split", "--suffix")
-    return [x for pair in options_of(words).items() if pair[0] in wanted for x in pair]
+    found = [x for pair in options_of(words).items() if pair[0] in wanted for x in pair]
+    data = Path(options_of(words)["--data"])
+    several = data.is_dir() or (data.suffix == ".json" and '"split"' in data.read_text())
+    return [*found, "--split", "test"] if several and "--split" not in found else found
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -79,7 +82,7 @@ def test_a_model_trains_on_the_very_text_that_it_is_asked(
 ) -> None:
     case, output = CASES["scienceqa"](tmp_path), tmp_path / "train.jsonl"
     folder = options_of(case.words)["--data"]
-    assert run("scienceqa", "--data", folder, "--output", output) == 0
+    assert run("scienceqa", "--data", folder, "--split", "test", "--output", output) == 0
     out, err = capsys.readouterr()
     assert out == f"scienceqa, 3 records of 3 items, in {output}\n"
     assert "entry 3: question '10': answer must be an index of 3 choices, got 5" in err
@@ -93,6 +96,30 @@ def test_a_model_trains_on_the_very_text_that_it_is_asked(
         assert list(example.tokens) == whole
         assert list(example.labels[: len(prompt)]) == [IGNORE_INDEX] * len(prompt)
         assert list(example.labels[len(prompt) :]) == whole[len(prompt) :]
+
+
+def test_what_is_trained_on_is_the_split_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = CASES["scienceqa"](tmp_path)
+    folder = Path(options_of(case.words)["--data"])
+    splits = json.loads((folder / "pid_splits.json").read_text())
+    saved(folder / "pid_splits.json", splits | {"train": ["8"]})
+    assert run("scienceqa", "--data", folder, "--output", tmp_path / "a.jsonl") == 0
+    assert [row["prompt"] for row in read(tmp_path / "a.jsonl")] == [case.texts["8"]]
+    images = [
+        {"split": split, "cocoid": n, "filename": f"{n}.jpg", "sentences": [{"raw": f"of {split}"}]}
+        for n, split in enumerate(("train", "test", "restval", "val"))
+    ]
+    karpathy = saved(tmp_path / "dataset_coco.json", {"images": images})
+    assert run("coco_caption", "--data", karpathy, "--output", tmp_path / "b.jsonl") == 0
+    assert [row["output"] for row in read(tmp_path / "b.jsonl")] == ["of train", "of restval"]
+    own = {"images": [{"id": 4, "file_name": "4.jpg"}]}
+    own |= {"annotations": [{"id": 1, "image_id": 4, "caption": "of COCO"}]}
+    captions = saved(tmp_path / "captions_val2014.json", own)
+    assert run("coco_caption", "--data", captions, "--output", tmp_path / "c.jsonl") == 0
+    assert [row["output"] for row in read(tmp_path / "c.jsonl")] == ["of COCO"]
+    capsys.readouterr()
 
 
 def test_what_does_not_go_together_is_refused(
