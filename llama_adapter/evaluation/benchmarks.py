@@ -52,6 +52,17 @@ class SourceOptions:
         metadata={"help": "text behind every question, in the benchmarks that have none"},
     )
 
+    def __post_init__(self) -> None:
+        try:
+            different = self.image_name.format(1) != self.image_name.format(2)
+        except (ValueError, LookupError, AttributeError, TypeError):
+            different = False
+        if not different:
+            raise ValueError(
+                "--image-name must have one place for a number, as in COCO_val2014_{:012d}.jpg, "
+                f"got {self.image_name!r}"
+            )
+
 
 @dataclass(frozen=True)
 class DataOptions(SourceOptions):
