@@ -53,6 +53,17 @@ class SourceOptions:
         metadata={"help": "text behind every question, in the benchmarks that have none"},
     )
 
+    def __post_init__(self) -> None:
+        try:
+            different = self.image_name.format(1) != self.image_name.format(2)
+        except (ValueError, LookupError, AttributeError, TypeError):
+            different = False
+        if not different:
+            raise ValueError(
+                "--image-name must have one place for a number, as in COCO_val2014_{:012d}.jpg, "
+                f"got {self.image_name!r}"
+            )
+
 
 @dataclass(frozen=True)
 class DataOptions(SourceOptions):
@@ -110,7 +121,8 @@ class Benchmark:
         write: that, with items, predictions, the options and what the run is called.
         takes, needs: the data options that it reads besides data and output; those it needs.
         images: whether its questions are about images.
-        root: the folder of the images where it is not the option's.
+        root: the folder of the images where it is not the option's: of the data, or one of the run
+            for images that are inside the data's files, which is gone after the run.
         options: outputs that an item's question can have, by the prediction that each stands for.
         check: raises where something lacks that scoring needs.
         targets: what a model that is trained on an item answers, a record each, with the blank that
@@ -132,7 +144,7 @@ class Benchmark:
     takes: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     images: bool = True
-    root: Callable[[DataOptions], Path] | None = None
+    root: Callable[[DataOptions, Path], Path] | None = None
     options: Callable[[Item], Mapping[str, str]] | None = None
     check: Callable[[DataOptions], None] | None = None
     targets: Callable[[Item], Sequence[str]] | None = None
@@ -263,10 +275,6 @@ def _exact(item: Item, prediction: Any) -> Scores:
     return {"exact_match": float(exact_match.exact_match(prediction, item["target"]))}
 
 
-def _pictures_of(options: DataOptions) -> Path:
-    return options.output / "images"
-
-
 BENCHMARKS: dict[str, Benchmark] = {
     "scienceqa": Benchmark(
         _scienceqa,
@@ -289,7 +297,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         _written(mme.write),
         aggregate=mme.aggregate,
         takes=("suffix",),
-        root=lambda options: options.data,
+        root=lambda options, unpacked: options.data,
     ),
     "mmbench": Benchmark(
         _mmbench,
@@ -300,7 +308,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         aggregate=_aggregate_mmbench,
         takes=("suffix", "choose"),
         options=lambda item: item["options"],
-        root=_pictures_of,
+        root=lambda options, unpacked: unpacked,
     ),
     "pope": Benchmark(
         lambda options, images: pope.load(options.data, images),

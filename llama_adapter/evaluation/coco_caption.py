@@ -19,6 +19,7 @@ from llama_adapter.evaluation.benchmark_files import (
     ID,
     INTEGER,
     LIST,
+    STRING,
     TEXT,
     Entries,
     FileProblem,
@@ -117,6 +118,8 @@ def _karpathy(entries: Entries, folder: Path, split: str) -> list[dict[str, Any]
             reason = "sentences is empty"
         elif entry["cocoid"] in items:
             reason = f"cocoid {entry['cocoid']} occurs before"
+        elif "filepath" in entry:
+            reason = reason or against(entry, {"filepath": STRING})
         if reason is not None:
             entries.refuse(number, reason)
             continue

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -64,12 +65,18 @@ def run(options: argparse.Namespace) -> int:
         UsageError: they do not go together, or the data cannot be used.
         OSError, ValueError: as whatever loads, reads and answers.
     """
+    # what is unpacked is in nobody's way should the output hold another run
+    with tempfile.TemporaryDirectory(prefix="llama-adapter-images-") as unpacked:
+        return _run(options, Path(unpacked))
+
+
+def _run(options: argparse.Namespace, unpacked: Path) -> int:
     name, given = options.benchmark, vars(options)
     benchmark, data = BENCHMARKS[name], build(DataOptions, given)
     _check(name, benchmark, data, given, options.batch_size)
     sampling = build(SamplingConfig, {**asdict(benchmark.sampling), **given})
     model, vision = build(ModelOptions, given), build(VisionOptions, given)
-    root = vision.images if benchmark.root is None else benchmark.root(data)
+    root = vision.images if benchmark.root is None else benchmark.root(data, unpacked)
     answerer = None
     if data.reviews is None:
         answerer = model.load(replace(vision, images=root), progress=not options.quiet)
@@ -90,7 +97,8 @@ def run(options: argparse.Namespace) -> int:
     texts = {item["id"]: _text(benchmark, data, item) for item in items if "given" not in item}
     if answerer is not None:
         problems += _too_long(benchmark, data, texts, items, answerer)
-    _report(problems, data, strict=options.strict)
+    if options.strict and problems:
+        raise UsageError(_told(problems))
     try:
         evaluation = evaluate(
             items,
@@ -103,6 +111,7 @@ def run(options: argparse.Namespace) -> int:
             aggregate=benchmark.aggregate,
             corpus=benchmark.corpus,
             progress=None if options.quiet else name,
+            opened=lambda: _report(problems, data),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: the same command goes on from {data.output}") from None
@@ -195,21 +204,20 @@ def _too_long(
     return problems
 
 
-def _report(problems: Sequence[FileProblem], data: DataOptions, *, strict: bool) -> None:
-    """List what cannot be used in the run's folder, and the first few on stderr."""
-    if not problems:
-        return
+def _told(problems: Sequence[FileProblem]) -> str:
+    """The first few entries that cannot be used."""
     shown = "; ".join(map(str, problems[:_SHOWN]))
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    if strict:
-        raise UsageError(f"{len(problems)} entries cannot be used: {shown}{more}")
-    data.output.mkdir(parents=True, exist_ok=True)
-    listed = data.output / PROBLEMS_FILE
-    write_atomically(listed, "".join(f"{problem}\n" for problem in problems).encode())
-    print(
-        f"warning: {len(problems)} entries cannot be used, listed in {listed}: {shown}{more}",
-        file=sys.stderr,
-    )
+    return f"{len(problems)} entries cannot be used: {shown}{more}"
+
+
+def _report(problems: Sequence[FileProblem], data: DataOptions) -> None:
+    """List what cannot be used in the run's folder, and the first few on stderr."""
+    if problems:
+        listed = data.output / PROBLEMS_FILE
+        write_atomically(listed, "".join(f"{problem}\n" for problem in problems).encode())
+        told = _told(problems).replace(" used: ", f" used, listed in {listed}: ", 1)
+        print(f"warning: {told}", file=sys.stderr)
 
 
 def _predictor(

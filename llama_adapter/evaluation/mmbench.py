@@ -34,6 +34,8 @@ LETTERS = ("A", "B", "C", "D")
 ROTATION = 10**6
 _COLUMNS = ("index", "question", "hint", *LETTERS, "category", "l2-category", "image")
 _RESULT_COLUMNS = (*_COLUMNS[:-1], "answer", "prediction")
+# whole in a float
+_LONGEST_INDEX = 15
 # a shorter cell is the index of the row whose image it is
 _SHORTEST_IMAGE = 65
 # of tokens from the end, that a letter must be among
@@ -89,8 +91,9 @@ def load(path: str | Path) -> tuple[list[Item], list[FileProblem]]:
 def _item(row: Mapping[str, str], images: Mapping[str, str]) -> dict[str, Any] | str:
     """A row as an item, or why it is none."""
     index = row["index"].strip()
-    if not (index.isascii() and index.isdigit()):
-        return f"index must be a number, got {index!r}"
+    if not (index.isascii() and index.isdigit() and len(index) <= _LONGEST_INDEX):
+        got = index if len(index) <= _LONGEST_INDEX else f"{index[:_LONGEST_INDEX]}..."
+        return f"index must be a number of at most {_LONGEST_INDEX} digits, got {got!r}"
     if not row["question"].strip():
         return "question is empty"
     options = {letter: row[letter].strip() for letter in LETTERS if row[letter].strip()}

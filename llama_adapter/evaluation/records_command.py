@@ -68,6 +68,10 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"{source.data} must have answers to train on, got none")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output, "".join(f"{line}\n" for line in found).encode())
+    assert benchmark.targets is not None
+    empty = sum(not target.strip() for item in items for target in benchmark.targets(item))
+    if empty:
+        print(f"warning: {empty} empty answers are left out", file=sys.stderr)
     for problem in problems[:_SHOWN]:
         print(f"warning: {problem}", file=sys.stderr)
     if len(problems) > _SHOWN:
@@ -79,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 def records(
     benchmark: Benchmark, source: SourceOptions, items: Iterable[Item]
 ) -> Iterator[dict[str, str]]:
-    """What `finetune` takes of items: a record for each of their answers.
+    """What `finetune` takes of items: a record for each of their answers that is not empty.
 
     Args:
         benchmark: with targets.
@@ -89,7 +93,7 @@ def records(
     assert benchmark.targets is not None
     for item in items:
         question, image = question_of(benchmark, item, source), item.get("image")
-        for target in benchmark.targets(item):
+        for target in filter(str.strip, benchmark.targets(item)):
             row = {"prompt": question, "completion": target}
             if benchmark.wrapped:
                 row = {"instruction": question, "output": target}

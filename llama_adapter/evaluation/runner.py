@@ -71,6 +71,7 @@ def evaluate(
     aggregate: Callable[[list[Scores]], Mapping[str, float]] = mean_scores,
     corpus: Callable[[list[Item], list[Any]], Mapping[str, float]] | None = None,
     progress: str | None = None,
+    opened: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Predict and score every item.
 
@@ -92,6 +93,7 @@ def evaluate(
         corpus: the same from the items and their predictions, for what is no function of the items'
             scores; used in place of `aggregate`.
         progress: caption of a progress bar on stderr; None shows none.
+        opened: called once the folder is this run's, before anything is predicted.
 
     Returns:
         The scores and predictions, the same whether the run was interrupted or not.
@@ -106,6 +108,8 @@ def evaluate(
     listed = list(items)
     run = _Run(listed, dict(settings or {}), None if folder is None else Path(folder))
     done = run.open()
+    if opened is not None:
+        opened()
     pending = [item for item in listed if item["id"] not in done]
     if batch_key is not None:
         pending.sort(key=batch_key)

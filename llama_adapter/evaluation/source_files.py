@@ -5,6 +5,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,7 +121,8 @@ def image_path(folder: str | Path | None, name: str) -> tuple[str | None, str | 
     if folder is None:
         return None, None
     path = Path(folder) / name
-    return (str(path), None) if path.is_file() else (None, f"image {path}: no such file")
+    # False too of a name that no file can have
+    return (str(path), None) if os.path.isfile(path) else (None, f"image {path}: no such file")
 
 
 def answered(items: Sequence[Item], predictions: Sequence[Any]) -> list[tuple[Item, str]]:

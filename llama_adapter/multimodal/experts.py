@@ -56,11 +56,17 @@ def context_of(
         raise ValueError(f"most must be at least 1, got {most}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    said: dict[str, str] = {}
-    for name, expert in experts.items():
-        text = (expert(path) or "").strip()[:most].strip()
-        if text:
-            said[name] = text
+    return _context({name: expert(path) or "" for name, expert in experts.items()}, most, template)
+
+
+def shortened(context: Context, most: int, *, template: str = "{name}: {text}") -> Context:
+    """A context of which at most so many characters of what each expert said are kept."""
+    return _context(context.said, most, template)
+
+
+def _context(texts: Mapping[str, str], most: int, template: str) -> Context:
+    kept = {name: text.strip()[:most].strip() for name, text in texts.items()}
+    said = {name: text for name, text in kept.items() if text}
     return Context(said, "\n".join(_filled(template, *one) for one in said.items()))
 
 
@@ -105,10 +111,22 @@ class Ocr:
             )
 
     def __call__(self, image: Path) -> str | None:
-        """ "1. first line 2. second line", or None where there is no text."""
+        """ "1. first line 2. second line", or None where there is no text.
+
+        Raises:
+            ValueError: the file is no image, or one that tesseract refuses.
+        """
         from PIL import Image
 
-        with Image.open(image) as opened:
-            text = self._reader.image_to_string(opened.convert("RGB"), lang=self.language)
+        try:
+            with Image.open(image) as opened:
+                pixels = opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{image}: no image that can be read ({error})") from error
+        try:
+            text = self._reader.image_to_string(pixels, lang=self.language)
+        except RuntimeError as error:
+            told = " ".join(str(error).split())
+            raise ValueError(f"{image}: no image that tesseract can read ({told})") from error
         lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
         return " ".join(f"{number}. {line}" for number, line in enumerate(lines, 1)) or None

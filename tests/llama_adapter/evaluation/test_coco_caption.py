@@ -69,20 +69,27 @@ def test_karpathys_splits(tmp_path: Path) -> None:
 
 
 def test_malformed_images_of_karpathys_file_are_named(tmp_path: Path) -> None:
-    images = [karpathy_image(i, "test", ["a"]) for i in range(6)]
+    images = [karpathy_image(i, "test", ["a"]) for i in range(10)]
     images[1]["sentences"] = []
     images[2]["sentences"] = [{"raw": "a"}, {"tokens": ["a"]}]
     images[3]["cocoid"] = "3"
     images[4]["cocoid"] = 0
+    for place, filepath in ((6, None), (7, 5), (8, ["a"])):
+        images[place]["filepath"] = filepath
+    del images[9]["filepath"]
     path = saved(tmp_path / "k.json", {"images": [*images, "x"]})
     found, problems = load(path, "")
-    assert [item["id"] for item in found] == ["0", "5"]
+    assert [item["id"] for item in found] == ["0", "5", "9"]
+    assert found[2]["image"] == "COCO_val2014_000000000009.jpg"
     assert sorted(map(str, problems)) == [
+        f"{path}: images 10: must be an object, got a string",
         f"{path}: images 1: sentences is empty",
         f"{path}: images 2: sentence 1: raw is missing",
         f"{path}: images 3: cocoid must be an integer, got a string",
         f"{path}: images 4: cocoid 0 occurs before",
-        f"{path}: images 6: must be an object, got a string",
+        f"{path}: images 6: filepath must be a string, got null",
+        f"{path}: images 7: filepath must be a string, got a number",
+        f"{path}: images 8: filepath must be a string, got a list",
     ]
 
 

@@ -145,7 +145,7 @@ def test_scores_results_and_what_cannot_be_used(
     code = run(name, *case.words, "--output", tmp_path / "other", *model, "--strict")
     assert code == 2
     assert f"{len(listed)} entries cannot be used: " in capsys.readouterr().err
-    assert not (tmp_path / "other").exists() or name == "mmbench"
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_killed_run_goes_on_where_it_stopped(
@@ -219,6 +219,26 @@ def test_a_run_of_something_else_is_refused_by_name(
     assert run("pope", *own) == 2
     assert "items changed: 1, the first is '1'" in capsys.readouterr().err
     assert (output / "predictions.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["pope", "mmbench"])
+def test_a_refused_run_changes_nothing_in_the_others_folder(
+    name: str, model: tuple[object, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, output = CASES["c_vqa"](tmp_path / "first"), tmp_path / "run"
+    assert run("c_vqa", *first.words, "--output", output, *model) == 0
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    assert output / "problems.txt" in before
+    (tmp_path / "second").mkdir()
+    second = CASES[name](tmp_path / "second")
+    assert second.problems
+    capsys.readouterr()
+    assert run(name, *second.words, "--output", output, *model) == 2
+    shown = capsys.readouterr().err
+    assert "holds another evaluation run: " in shown
+    assert "listed in" not in shown
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert not (output / "images").exists()
 
 
 def test_a_judges_file_is_counted_without_a_model(
@@ -304,7 +324,6 @@ def test_without_its_answers_a_test_split_is_written_and_not_scored(
     assert "no scores: the data has no answers" in capsys.readouterr().out
     assert json.loads((output / "scores.json").read_text())["scores"] == {}
     assert (output / "mmbench.tsv").read_text().count("\n") == 5
-    assert sorted(one.name for one in (output / "images").iterdir()) == ["5.jpg", "6.jpg"]
 
 
 def test_a_text_adapter_does_not_need_the_images(

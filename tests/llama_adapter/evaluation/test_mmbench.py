@@ -200,7 +200,8 @@ def test_a_test_split_has_no_answers(path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"index": "x7"}, "index must be a number, got 'x7'"),
+        ({"index": "x7"}, "index must be a number of at most 15 digits, got 'x7'"),
+        ({"index": "1" * 5000}, "index must be a number of at most 15 digits, got '11111111111111"),
         ({"question": ""}, "question is empty"),
         ({"B": ""}, "options must be A, B and so on, at least two, got A"),
         ({"B": "", "C": "bird"}, "options must be A, B and so on, at least two, got A, C"),

@@ -139,3 +139,33 @@ def test_what_does_not_go_together_is_refused(
     assert run("vqav2", *unanswered) == 2
     assert "must have answers to train on, got none" in capsys.readouterr().err
     assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_empty_answers_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training refuses a record without an output."""
+    answers = (["", " ", "", "red"], ["red", "red", ""], [" ", " "])
+    data = [
+        {"question_id": n, "image_id": "a", "question": "What colour?", "answers": own}
+        for n, own in enumerate(answers)
+    ]
+    path, output = saved(tmp_path / "val.json", {"data": data}), tmp_path / "train.jsonl"
+    assert run("textvqa", "--data", path, "--output", output) == 0
+    assert [row["output"] for row in read(output)] == ["red"]
+    out, err = capsys.readouterr()
+    assert out == f"textvqa, 1 records of 3 items, in {output}\n"
+    assert err == "warning: 2 empty answers are left out\n"
+
+
+@pytest.mark.parametrize("name", ["{", "{}{}", "{x}", "{0.x}", "{:s}", "{:012q}.jpg", "a.jpg"])
+def test_a_name_of_images_must_have_a_place_for_the_number(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = CASES["vqav2"](tmp_path)
+    words = [*known(case.words), "--image-name", name, "--output", tmp_path / "a.jsonl"]
+    assert run("vqav2", *words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--image-name must have one place for a number" in err
+    assert f"got {name!r}" in err

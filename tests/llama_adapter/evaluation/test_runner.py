@@ -54,6 +54,24 @@ class Recorder:
         return double(batch)
 
 
+def test_the_folder_is_told_of_once_it_is_this_runs(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def opened() -> None:
+        seen.append("opened")
+        assert (tmp_path / "run.json").exists()
+
+    def predict(batch: list[Item]) -> list[Any]:
+        seen.append("asked")
+        return double(batch)
+
+    run(tmp_path, predict=predict, opened=opened)
+    assert seen == ["opened", "asked"]
+    with pytest.raises(ValueError, match="holds another evaluation run"):
+        run(tmp_path, settings={"model": "other"}, opened=opened)
+    assert seen == ["opened", "asked"]
+
+
 def test_scores_of_a_hand_computed_example(tmp_path: Path) -> None:
     items = [
         {"id": "a", "answer": "red", "subject": "nature"},

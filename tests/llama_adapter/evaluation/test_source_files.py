@@ -71,6 +71,11 @@ def test_images(tmp_path: Path) -> None:
     path, reason = image_path(tmp_path, "b.png")
     assert path is None
     assert reason == f"image {tmp_path / 'b.png'}: no such file"
+    # names that no file can have
+    for name in ("b" * 5000, "b\0.png", "b/" * 5000):
+        path, reason = image_path(tmp_path, name)
+        assert path is None
+        assert reason == f"image {tmp_path / name}: no such file"
 
 
 def test_predictions_are_one_string_per_item() -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from llama_adapter.data.template import prompt_text
-from llama_adapter.multimodal.experts import Context, Expert, Ocr, context_of
+from llama_adapter.multimodal.experts import Context, Expert, Ocr, context_of, shortened
 
 needs_tesseract = pytest.mark.skipif(
     shutil.which("tesseract") is None, reason="tesseract is not installed"
@@ -48,6 +48,13 @@ def test_what_experts_say_becomes_the_input(image: Path) -> None:
     assert curly.text == "<A {text}|{name}>"
 
 
+def test_a_context_is_shortened(image: Path) -> None:
+    context = context_of(image, {"Caption": lambda _: "a sign", "Web": lambda _: "b"})
+    assert shortened(context, 2) == Context({"Caption": "a", "Web": "b"}, "Caption: a\nWeb: b")
+    assert shortened(context, 9) == context
+    assert shortened(context, 0) == Context({}, "")
+
+
 def test_when_nobody_says_anything_there_is_no_input(image: Path) -> None:
     for experts in ({}, {"Caption": lambda _: "  \n"}):
         context = context_of(image, experts)
@@ -84,6 +91,25 @@ def test_tesseract_reads_a_picture(image: Path, tmp_path: Path) -> None:
     assert context.text == "Text in the image: 1. GREEN HARBOUR 2. OPEN 24 HOURS"
     with pytest.raises(RuntimeError, match=r"language must be one of .*eng.*, got 'xyz': apt inst"):
         Ocr("xyz")
+
+
+@needs_tesseract
+def test_images_that_cannot_be_read_are_named(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pytesseract")
+    read = Ocr()
+    thin, text, torn = tmp_path / "thin.png", tmp_path / "text.png", tmp_path / "torn.png"
+    Image.new("RGB", (1, 40000), "white").save(thin)
+    text.write_text("no picture")
+    torn.write_bytes(image.read_bytes()[:-200])
+    for path, what in ((thin, "tesseract can read"), (text, "can be read"), (torn, "can be read")):
+        with pytest.raises(ValueError, match=rf"{path.name}: no image that {what} \(") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"sign\.png: no image that can be read \(Image size"):
+        read(image)
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
