@@ -5,6 +5,7 @@ stderr, or into the record's line.
 """
 
 import argparse
+import bisect
 import json
 import re
 import sys
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.answering import Answerer, ExpertOptions, Image, ModelOptions
+from llama_adapter.completion import encode_prompt
 from llama_adapter.data.items import read_items
 from llama_adapter.data.template import prompt_text
-from llama_adapter.multimodal.experts import Context, Expert, context_of
+from llama_adapter.multimodal.experts import Context, Expert, context_of, shortened
 from llama_adapter.multimodal.pictures import located
 from llama_adapter.options import UsageError, add_options, build
 from llama_adapter.sampling import SamplingConfig
@@ -75,7 +77,8 @@ def generate(options: argparse.Namespace) -> int:
     if items is not None:
         _answer_file(options, answerer, items, experts, sampling)
         return 0
-    asked = _question(answerer, options.instruction, options.input, options.image, experts)
+    words = (options.instruction, options.input)
+    asked = _question(answerer, *words, options.image, experts, sampling)
     for name, text in asked.context.said.items():
         print(f"{name} said: {text}", file=sys.stderr)
     tell(answerer, asked.text, sampling, asked.image)
@@ -105,15 +108,34 @@ def _question(
     input: str,
     image: Image | None,
     experts: Mapping[str, Expert],
+    sampling: SamplingConfig,
 ) -> _Question:
-    """An instruction with what experts say of its image, below its own input."""
+    """An instruction with what experts say of its image, below its own input.
+
+    Each expert's words are cut to as many characters as leave the answer its tokens, or half of the
+    context where it may have more; none are left where the instruction alone takes all of the rest.
+    """
+
+    def text_with(context: Context) -> str:
+        return prompt_text(instruction, "\n".join(text for text in (input, context.text) if text))
+
     context = Context({}, "")
     if image is not None and experts:
         context = context_of(located(image, answerer.vision.images), experts)
-    inputs = "\n".join(text for text in (input, context.text) if text)
+    if context.said:
+        whole = answerer.base.model.config.max_seq_len
+        most = whole - min(sampling.max_new_tokens, whole // 2)
+
+        def too_long(kept: int) -> bool:
+            text = text_with(shortened(context, kept))
+            return len(encode_prompt(text, answerer.base.tokenizer, "the prompt")) > most
+
+        longest = max(map(len, context.said.values()))
+        kept = bisect.bisect_left(range(longest + 1), True, key=too_long) - 1
+        context = shortened(context, max(kept, 0))
     # without a projector the image is for the experts
     seen = image if answerer.sees or not experts else None
-    return _Question(prompt_text(instruction, inputs), seen, context)
+    return _Question(text_with(context), seen, context)
 
 
 def tell(
@@ -179,9 +201,8 @@ def _answer_some(
     for index, item in enumerate(items, start):
         image = item.get("image") or None
         try:
-            asked.append(
-                _question(answerer, item["instruction"], item.get("input", ""), image, experts)
-            )
+            words = (item["instruction"], item.get("input", ""))
+            asked.append(_question(answerer, *words, image, experts, sampling))
             if asked[-1].image is not None:
                 _ = answerer.pictures
         except (FileNotFoundError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,11 @@ pytest.importorskip("transformers")
 from llama_adapter.answering import Answerer, ModelOptions
 from llama_adapter.cli import main
 from llama_adapter.data.template import prompt_text
+from llama_adapter.model import Llama
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.vision import VisionOptions
 from tests.llama_adapter.clip_models import picture, save_clip, save_image_adapter
+from tests.llama_adapter.conftest import save_base
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=6)
 SHORT = ("--device", "cpu", "--temperature", 0, "--max-new-tokens", 6)
@@ -144,6 +147,91 @@ def test_what_experts_say_is_the_input_and_is_told(
         [prompt_text("paper", f"ocr: {said}")], GREEDY
     )
     assert capsys.readouterr().out == f"{expected.lstrip()}\n"
+
+
+def test_what_experts_say_is_cut_to_what_fits(
+    tiny_model: Llama,
+    tiny_tokenizer_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The context has 256 tokens, of which the answer may have 6; one record has none to spare."""
+    reader = SimpleNamespace(
+        TesseractNotFoundError=OSError,
+        get_languages=lambda config: ["eng"],
+        image_to_string=lambda image, lang: "stone " * 160,
+    )
+    monkeypatch.setitem(sys.modules, "pytesseract", reader)
+    model = Llama(replace(tiny_model.config, max_seq_len=256))
+    model.load_state_dict(tiny_model.state_dict())
+    base = save_base(tmp_path / "base", model, tiny_tokenizer_path)
+    alone = ModelOptions(base, device="cpu").load()
+    tokenizer = alone.base.tokenizer
+
+    def count(text: str, input: str = "") -> int:
+        return len(tokenizer.encode(prompt_text(text, input), bos=True))
+
+    # a digit is a token
+    full = "paper 7" + "7" * (250 - count("paper 7"))
+    assert count(full) == 250
+    data, image = tmp_path / "asked.jsonl", picture(tmp_path / "40.png")
+    asked = ("paper", full, "light")
+    rows = [{"instruction": text, "image": "40.png"} for text in asked]
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    own = ("generate", "--expert", "ocr", "--base", base, *SHORT)
+    assert run(*own, "--data", data, "--images", tmp_path) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["instruction"] for line in lines] == [*asked]
+    assert "experts" not in lines[1]
+    whole = " ".join(["1.", *["stone"] * 160])
+    for line in (lines[0], lines[2]):
+        said = line["experts"]["ocr"]
+        assert whole.startswith(said)
+        told = f"ocr: {said}"
+        assert count(line["instruction"], told) <= 250
+        assert count(line["instruction"], f"{told} stone stone") > 250
+        text = prompt_text(line["instruction"], told)
+        (expected,) = alone.answers([text], GREEDY)
+        assert line["output"] == expected.lstrip()
+    assert run(*own, "paper", "--image", image) == 0
+    assert capsys.readouterr().err == f"ocr said: {lines[0]['experts']['ocr']}\n"
+
+
+def test_images_that_the_reader_of_text_cannot_read(
+    answerer: Answerer,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(image: object, lang: str) -> str:
+        raise RuntimeError(1, "Image too large: (1, 40000)\nError during processing.")
+
+    reader = SimpleNamespace(
+        TesseractNotFoundError=OSError,
+        get_languages=lambda config: ["eng"],
+        image_to_string=refuse,
+    )
+    monkeypatch.setitem(sys.modules, "pytesseract", reader)
+    images = tmp_path / "images"
+    (images / "torn.png").write_bytes((images / "40.png").read_bytes()[:-400])
+    data = tmp_path / "asked.jsonl"
+    own = ("generate", "--expert", "ocr", "--base", tiny_base, *SHORT)
+    for name, message in (
+        ("40.png", "40.png: no image that tesseract can read ("),
+        ("torn.png", "torn.png: no image that can be read ("),
+    ):
+        rows = [{"instruction": "paper"}, {"instruction": "paper", "image": name}]
+        data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        for words, where in (
+            (("paper", "--image", images / name), ""),
+            (("--data", data, "--images", images), "record 1, counted from 0: "),
+        ):
+            assert run(*own, *words) == 2
+            shown = capsys.readouterr()
+            assert f"{where}{images / message}" in shown.err
+            assert shown.err.count("\n") == 1
 
 
 def test_requests_that_cannot_be_carried_out(
