@@ -38,7 +38,9 @@ def options_of(words: Any) -> dict[str, Path]:
 def known(words: Any) -> list[object]:
     """The options of `records` among a case's own, whose splits are of the test."""
     wanted = ("--data", "--images", "--annotations", "--image-name", "--split", "--suffix")
-    found = [x for pair in options_of(words).items() if pair[0] in wanted for x in pair]
+    found: list[object] = [
+        x for pair in options_of(words).items() if pair[0] in wanted for x in pair
+    ]
     data = Path(options_of(words)["--data"])
     several = data.is_dir() or (data.suffix == ".json" and '"split"' in data.read_text())
     return [*found, "--split", "test"] if several and "--split" not in found else found
