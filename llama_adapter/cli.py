@@ -10,28 +10,20 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llama_adapter import assets, generate_command
-from llama_adapter.answering import Answerer, ModelOptions
+from llama_adapter import assets, chat_command, generate_command
+from llama_adapter.chat_command import chat
 from llama_adapter.checkpoints import load_base
 from llama_adapter.checkpoints.adapter_formats import adapter_path
 from llama_adapter.convert import add_arguments, convert, describe_adapter
-from llama_adapter.data.template import prompt_text
 from llama_adapter.evaluation import command, records_command
-from llama_adapter.generate_command import generate, tell
+from llama_adapter.generate_command import generate
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
 from llama_adapter.recipe import FinetuneConfig
-from llama_adapter.sampling import SamplingConfig
 from llama_adapter.step_profile import TABLE
 from llama_adapter.training import finetune
-
-CHAT_HELP = """Type an instruction and press Enter. Each answer stands alone.
-  /input TEXT   text that the next instruction is about
-  /base         answer without the adapter from here on; /adapter switches back
-  /quit         leave (or Ctrl-D)"""
 
 
 def _given(options: argparse.Namespace, cls: type) -> dict[str, Any]:
@@ -72,47 +64,6 @@ def _finetune(options: argparse.Namespace) -> int:
     if (profile := result.folder.path / TABLE).is_file():
         print(f"profile     {profile}")
     return 0
-
-
-def _chat(options: argparse.Namespace) -> int:
-    sampling = build(SamplingConfig, vars(options))
-    adapted = build(ModelOptions, vars(options)).load()
-    base = Answerer(adapted.base)
-    answerer, given_input = adapted, ""
-    # with instructions from a pipe, the output holds the answers alone
-    if sys.stdin is None:
-        raise UsageError("instructions come from standard input, which is closed")
-    typed = sys.stdin.isatty()
-    say = partial(print, file=sys.stdout if typed else sys.stderr)
-    if typed:
-        having = "without" if adapted.adapter is None else "with"
-        print(f"{base.base.name}, {having} adapter. /help lists commands.")
-    while True:
-        try:
-            line = input("> " if typed else "").strip()
-        except EOFError:
-            if typed:
-                print()
-            return 0
-        command, _, rest = line.partition(" ")
-        if command in ("/quit", "/exit"):
-            return 0
-        if command == "/input":
-            given_input = rest.strip()
-        elif command in ("/base", "/adapter"):
-            if command == "/adapter" and adapted.adapter is None:
-                say("no adapter is loaded: start with --adapter FILE")
-            answerer = adapted if command == "/adapter" else base
-        elif command.startswith("/"):
-            say(CHAT_HELP)
-        elif line:
-            try:
-                tell(answerer, prompt_text(line, given_input), sampling)
-            except ValueError as error:
-                if not typed:
-                    raise UsageError(f"{error}, in the instruction {line!a}") from error
-                print(error)
-            given_input = ""
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -173,9 +124,8 @@ def _parser() -> Parser:
 
     make = _command(commands, "generate", generate, "Answer one instruction, or a file of them.")
     generate_command.add_arguments(make)
-    chat = _command(commands, "chat", _chat, "Answer instructions as they are typed.")
-    for cls in (ModelOptions, SamplingConfig):
-        add_options(chat, cls)
+    talk = _command(commands, "chat", chat, "Answer instructions as they are typed.")
+    chat_command.add_arguments(talk)
 
     test = _command(commands, "evaluate", command.run, "Ask a benchmark's questions and score.")
     command.add_arguments(test)

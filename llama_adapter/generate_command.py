@@ -140,22 +140,23 @@ def _question(
 
 def tell(
     answerer: Answerer, text: str, sampling: SamplingConfig, image: Image | None = None
-) -> None:
-    """Print one completion without its leading blanks, piece by piece.
+) -> str:
+    """Print one completion without its leading blanks, piece by piece, and return it.
 
     Raises:
         ValueError: the text is too long; or as the answerer.
     """
-    begun = False
+    answer = ""
     try:
         pieces = answerer.stream([text], sampling, images=[image])
     except ValueError as error:
         raise ValueError(str(error).replace("texts[0]", "the instruction's prompt")) from error
     for piece in pieces:
-        shown = piece.text if begun else piece.text.lstrip()
-        begun = begun or bool(shown)
+        shown = piece.text if answer else piece.text.lstrip()
+        answer += shown
         print(shown, end="", flush=True)
     print()
+    return answer
 
 
 def _read_questions(path: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ LAYERS = (
     {"training", "generation"},
     {"answering"},
     {"evaluation", "generate_command", "integrations"},
-    {"quickstart", "doctor"},
+    {"chat_command", "quickstart", "doctor"},
     {"cli"},
     {"__main__"},
 )
