@@ -66,6 +66,8 @@ class Assistant:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 7:
+        sys.exit(__doc__)
     folder, instruct, described, encoder, picture, question = sys.argv[1:]
     files = {"instruct": Path(instruct), "caption": Path(described)}
     assistant = Assistant(load_base(folder), files, Path(encoder))

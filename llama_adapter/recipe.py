@@ -84,7 +84,10 @@ class FinetuneConfig:
     """Fine-tuning options; the defaults are the papers' recipe."""
 
     data: Path = field(
-        metadata={"help": "instruction file: Alpaca JSON, or .jsonl", "recipe": False}
+        metadata={
+            "help": "Alpaca records, conversations or both, some with images: JSON or .jsonl",
+            "recipe": False,
+        }
     )
     output: Path = field(metadata={"help": "run folder to create", "recipe": False})
     base: Path | None = field(

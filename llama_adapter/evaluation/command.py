@@ -115,7 +115,9 @@ def _run(options: argparse.Namespace, unpacked: Path) -> int:
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: the same command goes on from {data.output}") from None
-    _finish(name, benchmark, data, items, evaluation, _called(model, data))
+    blind = benchmark.images and answerer is not None and not seeing
+    title = f"{name}, {len(items)} items{', asked without their images' if blind else ''}"
+    _finish(title, benchmark, data, items, evaluation, _called(model, data))
     return 0
 
 
@@ -299,7 +301,7 @@ def _called(model: ModelOptions, data: DataOptions) -> str:
 
 
 def _finish(
-    name: str,
+    title: str,
     benchmark: Benchmark,
     data: DataOptions,
     items: Sequence[Item],
@@ -307,7 +309,7 @@ def _finish(
     called: str,
 ) -> None:
     """Write the result in the benchmark's own form and print the scores."""
-    print(f"{name}, {len(items)} items")
+    print(title)
     width = max(map(len, evaluation.scores), default=0)
     for key, value in evaluation.scores.items():
         print(f"  {key:{width}}  {value:.4f}".rstrip("0").rstrip("."))

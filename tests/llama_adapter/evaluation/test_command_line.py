@@ -340,12 +340,17 @@ def test_a_text_adapter_does_not_need_the_images(
 
 
 def test_blind_answers_do_not_need_the_images(
-    base: Path, adapter: Path, model: tuple[object, ...], tmp_path: Path
+    base: Path,
+    adapter: Path,
+    model: tuple[object, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     case, output = CASES["mme"](tmp_path / "data"), tmp_path / "run"
     for image in case.images.values():
         image.unlink(missing_ok=True)
     assert run("mme", *case.words, "--output", output, *model, "--blind") == 0
+    assert "mme, 4 items, asked without their images" in capsys.readouterr().out
     answerer = ModelOptions(base, adapter, device="cpu").load()
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=FEW)
     said = answerer.answers(list(case.texts.values()), sampling)
