@@ -126,13 +126,13 @@ def tiny_base(tmp_path: Path, tiny_model: Llama, tiny_tokenizer_path: Path) -> P
     return save_base(tmp_path / "tiny", tiny_model, tiny_tokenizer_path)
 
 
-def save_base(folder: Path, model: Llama, tokenizer: Path) -> Path:
-    """A model and its tokenizer as a Meta folder."""
+def save_base(folder: Path, model: Llama, tokenizer: Path, max_seq_len: int | None = None) -> Path:
+    """A model and its tokenizer as a Meta folder, with a context of its own if one is given."""
     folder.mkdir()
     shutil.copy(tokenizer, folder / "tokenizer.model")
     torch.save(model.state_dict(), folder / "consolidated.00.pth")
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps")
     shape = {name: value for name, value in asdict(model.config).items() if name in names}
-    shape["max_seq_len"] = model.config.max_seq_len
+    shape["max_seq_len"] = max_seq_len or model.config.max_seq_len
     (folder / "params.json").write_text(json.dumps(shape))
     return folder

@@ -25,9 +25,7 @@ SAMPLING = SamplingConfig(temperature=0.0, max_new_tokens=5)
 @pytest.fixture
 def base(tiny_model: Llama, tiny_tokenizer_path: Path, tmp_path: Path) -> Path:
     """The tiny model with a context that a conversation fits in."""
-    model = Llama(replace(tiny_model.config, max_seq_len=1024))
-    model.load_state_dict(tiny_model.state_dict())
-    return save_base(tmp_path / "tiny", model, tiny_tokenizer_path)
+    return save_base(tmp_path / "tiny", tiny_model, tiny_tokenizer_path, 1024)
 
 
 @pytest.fixture

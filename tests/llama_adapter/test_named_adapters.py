@@ -1,6 +1,5 @@
 """Does the example switch adapters as it says, pictures included?"""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,10 @@ def test_a_caption_becomes_the_input_of_an_answer(
     tiny_tokenizer_path: Path,
     tmp_path: Path,
 ) -> None:
-    model = Llama(replace(tiny_model.config, max_seq_len=512))
-    model.load_state_dict(tiny_model.state_dict())
-    base, clip = save_base(tmp_path / "tiny", model, tiny_tokenizer_path), save_clip(tmp_path / "c")
+    base, clip = (
+        save_base(tmp_path / "tiny", tiny_model, tiny_tokenizer_path, 512),
+        save_clip(tmp_path / "c"),
+    )
     files = {
         name: save_image_adapter(tmp_path / f"{name}.safetensors", base, clip, seed, **shape)
         for seed, (name, shape) in enumerate(zip(("instruct", "caption"), shapes, strict=True), 3)

@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(tiny_model: Llama, tiny_tokenizer_path: Path, tmp_path: Path) -> Path:
-    model = Llama(replace(tiny_model.config, max_seq_len=512))
-    model.load_state_dict(tiny_model.state_dict())
-    return save_base(tmp_path / "tiny", model, tiny_tokenizer_path)
+    return save_base(tmp_path / "tiny", tiny_model, tiny_tokenizer_path, 512)
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_bleu_and_cider_by_hand(
     ciders = [10 * (long + short) / 2, 10, 10 * third]
     pytest.importorskip("pycocoevalcap")
     if java and not java_tokenizer_runs():
-        pytest.skip("no Java here")
+        pytest.skip("needs Java, in which the official tokenizer is written")
     monkeypatch.setattr(coco_caption, "java_tokenizer_runs", lambda: java)
     got = caption_scores(items(), PREDICTIONS)
     assert [got.scores[f"bleu_{n}"] for n in (1, 2, 3, 4)] == pytest.approx(bleu, rel=1e-7)
@@ -199,7 +199,7 @@ def test_tokens(caption: str) -> None:
 def test_the_approximation_is_the_java_tokenizer_on_these() -> None:
     pytest.importorskip("pycocoevalcap")
     if not java_tokenizer_runs():
-        pytest.skip("no Java here")
+        pytest.skip("needs Java, in which the official tokenizer is written")
     got = coco_caption._tokens_of_java({0: list(CAPTIONS), 1: ["A cup."]})
     assert got == {0: list(CAPTIONS.values()), 1: ["a cup"]}
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def base(tiny_model: Llama, tiny_tokenizer_path: Path, tmp_path: Path) -> Path:
     """The tiny model with a context that a benchmark's prompt fits in."""
-    model = Llama(replace(tiny_model.config, max_seq_len=1024))
-    model.load_state_dict(tiny_model.state_dict())
-    return save_base(tmp_path / "tiny", model, tiny_tokenizer_path)
+    return save_base(tmp_path / "tiny", tiny_model, tiny_tokenizer_path, 1024)
 
 
 @pytest.fixture
