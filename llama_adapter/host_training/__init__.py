@@ -1,0 +1,1 @@
+"""Training of adapters and their baselines on ViT, RoBERTa, BERT and CLIP."""
