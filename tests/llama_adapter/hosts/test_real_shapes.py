@@ -16,7 +16,10 @@ from llama_adapter.hosts.facts import tower_of
 from tests.llama_adapter.encoder_models import roberta
 
 REAL = {
-    "ViT-B/16": (transformers.ViTForImageClassification, transformers.ViTConfig(**{"num_labels": 10})),
+    "ViT-B/16": (
+        transformers.ViTForImageClassification,
+        transformers.ViTConfig(**{"num_labels": 10}),
+    ),
     "RoBERTa-large": (
         transformers.RobertaForTokenClassification,
         transformers.RobertaConfig(
