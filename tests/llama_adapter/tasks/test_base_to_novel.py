@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llama_adapter.hosts import adapt, unadapt
 from llama_adapter.tasks.base_to_novel import (
     BASE,
     HARMONIC,
@@ -200,6 +201,59 @@ def test_texts_of_a_trained_text_side_are_encoded_anew(folder: Path, trained: st
         torch.testing.assert_close(
             got, expected_logits(model, task, base, BASE), rtol=1e-5, atol=1e-5
         )
+
+
+def with_gates(model: Any, encoder: str) -> Any:
+    """An adapter on one encoder with random gates per head, some above 1."""
+    g = torch.Generator().manual_seed(4)
+    adapter = adapt(model, prompt_length=3, encoder=encoder, generator=g)
+    with torch.no_grad():
+        adapter.gates.normal_(std=1.5, generator=g)
+    return adapter
+
+
+def test_prompts_in_the_visual_encoder_leave_the_texts_as_they_are(folder: Path) -> None:
+    task, model = load(folder), random_clip()
+    adapter = with_gates(model, "visual")
+    counted = Counted(model)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.02)
+    for _ in range(3):
+        optimizer.zero_grad()
+        task.loss(model, task.train).backward()
+        assert adapter.prompts.grad is not None
+        assert all(bool(row.any()) for row in adapter.prompts.grad)
+        optimizer.step()
+    assert counted.texts == [1, 3, 1, 1]
+    base = [one for one in task.test if not one.novel]
+    with torch.no_grad():
+        got = task.logits(model, task.images.pixels([one.path for one in base]), BASE)
+    torch.testing.assert_close(got, expected_logits(model, task, base, BASE), rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_in_the_text_encoder_are_trained_and_seen(folder: Path) -> None:
+    """A kept text would train nothing, and would tell of the prompts before they were trained."""
+    task, model = load(folder, augment=False), random_clip()
+    adapter = with_gates(model, "text")
+    base = [one for one in task.test if not one.novel]
+    pixels = task.images.pixels([one.path for one in base])
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.02)
+    seen = []
+    for _ in range(3):
+        with torch.no_grad():
+            seen.append(task.logits(model, pixels, BASE))
+        expected = expected_logits(model, task, base, BASE)
+        torch.testing.assert_close(seen[-1], expected, rtol=1e-5, atol=1e-5)
+        optimizer.zero_grad()
+        task.loss(model, task.train).backward()
+        assert adapter.prompts.grad is not None
+        assert all(bool(row.any()) for row in adapter.prompts.grad)
+        optimizer.step()
+    assert (seen[0] - seen[1]).abs().max() > 1e-4
+    unadapt(model, encoder="text")
+    got = task.logits(model, pixels, BASE)
+    torch.testing.assert_close(
+        got.detach(), expected_logits(random_clip(), task, base, BASE), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_texts_are_anew_where_a_hook_or_another_model_changes_them(folder: Path) -> None:
