@@ -1,6 +1,6 @@
 """Benchmarks' tables, lines of text and pictures, and predictions that are texts.
 
-`benchmark_files` has what JSON files need, and the problems that all loaders report.
+`data.checked_files` has what JSON files need, and the problems that all loaders report.
 """
 
 import csv
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.checkpoints.atomic import write_atomically
+from llama_adapter.data.checked_files import FileProblem, pairs
 from llama_adapter.data.items import check_file, kind_of
-from llama_adapter.evaluation.benchmark_files import FileProblem, pairs
 from llama_adapter.evaluation.runner import Item
 
 # of a cell, in characters: images are cells of MMBench, and csv allows 131,072 unless told

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_adapter.evaluation.benchmark_files import FileProblem
+from llama_adapter.data.checked_files import FileProblem
 from llama_adapter.evaluation.source_files import (
     answered,
     image_path,

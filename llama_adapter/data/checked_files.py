@@ -1,4 +1,4 @@
-"""What the loaders of benchmarks share: checked entries of JSON files, results in their formats.
+"""What loaders of benchmarks and tasks share: checked entries of files, results in their formats.
 
 An entry that cannot be used becomes a `FileProblem`, which names the file, the place and the
 reason; a file without one usable entry is a ValueError.
@@ -8,13 +8,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.data.items import check_file, kind_of
 from llama_adapter.data.records import Problem, against_text
-from llama_adapter.evaluation.runner import Item
 
+Found = TypeVar("Found")
+Prediction = TypeVar("Prediction")
 # what a field of an entry may be asked to hold, by the words that its problem says
 TEXT, ID, INTEGER, LIST, NUMBER = "text", "an id", "an integer", "a list", "a number"
 STRING, OBJECT = "a string", "an object"
@@ -170,20 +171,23 @@ def _values(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def usable(
-    items: list[dict[str, Any]], problems: list[FileProblem], path: str | Path
-) -> tuple[list[Item], list[FileProblem]]:
+    items: Iterable[Found], problems: list[FileProblem], path: str | Path
+) -> tuple[list[Found], list[FileProblem]]:
     """What a loader returns, if it found anything.
 
     Raises:
         ValueError: there are no items.
     """
-    if not items:
+    found = [*items]
+    if not found:
         first = "; ".join(str(problem) for problem in problems[:_SHOWN]) or "it is empty"
         raise ValueError(f"{path}: nothing in it can be used: {first}")
-    return [*items], problems
+    return found, problems
 
 
-def pairs(items: Sequence[Item], predictions: Sequence[str]) -> list[tuple[Item, str]]:
+def pairs(
+    items: Sequence[Found], predictions: Sequence[Prediction]
+) -> list[tuple[Found, Prediction]]:
     """Items with their predictions.
 
     Raises:

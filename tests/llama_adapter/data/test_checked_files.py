@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llama_adapter.evaluation.benchmark_files import (
+from llama_adapter.data.checked_files import (
     ID,
     INTEGER,
     LIST,
