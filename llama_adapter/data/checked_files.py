@@ -4,6 +4,7 @@ An entry that cannot be used becomes a `FileProblem`, which names the file, the 
 reason; a file without one usable entry is a ValueError.
 """
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,26 @@ def against(value: Any, fields: Mapping[str, str]) -> str | None:
     return None
 
 
+def read_text(path: str | Path) -> str:
+    """A file's text without its byte order mark, line ends as they are.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8.
+    """
+    path = check_file(path)
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
+
+
+def numbered_lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a file that hold more than blanks, with their numbers from 1."""
+    lines = enumerate(io.StringIO(read_text(path), newline=None), 1)
+    return [(number, line.rstrip("\n")) for number, line in lines if line.strip()]
+
+
 @dataclass(frozen=True)
 class _NotJson:
     reason: str
@@ -153,12 +174,7 @@ def line_entries(path: str | Path, problems: list[FileProblem]) -> Entries:
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8.
     """
-    path = check_file(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
-    return Entries(path, "line", _values(text), problems)
+    return Entries(path, "line", _values(read_text(path)), problems)
 
 
 def _values(text: str) -> Iterator[tuple[int, Any]]:

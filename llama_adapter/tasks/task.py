@@ -11,7 +11,7 @@ class Task(Protocol):
 
     @property
     def kind(self) -> str:
-        """ "image-classification", "question-answering", "token-classification" or "contrastive"."""
+        """image-classification, question-answering, token-classification or contrastive."""
         ...
 
     @property
