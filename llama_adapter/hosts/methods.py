@@ -35,80 +35,13 @@ from llama_adapter.hosts.baselines.parts import (
 from llama_adapter.hosts.baselines.prefix import Prefix
 from llama_adapter.hosts.baselines.prompts import VisualPrompts, WordPrompts
 from llama_adapter.hosts.baselines.side import SideNetwork
+from llama_adapter.hosts.method_options import ENCODERS, MethodOptions
 
 __all__ = ["METHODS", "Attached", "Method", "MethodOptions", "attach"]
 
 _MARK = "_llama_adapter_method"
 _VISUAL, _TEXT = ("vit", "clip"), ("roberta", "bert")
 _ALL = ("vit", "roberta", "bert", "clip")
-_BOTH = ("visual", "text")
-
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """What the methods are made with; `METHODS` says which of these each one reads."""
-
-    prompt_length: int = field(default=10, metadata={"help": "prompts, per layer or for the input"})
-    layers: int | None = field(
-        default=None, metadata={"help": "layers that get some, counted from the top; default: all"}
-    )
-    prompt_std: float = field(
-        default=1.0, metadata={"help": "standard deviation of the prompts' initial values"}
-    )
-    gate_activation: str | None = field(
-        default=None,
-        metadata={
-            "help": "what turns a trained gate into its multiplier; default: the host's",
-            "choices": ("tanh", "identity"),
-        },
-    )
-    prompt_kind: str = field(
-        default="hidden",
-        metadata={
-            "help": "prompts as hidden states, or as keys and values",
-            "choices": ("hidden", "kv"),
-        },
-    )
-    encoders: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "of a CLIP: visual, text or both; default: the method's usual one"},
-    )
-    shift_positions: bool = field(
-        default=False, metadata={"help": "let words' positions begin behind the prompt"}
-    )
-    prefix_dropout: float = field(
-        default=0.1, metadata={"help": "dropout on P-tuning v2's keys and values"}
-    )
-    reduction: int = field(
-        default=8, metadata={"help": "the host's width over that of adapters and side networks"}
-    )
-    side_layers: int = field(default=2, metadata={"help": "layers of a side network"})
-    side_alpha: float = field(
-        default=0.5, metadata={"help": "the host's first share in the blend with a side network"}
-    )
-    rank: int = field(default=8, metadata={"help": "rank of LoRA"})
-    lora_alpha: int = field(default=16, metadata={"help": "scale of LoRA times its rank"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "dropout in front of LoRA"})
-    template_length: int = field(
-        default=4, metadata={"help": "tokens in front of a class's name, which CoOp replaces"}
-    )
-    context_ids: tuple[int, ...] = field(
-        default=(), metadata={"help": "tokens that CoOp's context starts from; default: random"}
-    )
-
-    def __post_init__(self) -> None:
-        """Refuse what no method can be made with."""
-        for name in ("prompt_length", "reduction", "side_layers", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("prefix_dropout", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.template_length < 0:
-            raise ValueError(f"template_length must be at least 0, got {self.template_length}")
-        for encoder in self.encoders:
-            if encoder not in _BOTH:
-                raise ValueError(f"encoders must be of visual, text, got {encoder!r}")
 
 
 Build = Callable[[Any, dict[str, Part], MethodOptions, Generator], Trained]
@@ -134,7 +67,7 @@ class Method:
     source: str
     build: Build
     options: tuple[str, ...] = ()
-    encoders: tuple[str, ...] = _BOTH
+    encoders: tuple[str, ...] = ENCODERS
     head: str = "added"
     whole: bool = False
 
@@ -364,7 +297,7 @@ def _undo(steps: list[Callable[[], Any]]) -> None:
         step()
 
 
-def _chosen(model: Any, name: str, options: MethodOptions) -> dict[str, Part]:
+def chosen_parts(model: Any, name: str, options: MethodOptions) -> dict[str, Part]:
     """The encoders that a method goes into, as asked for or as usual.
 
     Raises:
@@ -375,7 +308,7 @@ def _chosen(model: Any, name: str, options: MethodOptions) -> dict[str, Part]:
     can = [encoder for encoder in held if encoder in method.encoders]
     got = f"got a {type(model).__name__}"
     if kind not in method.hosts or not can:
-        where = "" if method.encoders == _BOTH else f", in a {method.encoders[0]} encoder"
+        where = "" if method.encoders == ENCODERS else f", in a {method.encoders[0]} encoder"
         raise ValueError(f"{name} is for {', '.join(method.hosts)}{where}, {got}")
     if method.head == "needed" and head_of(model) is None:
         raise ValueError(f"{name} is for a host with a task head, {got}")
@@ -416,7 +349,7 @@ def attach(
     if name not in METHODS:
         raise ValueError(f"name must be one of {', '.join(METHODS)}, got {name!r}")
     options = MethodOptions() if options is None else options
-    parts = _chosen(model, name, options)
+    parts = chosen_parts(model, name, options)
     other = model.__dict__.get(_MARK)
     if other is not None or adapter_of(model) is not None:
         has = "an adapter" if other is None else other.name

@@ -19,7 +19,8 @@ from llama_adapter.hosts.baselines.parts import (
 class Context(Installed):
     """[BOS] c_1 ... c_K class . [EOS] in place of [BOS] a photo of a class . [EOS].
 
-    context is (K, C), one for all classes, from a normal distribution of 0.02, or from the embeddings of `ids`.
+    context is (K, C), one for all classes, normally distributed by 0.02, or the embeddings of
+    `ids` at first.
 
     Source: CoOp, section 3.2: unified context, the class at the end.
     """
