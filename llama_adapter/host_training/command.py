@@ -58,6 +58,7 @@ def is_wanted(arguments: list[str]) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What `finetune --host` takes."""
+    parser.description = "Train a ViT, RoBERTa, BERT or CLIP for a task."
     parser.add_argument(
         "--recipe",
         metavar="name",

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,19 @@ def _transformers() -> Any:
     except ImportError as error:
         raise ImportError(f"{_REMEDY} ({error})") from None
     return transformers
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bar over the weights of a model that loads in a moment."""
+    logging = _transformers().utils.logging
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def _check_folder(folder: Path, host: str) -> None:
@@ -177,7 +192,7 @@ def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None 
         more["hidden_dropout_prob"] = config.hidden_dropout
     device = torch.device(config.device or default_device())
     try:
-        with seeded(config.fit.seed, torch.device("cpu")), quiet():
+        with seeded(config.fit.seed, torch.device("cpu")), quiet(), _without_bars():
             model, found = cls.from_pretrained(
                 config.model, local_files_only=True, ignore_mismatched_sizes=True,
                 output_loading_info=True, dtype=torch.float32, **more,
