@@ -224,7 +224,7 @@ def _open_llm(benchmark: Benchmark, options: DataOptions) -> Benchmark:
     tasks = OpenLlm(documents)
     return replace(
         benchmark,
-        load=lambda options, images: (tasks.items(), problems),
+        load=lambda options, images: (tasks.items, problems),
         question=lambda item: item["context"],
         score=_plain(tasks.score),
         predict=tasks.predictor,

@@ -49,7 +49,7 @@ def tasks(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def items(tasks: Any) -> dict[str, Any]:
-    return {item["id"]: item for item in tasks.items()}
+    return {item["id"]: item for item in tasks.items}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,10 @@ def test_the_command_scores_log_likelihoods_and_writes_lm_evals_results(
     assert results["n-samples"]["mmlu_anatomy"] == {"original": 3, "effective": 3}
     assert results["versions"]["truthfulqa_mc2"] == 3.0
     assert "must have 57 subjects, got 2" in shown.err
+    (long,) = [row for row in shown.err.splitlines() if "lose their beginning" in row]
+    assert f"more than {room - 1} tokens" in long
+    count = len(base.tokenizer.encode(items["arc_challenge/Mercury_0"]["context"], bos=True))
+    assert f"that of arc_challenge/Mercury_0 has {count}" in long
     assert f"result      {output / 'results.json'}" in shown.out
 
 
@@ -228,6 +232,9 @@ def test_lm_evals_own_evaluator_finds_the_same(
     ours = json.loads((output / "results.json").read_text())
     model = LeanLM(str(assets.BASE), str(adapter_file), dtype="float32", device="cpu")
     tasks = OpenLlm(read_documents(folder)[0])._tasks
+    for task in tasks.values():
+        # as its command does before every evaluation
+        task.set_fewshot_seed(1234)
     theirs = evaluate(lm=model, task_dict=dict(tasks), bootstrap_iters=0)
     for task in tasks:
         for metric in ("acc,none", "acc_norm,none"):
