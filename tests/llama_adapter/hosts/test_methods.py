@@ -244,6 +244,21 @@ def test_a_half_precision_host_is_trained_in_float32(name: str) -> None:
         assert torch.equal(case.run(model), theirs)
 
 
+@pytest.mark.parametrize(("name", "kind"), [x for x in TRAINED if x[1] in ("vit", "roberta")])
+def test_recomputed_layers_give_the_same_gradients(name: str, kind: str) -> None:
+    case, found = CASES[kind], []
+    for recompute in (False, True):
+        model = case.make()
+        made = attached(model, name, prefix_dropout=0.0, lora_dropout=0.0)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        case.loss(model).backward()
+        found.append({key: x.grad for key, x in made.parameters().items()})
+    for key, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][key], rtol=1e-4, atol=1e-6)
+
+
 def test_one_host_has_one_method() -> None:
     model = vit()
     made = attached(model, "adapter")

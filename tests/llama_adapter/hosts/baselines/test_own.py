@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from llama_adapter.hosts.baselines.own import bias_names, head_of, need_float32, train_own
+from llama_adapter.hosts.baselines.own import head_of, need_float32, own_names, train_own
 from llama_adapter.hosts.baselines.parts import parts_of
 from llama_adapter.hosts.methods import attach
 from tests.llama_adapter.encoder_models import bert, clip, pixels, roberta, vit
@@ -12,13 +12,14 @@ from tests.llama_adapter.encoder_models import bert, clip, pixels, roberta, vit
 
 def test_biases_are_all_that_are_called_so() -> None:
     model = vit()
-    names = bias_names(model, [])
-    wanted = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
-    assert names == wanted
+    names = own_names(model, [], True)
+    every = [name for name, _ in model.named_parameters() if not name.startswith("classifier")]
+    assert names == [name for name in every if name.endswith(".bias")]
+    assert own_names(model, [], False) == every
     assert {"vit.layers.0.layernorm_before.bias", "vit.embeddings.patch_embeddings.projection.bias",
             "vit.layers.2.attention.k_proj.bias"} <= set(names)  # fmt: skip
-    both, parts = clip(), parts_of(clip())
-    some = bias_names(both, [parts["text"]])
+    both = clip()
+    some = own_names(both, [parts_of(both)["text"]], True)
     assert some
     assert all(name.startswith("text_model.") for name in some)
 
@@ -34,12 +35,11 @@ def test_tied_parameters_stay_tied() -> None:
     model = vit()
     first, second = model.vit.layers[0].mlp, model.vit.layers[1].mlp
     second.fc1.weight = own = first.fc1.weight
-    trained = train_own(model, [name for name, _ in model.named_parameters()])
-    assert (
-        first.fc1.weight is second.fc1.weight is trained.parameters["vit.layers.0.mlp.fc1.weight"]
-    )
+    undo: list[Undo] = []
+    trained = train_own(model, [name for name, _ in model.named_parameters()], undo)
+    assert first.fc1.weight is second.fc1.weight is trained["vit.layers.0.mlp.fc1.weight"]
     assert first.fc1.weight is not own
-    for step in trained.undo:
+    for step in undo:
         step()
     assert first.fc1.weight is second.fc1.weight is own
 

@@ -52,6 +52,22 @@ def test_vpt_on_a_clip_comes_before_its_first_norm() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_masked_patch_stays_masked() -> None:
+    model, shown = vit(), pixels()
+    attached(model, "vpt_deep")
+    mask = torch.ones(3, 26, dtype=torch.int64)
+    mask[:, 1], mask[0, 8] = 0, 0
+    other = shown.clone()
+    other[:, :, :4, :4] += 1
+    with torch.no_grad():
+        one, same, moved = (
+            model.vit(pixel_values=x, attention_mask=m).last_hidden_state[:, 0]
+            for x, m in ((shown, mask), (other, mask), (other, None))
+        )
+    torch.testing.assert_close(one, same, rtol=1e-6, atol=1e-6)
+    assert (one - moved).abs().max() > 0.01
+
+
 def test_visual_prompts_begin_within_vpts_bound() -> None:
     made = attach(vit(), "vpt_deep", MethodOptions(prompt_length=50))
     drawn = made.parameters()["llama_adapter_visual.prompts"]
