@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from llama_adapter.hosts.baselines.own import head_of, need_float32, own_names, train_own
-from llama_adapter.hosts.baselines.parts import parts_of
+from llama_adapter.hosts.baselines.parts import Undo, parts_of
 from llama_adapter.hosts.methods import attach
 from tests.llama_adapter.encoder_models import bert, clip, pixels, roberta, vit
 
