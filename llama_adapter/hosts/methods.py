@@ -222,7 +222,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attached:
     """A method on a host.
 

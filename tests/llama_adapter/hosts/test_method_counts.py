@@ -3,12 +3,10 @@
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
 from llama_adapter.hosts.method_counts import count_parameters
 from llama_adapter.hosts.methods import METHODS, MethodOptions, attach
-from tests.llama_adapter.method_hosts import CASES, SMALL
+from tests.llama_adapter.method_hosts import CASES, CLIP, ROBERTA, SMALL, VIT, real
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "zero_init": [{}, {"prompt_kind": "kv", "layers": 2}],
@@ -17,26 +15,6 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"rank": 2}],
     "side": [{"side_layers": 3, "reduction": 2}],
 }
-VIT, ROBERTA, CLIP = "ViT-B/16", "RoBERTa-large", "CLIP ViT-B/16"
-
-
-def real(name: str) -> Any:
-    """A model of a real shape, without numbers."""
-    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-    with torch.device("meta"):
-        if name == VIT:
-            config = transformers.ViTConfig(num_labels=100)
-            return transformers.ViTForImageClassification(config)
-        if name == ROBERTA:
-            large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
-            large |= {"intermediate_size": 4096, "vocab_size": 50265}
-            config = transformers.RobertaConfig(
-                **large, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1
-            )
-            return transformers.RobertaForQuestionAnswering(config)
-        vision = base | {"intermediate_size": 3072, "patch_size": 16, "image_size": 224}
-        config = transformers.CLIPConfig(vision_config=vision, projection_dim=512)
-        return transformers.CLIPModel(config)
 
 
 @pytest.mark.parametrize("name", METHODS)
