@@ -214,6 +214,40 @@ def test_the_command_scores_log_likelihoods_and_writes_lm_evals_results(
     assert f"result      {output / 'results.json'}" in shown.out
 
 
+def test_lm_evals_own_evaluator_finds_the_same(
+    folder: Path, adapter_file: Path, tmp_path: Path
+) -> None:
+    """Its loop over the same tasks and model: prompts, log-likelihoods and means."""
+    from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
+
+    from llama_adapter.evaluation.open_llm_tasks import OpenLlm
+    from llama_adapter.integrations.lm_eval import LeanLM
+
+    output = tmp_path / "run"
+    assert main(words(folder, output, adapter_file)) == 0
+    ours = json.loads((output / "results.json").read_text())
+    model = LeanLM(str(assets.BASE), str(adapter_file), dtype="float32", device="cpu")
+    tasks = OpenLlm(read_documents(folder)[0])._tasks
+    theirs = evaluate(lm=model, task_dict=dict(tasks), bootstrap_iters=0)
+    for task in tasks:
+        for metric in ("acc,none", "acc_norm,none"):
+            got, expected = ours["results"][task].get(metric), theirs["results"][task].get(metric)
+            assert (got is None) == (expected is None)
+            assert got is None or abs(got - expected) < 1e-6
+        assert ours["n-shot"][task] == theirs["n-shot"][task]
+        assert ours["versions"][task] == theirs["versions"][task]
+        assert ours["higher_is_better"][task] == theirs["higher_is_better"][task]
+        assert ours["n-samples"][task] == theirs["n-samples"][task]
+    rows = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    kept = {row["id"]: row["prediction"] for row in rows}
+    samples = {task: theirs["samples"][task] for task in tasks}
+    (first,) = [one for one in samples["arc_challenge"] if one["doc"]["id"] == "Mercury_1"]
+    for (score, _), answer in zip(
+        kept["arc_challenge/Mercury_1"], first["filtered_resps"], strict=True
+    ):
+        assert abs(score - float(answer[0])) < 1e-3
+
+
 def test_a_killed_run_goes_on_and_other_examples_are_another_run(
     folder: Path,
     adapter_file: Path,
