@@ -233,7 +233,7 @@ def unadapt(model: Any, encoder: str | None = None) -> Adapter:
         attentions[layer].__dict__.pop("forward")
         if forward is not None:
             attentions[layer].__dict__["forward"] = forward
-    give_back_head(tower, own["head"])
+    give_back_head(own["head"])
     if own["hook"] is not None:
         own["hook"].remove()
     delattr(model, submodule_of(tower.slot))
