@@ -30,7 +30,8 @@ def file_of(slot: str) -> str:
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """The adapters that are on a model, by `Tower.slot`: "" alone, but for CLIP's encoders."""
-    held = {slot: model._modules.get(submodule_of(slot)) for slot in ("", *ENCODERS)}
+    own = getattr(model, "_modules", {})
+    held = {slot: own.get(submodule_of(slot)) for slot in ("", *ENCODERS)}
     return {slot: one for slot, one in held.items() if isinstance(one, Adapter)}
 
 
