@@ -104,7 +104,7 @@ def test_a_head_that_was_replaced_stays_and_is_not_saved(tmp_path: Path) -> None
     weight = own.weight
     adapt(model)
     model.classifier = torch.nn.Linear(48, 7)
-    with pytest.raises(ValueError, match="must have the head that adapt.*replaced"):
+    with pytest.raises(ValueError, match=r"must have the head that adapt.*replaced"):
         model.save_pretrained(tmp_path)
     unadapt(model)
     assert model.classifier.weight.shape == (7, 48)
