@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from llama_adapter.checkpoints import default_device
@@ -34,6 +35,7 @@ CLASSES = {
 }
 # what a task may add to a host
 _HEADS = ("classifier.", "qa_outputs.")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _REMEDY = "hosts need transformers: pip install 'llama-adapter-kernels[hf]'"
 
 
@@ -80,6 +82,9 @@ def load_tokenizer(folder: Path) -> Any:
         ValueError: the folder holds none that can be read, or a slow one.
     """
     transformers = _transformers()
+    # without one of these transformers makes a tokenizer that knows no word
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}")
     try:
         with quiet():
             found = transformers.AutoTokenizer.from_pretrained(
@@ -197,7 +202,7 @@ def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None 
                 config.model, local_files_only=True, ignore_mismatched_sizes=True,
                 output_loading_info=True, dtype=torch.float32, **more,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"model {config.model} cannot be read: {said}") from error
     differing = [one[0] if isinstance(one, tuple) else one for one in found["mismatched_keys"]]
