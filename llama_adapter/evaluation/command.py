@@ -24,10 +24,10 @@ from llama_adapter.data.template import prompt_text
 from llama_adapter.evaluation.benchmarks import (
     BENCHMARKS,
     Benchmark,
-    DataOptions,
     question_of,
 )
 from llama_adapter.evaluation.choosing import likeliest
+from llama_adapter.evaluation.data_options import DataOptions
 from llama_adapter.evaluation.runner import SCORES_FILE, Evaluation, Item, evaluate
 from llama_adapter.options import UsageError, add_options, build
 from llama_adapter.sampling import SamplingConfig
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = "; ".join(
         f"{name}: temperature {one.sampling.temperature:g}, {one.sampling.max_new_tokens} tokens"
         for name, one in BENCHMARKS.items()
+        if one.bind is None
     )
     parser.epilog = f"Without sampling options a benchmark has its own. {own}."
 
@@ -88,13 +89,17 @@ def _run(options: argparse.Namespace, unpacked: Path) -> int:
         )
     # where nobody looks at the images they need not be there
     images = None if root is None or not seeing else root.absolute()
+    if benchmark.bind is not None:
+        benchmark = benchmark.bind(benchmark, data)
     items, problems = benchmark.load(data, images)
     items = [relative(item, images) for item in items]
     seeing = seeing and any(item.get("image") for item in items)
     if seeing and answerer is not None:
         items, unseen = _with_images(items, answerer, data)
         problems += unseen
-    texts = {item["id"]: _text(benchmark, data, item) for item in items if "given" not in item}
+    # a benchmark that predicts by itself asks for no answers
+    asked = [item for item in items if "given" not in item] if benchmark.predict is None else []
+    texts = {item["id"]: _text(benchmark, data, item) for item in asked}
     if answerer is not None:
         problems += _too_long(benchmark, data, texts, items, answerer)
     if options.strict and problems:
@@ -102,7 +107,9 @@ def _run(options: argparse.Namespace, unpacked: Path) -> int:
     try:
         evaluation = evaluate(
             items,
-            _predictor(benchmark, data, items, texts, answerer, sampling, seeing),
+            benchmark.predict(answerer, options.batch_size)
+            if benchmark.predict is not None and answerer is not None
+            else _predictor(benchmark, data, items, texts, answerer, sampling, seeing),
             lambda item, prediction: benchmark.score(item, prediction, data),
             data.output,
             settings=_settings(name, data, model, answerer, sampling, seeing),
@@ -133,6 +140,9 @@ def _check(
             raise UsageError(f"{flag} is no option of {name}")
         if spec.name in benchmark.needs and getattr(data, spec.name) is None:
             raise UsageError(f"{flag} is required for {name}")
+    for spec in fields(SamplingConfig) if benchmark.bind is not None else ():
+        if spec.name in given:
+            raise UsageError(f"--{spec.name.replace('_', '-')} is no option of {name}")
     if benchmark.check is not None:
         try:
             benchmark.check(data)
@@ -190,6 +200,8 @@ def _too_long(
     problems = []
     for position, item in enumerate(items):
         name = item["id"]
+        if name not in texts:
+            continue
         # a longer option may have fewer tokens
         outputs = _outputs(benchmark, data, item).values() or ("",)
         count = max(

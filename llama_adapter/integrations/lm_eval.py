@@ -32,7 +32,8 @@ except ImportError as error:
         f"evaluation by lm-evaluation-harness needs it: pip install 'lm-eval[hf]>=0.4.13' ({error})"
     ) from None
 
-from llama_adapter.checkpoints import default_device, load_base
+from llama_adapter.adapter import Prompts
+from llama_adapter.checkpoints import Base, default_device, load_base
 from llama_adapter.checkpoints.adapter_file import load_adapter
 from llama_adapter.generation import generate
 from llama_adapter.hosts import adapt
@@ -89,16 +90,28 @@ class LeanLM(TemplateLM):
         absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
         where = default_device() if absent or device is None else device
         loaded = load_base(Path(base), dtype=wanted, device=where, quantize=quantize)
-        self._model, self._tokenizer, self._where = loaded.model, loaded.tokenizer, where
-        longest = loaded.model.config.max_seq_len
-        self.max_length = longest if max_length is None else int(max_length)
-        if not 2 <= self.max_length <= longest:
-            raise ValueError(f"max_length must be from 2 to the base's {longest}, got {max_length}")
-        self._prompts = None
+        self._hold(loaded, None, max_length)
         if adapter is not None:
             read = load_adapter(adapter, loaded.model, loaded.name, base=loaded.fingerprint)
             with torch.no_grad():
                 self._prompts = loaded.model.project(read)
+
+    @classmethod
+    def of(cls, base: Base, prompts: Prompts | None = None, *, batch_size: int = 8) -> "LeanLM":
+        """The same of a base that is loaded already, with an adapter's projected prompts."""
+        made = cls.__new__(cls)
+        TemplateLM.__init__(made)
+        made.batch_size = batch_size
+        made._hold(base, prompts, None)
+        return made
+
+    def _hold(self, base: Base, prompts: Prompts | None, max_length: int | None) -> None:
+        self._model, self._tokenizer, self._prompts = base.model, base.tokenizer, prompts
+        self._where = base.model.output_weight.device
+        longest = base.model.config.max_seq_len
+        self.max_length = longest if max_length is None else int(max_length)
+        if not 2 <= self.max_length <= longest:
+            raise ValueError(f"max_length must be from 2 to the base's {longest}, got {max_length}")
 
     @property
     def eot_token_id(self) -> int:

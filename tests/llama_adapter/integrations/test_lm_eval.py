@@ -127,7 +127,9 @@ def from_logits(model: Any, encode: Any) -> list[list[float]]:
 
 
 def test_without_lm_eval_the_remedy_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    loaded = [name for name in sys.modules if name.split(".")[0] == "lm_eval"]
+    for name in ("lm_eval", *loaded):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "llama_adapter.integrations.lm_eval", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'lm-eval\[hf\]>=0.4.13'") as caught:
         __import__("llama_adapter.integrations.lm_eval")
