@@ -61,7 +61,6 @@ HF_TESTS = (
     "tests/llama_adapter/hosts",
     "tests/llama_adapter/tasks",
     "tests/llama_adapter/multimodal",
-    "tests/llama_adapter/tasks",
     "tests/llama_adapter/host_training",
     "tests/llama_adapter/integrations",
 )

@@ -211,6 +211,11 @@ def _needs_lm_eval(options: DataOptions) -> None:
         )
 
 
+def _unbound(*given: Any) -> Any:
+    """In place of what `bind` gives."""
+    raise RuntimeError("this benchmark must be bound to its data first")
+
+
 def _open_llm(benchmark: Benchmark, options: DataOptions) -> Benchmark:
     """With the tasks of lm-evaluation-harness, which imports much."""
     from llama_adapter.evaluation.open_llm_tasks import OpenLlm
@@ -219,9 +224,11 @@ def _open_llm(benchmark: Benchmark, options: DataOptions) -> Benchmark:
     tasks = OpenLlm(documents)
     return replace(
         benchmark,
-        load=lambda options, images: (tasks.items(), problems),
+        load=lambda options, images: (tasks.items, problems),
+        question=lambda item: item["context"],
         score=_plain(tasks.score),
         predict=tasks.predictor,
+        result="results.json",
         write=lambda path, items, predictions, options, name: tasks.write(
             path, items, predictions, model=name
         ),
@@ -342,11 +349,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         images=False,
     ),
     "open_llm": Benchmark(
-        lambda options, images: ([], []),
-        lambda item: item["context"],
-        lambda item, prediction, options: {},
-        "results.json",
-        lambda path, items, predictions, options, name: None,
+        _unbound,
+        _unbound,
+        _unbound,
         aggregate=open_llm.aggregate,
         images=False,
         check=_needs_lm_eval,

@@ -13,7 +13,7 @@ class SourceOptions:
     data: Path = field(
         metadata={
             "help": "the benchmark's file; of scienceqa the folder of problems.json and "
-            "pid_splits.json, of mme that of the subtasks"
+            "pid_splits.json, of mme that of the subtasks, of open_llm that of the tasks' folders"
         }
     )
     split: str | None = field(

@@ -4,6 +4,7 @@ Nothing is loaded from a hub. Every choice's log-likelihood behind its question 
 lm-evaluation-harness scores these, and its form of results is written.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,11 @@ _SEED = 1234
 
 
 class OpenLlm:
-    """The tasks that documents are for."""
+    """The tasks that documents are for.
+
+    Attributes:
+        items: every question with its prompt, examples included, and what may follow it.
+    """
 
     def __init__(self, documents: Sequence[Documents]) -> None:
         """Make the tasks.
@@ -60,26 +65,8 @@ class OpenLlm:
             self._tasks = manager.load({"group": "open_llm", "task": members})["tasks"]
         for task in self._tasks.values():
             task.set_fewshot_seed(_SEED)
-
-    def items(self) -> list[Item]:
-        """Every question with its prompt, examples included, and what may follow it."""
-        found: list[Item] = []
-        with quiet(), _no_bars():
-            for name, documents in self._documents.items():
-                task = self._tasks[name]
-                for key, doc in zip(documents.questions, task.eval_docs, strict=True):
-                    context = task.fewshot_context(doc, documents.shots)
-                    requests = task.construct_requests(doc, context, metadata=(name, 0, 1))
-                    found.append(
-                        {
-                            "id": f"{name}/{key}",
-                            "task": name,
-                            "doc": doc,
-                            "context": context,
-                            "continuations": [one.args[1] for one in requests],
-                        }
-                    )
-        return found
+        # once: examples are drawn question after question
+        self.items = self._items()
 
     def score(self, item: Item, prediction: Any) -> Scores:
         """lm-evaluation-harness' scores of one question, named task/metric.
@@ -101,7 +88,14 @@ class OpenLlm:
         """
         model = LeanLM.of(answerer.base, answerer.prompts, batch_size=batch_size)
 
+        told = False
+
         def predict(batch: list[Item]) -> list[Any]:
+            nonlocal told
+            cut = None if told else _beyond(batch, model)
+            if cut is not None:
+                warnings.warn(cut, stacklevel=2)
+                told = True
             requests = [
                 Instance("loglikelihood", item["doc"], (item["context"], continuation), place)
                 for item in batch
@@ -158,6 +152,38 @@ class OpenLlm:
             "model_name": model,
         }
         write_json(path, content)
+
+    def _items(self) -> list[Item]:
+        """Every question with its prompt, examples included, and what may follow it."""
+        found: list[Item] = []
+        with quiet(), _no_bars():
+            for name, documents in self._documents.items():
+                task = self._tasks[name]
+                for key, doc in zip(documents.questions, task.eval_docs, strict=True):
+                    context = task.fewshot_context(doc, documents.shots)
+                    requests = task.construct_requests(doc, context, metadata=(name, 0, 1))
+                    found.append(
+                        {
+                            "id": f"{name}/{key}",
+                            "task": name,
+                            "doc": doc,
+                            "context": context,
+                            "continuations": [one.args[1] for one in requests],
+                        }
+                    )
+        return found
+
+
+def _beyond(batch: list[Item], model: LeanLM) -> str | None:
+    """What to say of a prompt that leaves no room for an answer, of the first; None if all do."""
+    for item in batch:
+        count = len(model.tok_encode(item["context"]))
+        if count >= model.max_length:
+            return (
+                f"prompts of more than {model.max_length - 1} tokens lose their beginning, the "
+                f"first examples: that of {item['id']} has {count}"
+            )
+    return None
 
 
 def _configured(documents: Documents) -> dict[str, Any]:

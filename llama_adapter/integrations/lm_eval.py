@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from llama_adapter.integrations.peft import patch
 from llama_adapter.recipe import DTYPES
 from llama_adapter.sampling import SamplingConfig
 
+Row = TypeVar("Row")
 # lm-eval's own default, where the context has room for it
 _MAX_NEW_TOKENS = 256
 
@@ -130,38 +131,52 @@ class LeanLM(TemplateLM):
         return self._tokenizer.encode(string, bos=add_special_tokens is not False)
 
     @torch.no_grad()
-    def _batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation behind its context, and whether it is the greedy."""
-        rows = [
-            (context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs
-        ]
-        longest = max(len(row) for row in rows) - 1
-        tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for n, row in enumerate(rows):
+    def _batch(
+        self, rows: Sequence[tuple[int, ...]], continuations: Sequence[Sequence[list[int]]]
+    ) -> list[list[tuple[float, bool]]]:
+        """Log-likelihood of continuations and whether each is the greedy one, row by row.
+
+        Args:
+            rows: for each the context and what is common to its continuations, all but their last
+                tokens.
+            continuations: of each row.
+        """
+        seen = [row[-self.max_length :] for row in rows]
+        tokens = torch.zeros(len(seen), max(map(len, seen)), dtype=torch.int64)
+        for n, row in enumerate(seen):
             # padding lies behind the tokens, which do not look there
-            tokens[n, : len(row) - 1] = torch.tensor(row[:-1])
+            tokens[n, : len(row)] = torch.tensor(row)
         hidden = self._model.hidden(tokens.to(self._where), self._prompts)
         found = []
-        for n, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
-            count = min(len(continuation), len(row) - 1)
-            last = hidden[n, len(row) - 1 - count : len(row) - 1]
-            logits = self._model.logits(last, self._prompts)
-            found.append(_score(logits, row[len(row) - count :]))
+        for n, row in enumerate(seen):
+            own = []
+            for continuation in continuations[n]:
+                whole = [*row, *continuation[-1:]]
+                count = min(len(continuation), len(row))
+                last = hidden[n, len(row) - count : len(row)]
+                logits = self._model.logits(last, self._prompts)
+                own.append(_score(logits, whole[len(whole) - count :]))
+            found.append(own)
         return found
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:  # fmt: skip
-        # requests of a length together, the longest first: what does not fit fails at once
-        order = sorted(range(len(requests)), key=lambda n: -sum(map(len, requests[n][1:])))
+        # of single tokens behind one context, as the letters of a question, one row tells all
+        same: dict[tuple[int, ...], list[int]] = {}
+        for n, (_, context, continuation) in enumerate(requests):
+            same.setdefault(tuple((context + continuation)[:-1]), []).append(n)
+        # rows of a length together, the longest first: what does not fit fails at once
+        order = sorted(same, key=len, reverse=True)
         found: list[tuple[float, bool]] = [(-math.inf, False)] * len(requests)
-        for chosen in tqdm(list(_chunks(order, self.batch_size)), disable=disable_tqdm):
-            answers = self._batch([requests[n][1:] for n in chosen])
-            for n, answer in zip(chosen, answers, strict=True):
-                found[n] = answer
-                if requests[n][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[n][0], answer)
+        for rows in tqdm(list(_chunks(order, self.batch_size)), disable=disable_tqdm):
+            answers = self._batch(rows, [[requests[n][2] for n in same[row]] for row in rows])
+            for row, own in zip(rows, answers, strict=True):
+                for n, answer in zip(same[row], own, strict=True):
+                    found[n] = answer
+                    if requests[n][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[n][0], answer)
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -217,7 +232,7 @@ def _score(logits: Tensor, tokens: list[int]) -> tuple[float, bool]:
     return float(total), bool((logits.argmax(-1) == wanted).all())
 
 
-def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
+def _chunks(rows: list[Row], size: int) -> Iterator[list[Row]]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 

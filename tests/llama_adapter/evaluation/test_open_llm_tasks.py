@@ -49,7 +49,7 @@ def tasks(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def items(tasks: Any) -> dict[str, Any]:
-    return {item["id"]: item for item in tasks.items()}
+    return {item["id"]: item for item in tasks.items}
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,48 @@ def test_the_command_scores_log_likelihoods_and_writes_lm_evals_results(
     assert results["n-samples"]["mmlu_anatomy"] == {"original": 3, "effective": 3}
     assert results["versions"]["truthfulqa_mc2"] == 3.0
     assert "must have 57 subjects, got 2" in shown.err
+    (long,) = [row for row in shown.err.splitlines() if "lose their beginning" in row]
+    assert f"more than {room - 1} tokens" in long
+    count = len(base.tokenizer.encode(items["arc_challenge/Mercury_0"]["context"], bos=True))
+    assert f"that of arc_challenge/Mercury_0 has {count}" in long
     assert f"result      {output / 'results.json'}" in shown.out
+
+
+def test_lm_evals_own_evaluator_finds_the_same(
+    folder: Path, adapter_file: Path, tmp_path: Path
+) -> None:
+    """Its loop over the same tasks and model: prompts, log-likelihoods and means."""
+    from lm_eval.evaluator import evaluate  # pyright: ignore[reportMissingImports]
+
+    from llama_adapter.evaluation.open_llm_tasks import OpenLlm
+    from llama_adapter.integrations.lm_eval import LeanLM
+
+    output = tmp_path / "run"
+    assert main(words(folder, output, adapter_file)) == 0
+    ours = json.loads((output / "results.json").read_text())
+    model = LeanLM(str(assets.BASE), str(adapter_file), dtype="float32", device="cpu")
+    tasks = OpenLlm(read_documents(folder)[0])._tasks
+    for task in tasks.values():
+        # as its command does before every evaluation
+        task.set_fewshot_seed(1234)
+    theirs = evaluate(lm=model, task_dict=dict(tasks), bootstrap_iters=0)
+    for task in tasks:
+        for metric in ("acc,none", "acc_norm,none"):
+            got, expected = ours["results"][task].get(metric), theirs["results"][task].get(metric)
+            assert (got is None) == (expected is None)
+            assert got is None or abs(got - expected) < 1e-6
+        assert ours["n-shot"][task] == theirs["n-shot"][task]
+        assert ours["versions"][task] == theirs["versions"][task]
+        assert ours["higher_is_better"][task] == theirs["higher_is_better"][task]
+        assert ours["n-samples"][task] == theirs["n-samples"][task]
+    rows = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    kept = {row["id"]: row["prediction"] for row in rows}
+    samples = {task: theirs["samples"][task] for task in tasks}
+    (first,) = [one for one in samples["arc_challenge"] if one["doc"]["id"] == "Mercury_1"]
+    for (score, _), answer in zip(
+        kept["arc_challenge/Mercury_1"], first["filtered_resps"], strict=True
+    ):
+        assert abs(score - float(answer[0])) < 1e-3
 
 
 def test_a_killed_run_goes_on_and_other_examples_are_another_run(
