@@ -160,16 +160,20 @@ def final_task(task: Task) -> Task:
 
 
 def digest_of(options: TaskOptions, task: Task) -> str:
-    """A hash of what is trained on and chosen by: files of text, images with their labels."""
+    """A hash of what is trained on and chosen by: sentences, images with their labels, or files."""
     digest = hashlib.sha256()
     if isinstance(task, VtabTask | BaseToNovelTask):
         more = task.everything if isinstance(task, VtabTask) else ()
         for item in (*task.train, *task.validation, *more):
             digest.update(f"{item.id} {item.label}\n".encode())
             digest.update(Path(item.path).read_bytes())
+    elif isinstance(task, TaggingTask):
+        # one data set may be several files
+        for item in (*task.train, *task.validation):
+            digest.update(repr((item.words, item.tags, item.predicate)).encode())
     else:
-        for path in (options.data, options.val_data, *options.test_data[:1]):
-            digest.update(b"" if path is None else path.read_bytes())
+        for path in (options.data, options.val_data or options.test_data[0]):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

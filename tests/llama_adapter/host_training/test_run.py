@@ -87,6 +87,14 @@ def test_every_task_trains(task: str, made: Path, tmp_path: Path) -> None:
     assert result.attached.model.training is False
 
 
+def test_a_clip_takes_vtab_with_a_head(made: Path, tmp_path: Path) -> None:
+    clip = {"host": "clip", "model": options_of("base_to_novel", made)["model"]}
+    result = train_host(config_of("vtab", made, tmp_path / "run", **clip), progress=False)
+    assert type(result.attached.model).__name__ == "CLIPForImageClassification"
+    assert set(result.attached.groups()) == {"method", "head"}
+    assert len(rows_of(tmp_path / "run")) == 9
+
+
 def test_a_grid_is_one_run_and_its_choice_is_trained_on_everything(
     made: Path, tmp_path: Path
 ) -> None:
