@@ -44,7 +44,6 @@ _MARK = "_llama_adapter_method"
 _VISUAL, _TEXT = ("vit", "clip"), ("roberta", "bert")
 _ALL = ("vit", "roberta", "bert", "clip")
 
-
 Build = Callable[[Any, dict[str, Part], MethodOptions, Generator, list[Undo]], Parameters]
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import nn
 
-from llama_adapter.hosts.attention import REMEDY
+from llama_adapter.hosts.attention import REMEDY, replace_methods
 from llama_adapter.hosts.baselines.parts import Generator, Parameters, Part, Undo, uniform
 
 
@@ -39,7 +39,8 @@ def lora(
     # older PEFT asks newer torchao for classes that it no longer has, unless told the class
     config._register_custom_module({nn.Linear: Linear})
     # what PEFT writes down there
-    undo.append(partial(model.__dict__.pop, "peft_config", None))
+    kept = {"peft_config": model.__dict__.get("peft_config")}
+    undo.append(partial(replace_methods, model, kept))
     inject_adapter_in_model(config, model)
     for name in targets:
         model.get_submodule(name).train(model.training)

@@ -15,8 +15,6 @@ from llama_adapter.hosts.facts import Tower, tower_of
 
 Undo = Callable[[], Any]
 Generator = torch.Generator | None
-
-
 # what a method trains, by name
 Parameters = dict[str, nn.Parameter]
 
