@@ -195,6 +195,8 @@ def test_a_clip_as_it_is_can_be_evaluated(made: Path, tmp_path: Path) -> None:
     options = {**options_of("base_to_novel", made), "method": "frozen", "output": tmp_path / "run"}
     result = train_host(build(HostRunConfig, options), progress=False)
     assert result.folder.rows == []
+    again = train_host(build(HostRunConfig, options), resume=True, progress=False)
+    assert again.folder.rows == []
     assert run("evaluate", "base_to_novel", "--run", tmp_path / "run", "--quiet") == 0
     expected = evaluate(result.attached.model, result.task, "test")[1]
     assert scores_in(tmp_path / "run" / "evaluate-test") == pytest.approx(expected)
