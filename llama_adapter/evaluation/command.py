@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace, unpacked: Path) -> int:
     if answerer is not None:
         problems += _too_long(benchmark, data, texts, items, answerer)
     if options.strict and problems:
-        raise UsageError(_told(problems))
+        raise UsageError(told(problems))
     try:
         evaluation = evaluate(
             items,
@@ -118,7 +118,7 @@ def _run(options: argparse.Namespace, unpacked: Path) -> int:
             aggregate=benchmark.aggregate,
             corpus=benchmark.corpus,
             progress=None if options.quiet else name,
-            opened=lambda: _report(problems, data),
+            opened=lambda: report(problems, data.output),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: the same command goes on from {data.output}") from None
@@ -218,20 +218,31 @@ def _too_long(
     return problems
 
 
-def _told(problems: Sequence[FileProblem]) -> str:
+def told(problems: Sequence[FileProblem]) -> str:
     """The first few entries that cannot be used."""
     shown = "; ".join(map(str, problems[:_SHOWN]))
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return f"{len(problems)} entries cannot be used: {shown}{more}"
 
 
-def _report(problems: Sequence[FileProblem], data: DataOptions) -> None:
-    """List what cannot be used in the run's folder, and the first few on stderr."""
+def report(problems: Sequence[FileProblem], folder: Path) -> None:
+    """List what cannot be used in a run's folder, and the first few on stderr."""
     if problems:
-        listed = data.output / PROBLEMS_FILE
+        listed = folder / PROBLEMS_FILE
         write_atomically(listed, "".join(f"{problem}\n" for problem in problems).encode())
-        told = _told(problems).replace(" used: ", f" used, listed in {listed}: ", 1)
-        print(f"warning: {told}", file=sys.stderr)
+        said = told(problems).replace(" used: ", f" used, listed in {listed}: ", 1)
+        print(f"warning: {said}", file=sys.stderr)
+
+
+def print_scores(title: str, scores: Mapping[str, float], folder: Path) -> None:
+    """What a run has found, and where it is."""
+    print(title)
+    width = max(map(len, scores), default=0)
+    for key, value in scores.items():
+        print(f"  {key:{width}}  {value:.4f}".rstrip("0").rstrip("."))
+    if not scores:
+        print("  no scores: the data has no answers")
+    print(f"scores      {folder / SCORES_FILE}")
 
 
 def _predictor(
@@ -321,13 +332,7 @@ def _finish(
     called: str,
 ) -> None:
     """Write the result in the benchmark's own form and print the scores."""
-    print(title)
-    width = max(map(len, evaluation.scores), default=0)
-    for key, value in evaluation.scores.items():
-        print(f"  {key:{width}}  {value:.4f}".rstrip("0").rstrip("."))
-    if not evaluation.scores:
-        print("  no scores: the data has no answers")
-    print(f"scores      {data.output / SCORES_FILE}")
+    print_scores(title, evaluation.scores, data.output)
     if benchmark.write is not None:
         path = data.output / benchmark.result
         benchmark.write(path, items, evaluation.predictions, data, called)

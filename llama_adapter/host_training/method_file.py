@@ -20,6 +20,7 @@ from llama_adapter.hosts.files import FILE, file_of, load_adapted
 from llama_adapter.hosts.methods import Attached, MethodOptions
 
 FORMAT = "llama-adapter method 1"
+HEADER = "llama-adapter"
 BASELINE = "method.safetensors"
 ZERO_INIT = "zero_init"
 
@@ -48,12 +49,14 @@ def save_trained(folder: Path, attached: Attached, host: Fingerprint) -> None:
         attached.model.save_pretrained(folder)
         return
     state = {name: value.cpu().contiguous() for name, value in attached.state_dict().items()}
-    metadata = {
+    header = {
         "format": FORMAT,
         "method": attached.name,
-        "options": json.dumps(asdict(attached.options)),
-        "host": json.dumps(asdict(host)),
+        "options": asdict(attached.options),
+        "host": asdict(host),
     }
+    # one entry: of several the library shuffles the order, and equal runs write equal bytes
+    metadata = {HEADER: json.dumps(header)}
     write_atomically(folder / BASELINE, safetensors.save(state, metadata))
 
 
@@ -97,10 +100,9 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in iter(file.keys())}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"the format is {metadata.get('format')!r}, not {FORMAT!r}")
-        header: dict[str, Any] = {"method": metadata["method"]}
-        header |= {name: json.loads(metadata[name]) for name in ("options", "host")}
-    except (SafetensorError, ValueError, KeyError) as error:
+        header = json.loads(metadata[HEADER])
+        if header["format"] != FORMAT:
+            raise ValueError(f"the format is {header['format']!r}, not {FORMAT!r}")
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of a trained method, or damaged ({error})") from None
     return header, state
