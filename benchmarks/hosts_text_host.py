@@ -1,0 +1,58 @@
+"""The language host: transformers' RoBERTa, small, pre-trained on the world by masked words."""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizerFast
+
+from benchmarks.hosts_text_world import ASKED, World, question
+
+SHAPE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 98,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+VOCABULARY = 1000
+BATCH, LR, MASKED = 32, 2e-3, 0.2
+
+
+def document(world: World) -> tuple[str, str]:
+    """Two texts that belong together: told events, or a question with its answer and its text."""
+    rng = world.rng
+    events = [world.event() for _ in range(2)]
+    told = [
+        " ".join(world.sentence(event, *([world.event()] if rng.random() < 0.2 else [])).words)
+        for event in events
+    ]
+    if rng.random() < 0.4:
+        return told[0], told[1]
+    text, answer = question(rng.choice(events), rng.choice(ASKED))
+    return f"{text} {answer}" if answer else text, " ".join(told)
+
+
+def train_tokenizer(texts: Sequence[str], folder: Path) -> RobertaTokenizerFast:
+    """Byte-level BPE of the texts, saved as transformers saves a RoBERTa tokenizer."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab, merges = (Path(name) for name in model.model.save(str(folder)))
+    tokenizer = RobertaTokenizerFast(vocab=str(vocab), merges=str(merges), add_prefix_space=True)
+    for path in (vocab, merges):
+        path.unlink()
+    tokenizer.save_pretrained(folder)
+    return tokenizer
