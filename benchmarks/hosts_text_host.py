@@ -27,17 +27,27 @@ BATCH, LR, MASKED = 32, 2e-3, 0.2
 
 
 def document(world: World) -> tuple[str, str]:
-    """Two texts that belong together: told events, or a question with its answer and its text."""
+    """Two texts that belong together.
+
+    Events told in two sentences; or a question and its text, with the answer behind the question,
+    or in quotes in the text, or not said.
+    """
     rng = world.rng
-    events = [world.event() for _ in range(2)]
-    told = [
-        " ".join(world.sentence(event, *([world.event()] if rng.random() < 0.2 else [])).words)
-        for event in events
-    ]
-    if rng.random() < 0.4:
+    events = [world.event() for _ in range(rng.choice((1, 2, 2)))]
+    told = []
+    for event in events:
+        more = [world.event()] if rng.random() < 0.2 else []
+        told.append(" ".join(world.sentence(event, *more).words))
+    if len(events) == 2 and rng.random() < 0.3:
         return told[0], told[1]
-    text, answer = question(rng.choice(events), rng.choice(ASKED))
-    return f"{text} {answer}" if answer else text, " ".join(told)
+    index = rng.randrange(len(events))
+    text, answer = question(events[index], rng.choice(ASKED))
+    form = rng.random()
+    if answer and form < 0.35:
+        text = f"{text} {answer}"
+    elif answer and form < 0.8:
+        told[index] = told[index].replace(answer, f'" {answer} "', 1)
+    return text, " ".join(told)
 
 
 def train_tokenizer(texts: Sequence[str], folder: Path) -> RobertaTokenizerFast:
