@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.data.checked_files import FileProblem
 from llama_adapter.data.records import load_records
 from llama_adapter.evaluation import (
     c_vqa,
@@ -22,7 +23,6 @@ from llama_adapter.evaluation import (
     scienceqa,
     vqa,
 )
-from llama_adapter.evaluation.benchmark_files import FileProblem
 from llama_adapter.evaluation.runner import Item, Scores, mean_scores
 from llama_adapter.sampling import SamplingConfig
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.evaluation.benchmark_files import (
+from llama_adapter.data.checked_files import (
     ID,
     INTEGER,
     LIST,

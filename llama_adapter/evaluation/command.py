@@ -19,8 +19,8 @@ from llama_adapter.answering import Answerer, ModelOptions
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.checkpoints.fingerprint import fingerprint
 from llama_adapter.completion import encode_prompt
+from llama_adapter.data.checked_files import FileProblem
 from llama_adapter.data.template import prompt_text
-from llama_adapter.evaluation.benchmark_files import FileProblem
 from llama_adapter.evaluation.benchmarks import (
     BENCHMARKS,
     Benchmark,

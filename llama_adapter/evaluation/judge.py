@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.evaluation.benchmark_files import (
+from llama_adapter.data.checked_files import (
     ID,
     STRING,
     TEXT,
@@ -201,12 +201,12 @@ def load_reviews(
             entries.refuse(number, f"review of question {key[0]} in this order {what}")
         else:
             found[key] = entry["text"]
-    reviewed: list[dict[str, Any]] = []
+    reviewed: list[Item] = []
     reviews = []
     for position, item in enumerate(items):
         key = (item["question_id"], *map(str, item["answer_ids"]))
         if key in found:
-            reviewed.append(dict(item))
+            reviewed.append(item)
             reviews.append(found[key])
         else:
             reason = f"item {item['id']} has no usable review"

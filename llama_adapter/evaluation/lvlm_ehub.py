@@ -11,9 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.data.items import kind_of
-from llama_adapter.evaluation import coco_caption
-from llama_adapter.evaluation.benchmark_files import (
+from llama_adapter.data.checked_files import (
     TEXT,
     FileProblem,
     json_entries,
@@ -22,6 +20,8 @@ from llama_adapter.evaluation.benchmark_files import (
     usable,
     write_json,
 )
+from llama_adapter.data.items import kind_of
+from llama_adapter.evaluation import coco_caption
 from llama_adapter.evaluation.runner import Item, Scores, mean_scores
 from llama_adapter.evaluation.vqa_answer import holds_words, normalise
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.evaluation.benchmark_files import FileProblem, usable
+from llama_adapter.data.checked_files import FileProblem, usable
 from llama_adapter.evaluation.runner import Item, Scores
 from llama_adapter.evaluation.source_files import (
     answered,

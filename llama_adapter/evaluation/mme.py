@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.checkpoints.atomic import write_atomically
-from llama_adapter.evaluation.benchmark_files import FileProblem, usable
+from llama_adapter.data.checked_files import FileProblem, numbered_lines, usable
 from llama_adapter.evaluation.runner import Item, Scores
-from llama_adapter.evaluation.source_files import answered, numbered_lines, prediction_text
+from llama_adapter.evaluation.source_files import answered, prediction_text
 
 PERCEPTION = (
     "existence",

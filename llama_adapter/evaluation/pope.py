@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.evaluation.benchmark_files import (
+from llama_adapter.data.checked_files import (
     INTEGER,
     LIST,
     TEXT,
@@ -189,7 +189,7 @@ def build_questions(
         seed: of the draws.
 
     Returns:
-        Objects of a question file, question_id from 1, 6 per image; `benchmark_files.write_lines`
+        Objects of a question file, question_id from 1, 6 per image; `checked_files.write_lines`
         writes them.
 
     Raises:

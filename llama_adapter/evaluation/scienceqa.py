@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.data.items import kind_of
-from llama_adapter.evaluation.benchmark_files import (
+from llama_adapter.data.checked_files import (
     INTEGER,
     LIST,
     STRING,
@@ -26,6 +25,7 @@ from llama_adapter.evaluation.benchmark_files import (
     usable,
     write_json,
 )
+from llama_adapter.data.items import kind_of
 from llama_adapter.evaluation.runner import Item, Scores
 from llama_adapter.evaluation.source_files import answered, image_path, prediction_text
 

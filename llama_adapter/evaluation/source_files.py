@@ -1,6 +1,7 @@
-"""Benchmarks' tables, lines of text and pictures, and predictions that are texts.
+"""Benchmarks' tables and pictures, and predictions that are texts.
 
-`benchmark_files` has what JSON files need, and the problems that all loaders report.
+`data.checked_files` has what JSON files and lines of text need, and the problems that all loaders
+report.
 """
 
 import csv
@@ -12,32 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_adapter.checkpoints.atomic import write_atomically
-from llama_adapter.data.items import check_file, kind_of
-from llama_adapter.evaluation.benchmark_files import FileProblem, pairs
+from llama_adapter.data.checked_files import FileProblem, pairs, read_text
+from llama_adapter.data.items import kind_of
 from llama_adapter.evaluation.runner import Item
 
 # of a cell, in characters: images are cells of MMBench, and csv allows 131,072 unless told
 _CELL_LIMIT = 1 << 30
-
-
-def read_text(path: str | Path) -> str:
-    """A file's text without its byte order mark, line ends as they are.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8.
-    """
-    path = check_file(path)
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
-
-
-def numbered_lines(path: str | Path) -> list[tuple[int, str]]:
-    """The lines of a file that hold more than blanks, with their numbers from 1."""
-    lines = enumerate(io.StringIO(read_text(path), newline=None), 1)
-    return [(number, line.rstrip("\n")) for number, line in lines if line.strip()]
 
 
 def table_rows(

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_adapter.data.items import kind_of
-from llama_adapter.evaluation.benchmark_files import (
+from llama_adapter.data.checked_files import (
     ID,
     INTEGER,
     LIST,
@@ -24,6 +23,7 @@ from llama_adapter.evaluation.benchmark_files import (
     usable,
     write_json,
 )
+from llama_adapter.data.items import kind_of
 from llama_adapter.evaluation.runner import Item, Scores
 from llama_adapter.evaluation.vqa_answer import accuracy, normalise
 

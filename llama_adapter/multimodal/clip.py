@@ -8,22 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModel, CLIPVisionModelWithProjection
 from transformers.utils import logging
 
 from llama_adapter.multimodal.features import digest_of
+from llama_adapter.multimodal.image_files import opened
 from llama_adapter.quiet import quiet
 from llama_adapter.vision import Scales
 
 # of a CLIP's configuration, what changes its features and no weight's shape
 _DECIDING = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size")
-# of another package's message, and of an image's sides, the longest there may be
-_SAID, _LONGEST = 160, 100
+# of another package's message, the longest there may be
+_SAID = 160
 
 
 class ClipFeatures:
@@ -114,14 +114,14 @@ class ClipFeatures:
         nn.Module.to(model, device)
         return cls(model, processor, scales)
 
-    def pixels(self, images: Sequence[str | Path | Image.Image]) -> Tensor:
+    def pixels(self, images: Sequence[str | Path | Image]) -> Tensor:
         """Pixels (B, 3, height, width) of images or their files, as the encoder wants them.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: a file is no image.
         """
-        return self._processor(images=[_opened(one) for one in images], return_tensors="pt")[
+        return self._processor(images=[opened(one) for one in images], return_tensors="pt")[
             "pixel_values"
         ]
 
@@ -155,43 +155,3 @@ def _no_bar() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _opened(image: str | Path | Image.Image) -> Image.Image:
-    """An image in RGB."""
-    if isinstance(image, Image.Image):
-        return _in_rgb(image, "image")
-    path = Path(image)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with Image.open(path) as opened:
-            return _in_rgb(opened, str(path))
-    except (
-        OSError, SyntaxError, RuntimeError, MemoryError, Image.DecompressionBombError
-    ) as error:  # fmt: skip
-        raise ValueError(f"{path}: no image that can be read ({error})") from error
-
-
-def _in_rgb(image: Image.Image, name: str) -> Image.Image:
-    """An image with 8 bits a channel.
-
-    Raises:
-        ValueError: it is a thread, which a CLIP's preparation would make gigabytes of, or its
-            numbers have no range of their own.
-    """
-    short, long = sorted(image.size)
-    if long > _LONGEST * short:
-        raise ValueError(
-            f"{name}: one side must be at most {_LONGEST} times the other, got "
-            f"{image.size[0]} x {image.size[1]}"
-        )
-    if image.mode.startswith("I;16"):
-        # Pillow would cut off at 255
-        grey = np.asarray(image).astype(np.float32) * (255 / 65535)
-        image = Image.fromarray(grey.round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"{name}: must have 8 or 16 bits a channel, got Pillow's mode {image.mode}"
-        )
-    return image.convert("RGB")

@@ -1,1 +1,1 @@
-"""The papers' tasks for ViT, RoBERTa and CLIP: their files, what a host is given, how it is scored."""
+"""The papers' tasks for ViT, RoBERTa and CLIP: their files, what a host is given, their scores."""

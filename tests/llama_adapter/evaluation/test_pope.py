@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llama_adapter.evaluation.benchmark_files import write_lines
+from llama_adapter.data.checked_files import write_lines
 from llama_adapter.evaluation.pope import (
     SETTINGS,
     aggregate,

@@ -1,29 +1,17 @@
-"""Tables with long cells, lines with their numbers, pictures that are there, predictions."""
+"""Tables with long cells, pictures that are there, predictions."""
 
 import csv
 from pathlib import Path
 
 import pytest
 
-from llama_adapter.evaluation.benchmark_files import FileProblem
+from llama_adapter.data.checked_files import FileProblem
 from llama_adapter.evaluation.source_files import (
     answered,
     image_path,
-    numbered_lines,
     table_rows,
     write_table,
 )
-
-
-def test_lines_keep_their_numbers(tmp_path: Path) -> None:
-    path = tmp_path / "lines.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\n two\tx \n \nthree")
-    assert numbered_lines(path) == [(1, "one"), (3, " two\tx "), (5, "three")]
-    path.write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"not UTF-8 text .* at 3"):
-        numbered_lines(path)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        numbered_lines(tmp_path / "absent.txt")
 
 
 def test_rows_of_a_table(tmp_path: Path) -> None:

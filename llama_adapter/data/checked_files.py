@@ -1,20 +1,22 @@
-"""What the loaders of benchmarks share: checked entries of JSON files, results in their formats.
+"""What loaders of benchmarks and tasks share: checked entries of files, results in their formats.
 
 An entry that cannot be used becomes a `FileProblem`, which names the file, the place and the
 reason; a file without one usable entry is a ValueError.
 """
 
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.data.items import check_file, kind_of
 from llama_adapter.data.records import Problem, against_text
-from llama_adapter.evaluation.runner import Item
 
+Found = TypeVar("Found")
+Prediction = TypeVar("Prediction")
 # what a field of an entry may be asked to hold, by the words that its problem says
 TEXT, ID, INTEGER, LIST, NUMBER = "text", "an id", "an integer", "a list", "a number"
 STRING, OBJECT = "a string", "an object"
@@ -105,6 +107,26 @@ def against(value: Any, fields: Mapping[str, str]) -> str | None:
     return None
 
 
+def read_text(path: str | Path) -> str:
+    """A file's text without its byte order mark, line ends as they are.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8.
+    """
+    path = check_file(path)
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
+
+
+def numbered_lines(path: str | Path) -> list[tuple[int, str]]:
+    """The lines of a file that hold more than blanks, with their numbers from 1."""
+    lines = enumerate(io.StringIO(read_text(path), newline=None), 1)
+    return [(number, line.rstrip("\n")) for number, line in lines if line.strip()]
+
+
 @dataclass(frozen=True)
 class _NotJson:
     reason: str
@@ -152,12 +174,7 @@ def line_entries(path: str | Path, problems: list[FileProblem]) -> Entries:
         FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8.
     """
-    path = check_file(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at {error.start})") from None
-    return Entries(path, "line", _values(text), problems)
+    return Entries(path, "line", _values(read_text(path)), problems)
 
 
 def _values(text: str) -> Iterator[tuple[int, Any]]:
@@ -170,20 +187,23 @@ def _values(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def usable(
-    items: list[dict[str, Any]], problems: list[FileProblem], path: str | Path
-) -> tuple[list[Item], list[FileProblem]]:
+    items: Iterable[Found], problems: list[FileProblem], path: str | Path
+) -> tuple[list[Found], list[FileProblem]]:
     """What a loader returns, if it found anything.
 
     Raises:
         ValueError: there are no items.
     """
-    if not items:
+    found = [*items]
+    if not found:
         first = "; ".join(str(problem) for problem in problems[:_SHOWN]) or "it is empty"
         raise ValueError(f"{path}: nothing in it can be used: {first}")
-    return [*items], problems
+    return found, problems
 
 
-def pairs(items: Sequence[Item], predictions: Sequence[str]) -> list[tuple[Item, str]]:
+def pairs(
+    items: Sequence[Found], predictions: Sequence[Prediction]
+) -> list[tuple[Found, Prediction]]:
     """Items with their predictions.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llama_adapter.evaluation.benchmark_files import (
+from llama_adapter.data.checked_files import (
     ID,
     INTEGER,
     LIST,
@@ -15,6 +15,7 @@ from llama_adapter.evaluation.benchmark_files import (
     against,
     json_entries,
     line_entries,
+    numbered_lines,
     pairs,
     read_json,
     usable,
@@ -117,3 +118,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     found = line_entries(tmp_path / "a.jsonl", []).having({"a": TEXT})
     assert [entry for _, entry in found] == rows
     assert against({"a": []}, {"a": LIST}) is None
+
+
+def test_lines_keep_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\n two\tx \n \nthree")
+    assert numbered_lines(path) == [(1, "one"), (3, " two\tx "), (5, "three")]
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"not UTF-8 text .* at 3"):
+        numbered_lines(path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        numbered_lines(tmp_path / "absent.txt")
