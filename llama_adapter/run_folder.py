@@ -8,21 +8,21 @@ continues from a checkpoint, the lines beyond it are cut off and written anew.
 """
 
 import importlib.metadata
-import io
 import json
 import os
 import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from llama_adapter.checkpoints.atomic import TEMPORARY_SUFFIX, write_atomically
+from llama_adapter.loss_curve import draw_curves
 from llama_adapter.recipe import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("llama-adapter-kernels", "torch", "triton", "numpy", "safetensors", "sentencepiece")
 LOCK = ".lock"
-# fields that may differ between a run and its continuation: they change a step by rounding at most
-FREE_FIELDS = (
-    "output", "max_steps", "save_every", "keep_checkpoints", "profile", "recompute", "token_cache",
-    "shard", "micro_batch_tokens", "vision.feature_cache",
-)  # fmt: skip
 # fields that may differ between the processes of a run: what lies where on a machine of several
 OWN_FIELDS = (
     "data", "val_data", "base", "output", "token_cache", "threads", "device", "profile",
@@ -42,6 +37,47 @@ OWN_FIELDS = (
 )  # fmt: skip
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunKind:
+    """What the runs of one command have in common.
+
+    Attributes:
+        defaults: an instance of the options, as plain data: a run may be older than an option.
+        free: options that may differ between a run and its continuation: they change a step by
+            rounding at most. Nested ones by dotted names.
+        curves: from a run's options and its steps' rows, those of each curve.
+        score: the field of rows that holds what is found on the held-out data.
+        result: file of what was trained.
+        loss_axis: what the axis of losses says.
+        score_axis: that of the scores; None: they are losses too.
+    """
+
+    defaults: Mapping[str, Any]
+    free: tuple[str, ...]
+    curves: Callable[[Mapping[str, Any], Sequence[Row]], Mapping[str, Sequence[Row]]]
+    score: str = "val_loss"
+    result: str = "adapter.safetensors"
+    loss_axis: str = "loss, nats per token"
+    score_axis: str | None = None
+
+
+def _curves(options: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Batches of one kind each are two curves."""
+    if options.get("joint", "off") == "off":
+        return {"training": list(rows)}
+    of: dict[str, list[Row]] = {"training, text": [], "training, images": []}
+    for row in rows:
+        of["training, images" if row.get("images") else "training, text"].append(row)
+    return of
+
+
+_FREE = (
+    "output", "max_steps", "save_every", "keep_checkpoints", "profile", "recompute", "token_cache",
+    "shard", "micro_batch_tokens", "vision.feature_cache",
+)  # fmt: skip
+FINETUNE = RunKind(asdict(FinetuneConfig(Path(), Path())), _FREE, _curves)
 
 
 class RunFolder:
@@ -54,7 +90,12 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: str | Path, config: Mapping[str, Any], resume: bool, follows: bool = False
+        self,
+        path: str | Path,
+        config: Mapping[str, Any],
+        resume: bool,
+        follows: bool = False,
+        kind: RunKind = FINETUNE,
     ) -> None:
         """Check that the run may use the folder; nothing is written.
 
@@ -63,12 +104,13 @@ class RunFolder:
             config: the run's fields as plain data, nested ones as mappings.
             resume: whether to continue what the folder holds; an empty one starts a new run.
             follows: another process checks and writes it.
+            kind: of the run.
 
         Raises:
             ValueError: the folder is in use and resume is False, is no run folder, or holds a run
                 with another configuration, whose field is named.
         """
-        self.path, self.follows = Path(path), follows
+        self.path, self.follows, self.kind = Path(path), follows, kind
         self.rows: list[Row] = []
         self._config = _plain(config)
         self._resume = resume
@@ -88,8 +130,8 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """File of the final adapter."""
-        return self.path / "adapter.safetensors"
+        """File of the final adapter, or of what else was trained."""
+        return self.path / self.kind.result
 
     @property
     def best_adapter(self) -> Path:
@@ -109,7 +151,10 @@ class RunFolder:
     @property
     def fixed_options(self) -> dict[str, Any]:
         """Those that a continuation may not change."""
-        return {name: value for name, value in self.options.items() if name not in FREE_FIELDS}
+        return self._fixed(self.options)
+
+    def _fixed(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if name not in self.kind.free}
 
     def check_same_options(self, before: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first, unless `before` fixed the same options.
@@ -117,7 +162,7 @@ class RunFolder:
         One that is not among them is younger than the run, which therefore had the default.
         """
         now = self.fixed_options
-        defaults = _flatten(_plain(asdict(FinetuneConfig(Path(), Path()))))
+        defaults = _flatten(_plain(self.kind.defaults))
         for name in [*now, *(name for name in before if name not in now)]:
             had = before.get(name, defaults.get(name))
             if had != now.get(name):
@@ -167,8 +212,7 @@ class RunFolder:
             before = _flatten(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, AttributeError):
             raise ValueError(f"cannot resume {self.path}: config.json is not readable") from None
-        fixed = {name: value for name, value in before.items() if name not in FREE_FIELDS}
-        self.check_same_options(fixed)
+        self.check_same_options(self._fixed(before))
 
     def open(self, step: int, environment: Mapping[str, Any]) -> None:
         """Create or take over the folder, and cut the metrics back to `step`.
@@ -267,42 +311,18 @@ class RunFolder:
         self._metrics = self._events = self._lock = None
 
     def training_losses(self) -> dict[str, list[tuple[int, float]]]:
-        """Steps and their losses, by what they are of: batches of one kind each are two curves."""
-        rows = [row for row in self.rows if "loss" in row]
-        joint = self.options.get("joint", "off") != "off"
-        kinds = {"training, text": False, "training, images": True} if joint else {"training": None}
-        return {
-            label: [
-                (row["step"], row["loss"])
-                for row in rows
-                if images is None or images == bool(row.get("images"))
-            ]
-            for label, images in kinds.items()
-        }
+        """Steps and their losses, by what they are curves of."""
+        curves = self.kind.curves(self.options, [row for row in self.rows if "loss" in row])
+        return {label: [(x["step"], x["loss"]) for x in rows] for label, rows in curves.items()}
 
     def draw_curve(self) -> None:
-        """Draw training and validation loss over the steps into loss.png."""
+        """Draw the training losses and what was found on held-out data over the steps."""
         if self.follows:
             return
-        # as with TensorBoard: slow to import
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        held_out = [(row["step"], row["val_loss"]) for row in self.rows if "val_loss" in row]
-        for label, points in (*self.training_losses().items(), ("held out", held_out)):
-            if points:
-                steps, losses = zip(*points, strict=True)
-                marker = "o" if points is held_out else ""
-                axes.plot(steps, losses, label=label, marker=marker, markersize=4, linewidth=1)
-        axes.set(xlabel="step", ylabel="loss, nats per token")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-        picture = io.BytesIO()
-        # without a display: a Figure of its own draws with Agg and touches no global state
-        figure.savefig(picture, format="png", dpi=120)
-        write_atomically(self.curve, picture.getvalue())
+        kind, name = self.kind, self.kind.score
+        scores = [(row["step"], row[name]) for row in self.rows if name in row]
+        axes = kind.loss_axis, kind.score_axis
+        draw_curves(self.curve, self.training_losses(), scores, axes)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,13 @@ from torch import Tensor
 from adapter_kernels import linear_cross_entropy
 from llama_adapter.adapter import VISUAL, Adapter, Prompts
 from llama_adapter.checkpoints.quantize import is_quantized, passes_gradients
+from llama_adapter.checkpoints.train_state import (
+    load_optimisers,
+    load_random,
+    named_under,
+    optimiser_tensors,
+    random_tensors,
+)
 from llama_adapter.data.examples import Batch, Example
 from llama_adapter.data.feed import ahead
 from llama_adapter.data.packed import (
@@ -305,14 +312,8 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """Parameters, optimiser state by group name, and random states, by name."""
         found = {f"adapter.{name}": value for name, value in self.adapter.state_dict().items()}
-        for group, optimiser in self.optimisers.items():
-            for index, state in optimiser.state_dict()["state"].items():
-                for key, value in state.items():
-                    found[f"optimiser.{group}.{index}.{key}"] = value
-        found["random.cpu"] = torch.get_rng_state()
-        if self.model.output_weight.is_cuda:
-            found["random.cuda"] = torch.cuda.get_rng_state(self.model.output_weight.device)
-        return found
+        device = self.model.output_weight.device
+        return found | optimiser_tensors(self.optimisers) | random_tensors(device)
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` returned.
@@ -323,21 +324,9 @@ class Trainer:
         Raises:
             RuntimeError: a parameter is missing, surplus or of another shape.
         """
-        prefix = "adapter."
-        self.adapter.load_state_dict(
-            {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-        )
-        for group, optimiser in self.optimisers.items():
-            states: dict[int, dict[str, Tensor]] = {}
-            for name, value in tensors.items():
-                if name.startswith(f"optimiser.{group}."):
-                    index, key = name.split(".")[2:]
-                    states.setdefault(int(index), {})[key] = value
-            options = optimiser.state_dict()["param_groups"]
-            optimiser.load_state_dict({"state": states, "param_groups": options})
-        torch.set_rng_state(tensors["random.cpu"])
-        if "random.cuda" in tensors and self.model.output_weight.is_cuda:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.model.output_weight.device)
+        self.adapter.load_state_dict(named_under("adapter", tensors))
+        load_optimisers(self.optimisers, tensors)
+        load_random(tensors, self.model.output_weight.device)
 
 
 def _decayed(

@@ -19,7 +19,7 @@ LAYERS = (
     {"model"},
     {"adapter_bank", "decoder", "sharding"},
     {"checkpoints"},
-    {"multimodal", "step_profile"},
+    {"loss_curve", "multimodal", "step_profile"},
     {"hosts"},
     {"data", "run_folder", "convert"},
     {"tasks"},

@@ -163,3 +163,47 @@ def _content_hash(values: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def named_under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names begin with `prefix` and a dot, by the rest of their names."""
+    begin = f"{prefix}."
+    return {n.removeprefix(begin): t for n, t in tensors.items() if n.startswith(begin)}
+
+
+def optimiser_tensors(optimisers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """State of one optimiser per parameter group as `optimiser.<group>.<index>.<key>`."""
+    return {
+        f"optimiser.{group}.{index}.{key}": value
+        for group, optimiser in optimisers.items()
+        for index, state in optimiser.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def load_optimisers(
+    optimisers: Mapping[str, torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimiser_tensors` took; other names are left alone."""
+    for group, optimiser in optimisers.items():
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in named_under(f"optimiser.{group}", tensors).items():
+            index, key = name.split(".")
+            states.setdefault(int(index), {})[key] = value
+        options = optimiser.state_dict()["param_groups"]
+        optimiser.load_state_dict({"state": states, "param_groups": options})
+
+
+def random_tensors(device: torch.device) -> dict[str, Tensor]:
+    """torch's random states, of the CPU and of `device`, as `random.cpu` and `random.cuda`."""
+    found = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["random.cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def load_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_tensors` took."""
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)

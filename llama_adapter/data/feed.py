@@ -21,6 +21,14 @@ Made = TypeVar("Made")
 ORDERS = ("alternate", "proportional", "concat")
 
 
+def shuffled(members: Iterable[int], seed: int, epoch: int, name: str = "") -> "array[int]":
+    """Members in an order that depends on the seed, the epoch and the name alone."""
+    order = array("q", members)
+    # a string seeds by its hash, which does not change between Python versions
+    random.Random(f"order {seed} {epoch}{name}").shuffle(order)
+    return order
+
+
 class _Batches(Sequence[Batch]):
     """Batches that are made when they are asked for."""
 
@@ -66,9 +74,8 @@ class EpochBatches(_Batches):
             name: of these batches among those of an epoch.
         """
         self._examples, self._size, self._groups = examples, batch_size, groups
-        self._order = array("q", range(len(examples)) if members is None else members)
-        # a string seeds by its hash, which does not change between Python versions
-        random.Random(f"order {seed} {epoch}{name}").shuffle(self._order)
+        members = range(len(examples)) if members is None else members
+        self._order = shuffled(members, seed, epoch, name)
 
     def __len__(self) -> int:
         return -(-len(self._order) // self._size)

@@ -7,23 +7,37 @@ from torch import Tensor, nn
 
 
 class Task(Protocol):
-    """One data set, in the form that a kind of host takes.
+    """One data set, in the form that a kind of host takes; concrete ones are frozen."""
 
-    Attributes:
-        kind: "image-classification", "question-answering", "token-classification" or "contrastive".
-        labels: names of the outputs of the host's head, in order; none where it has no head.
-        metric: the score that chooses epochs and learning rates; more is better.
-        train: what a step takes a batch of.
-        validation: what epochs and learning rates are chosen by.
-        test: what the papers' tables report.
-    """
+    @property
+    def kind(self) -> str:
+        """image-classification, question-answering, token-classification or contrastive."""
+        ...
 
-    kind: str
-    labels: tuple[str, ...]
-    metric: str
-    train: Sequence[Any]
-    validation: Sequence[Any]
-    test: Sequence[Any]
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the outputs of the host's head, in order; none where it has no head."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """The score that chooses epochs and learning rates; more is better."""
+        ...
+
+    @property
+    def train(self) -> Sequence[Any]:
+        """What a step takes a batch of."""
+        ...
+
+    @property
+    def validation(self) -> Sequence[Any]:
+        """What epochs and learning rates are chosen by."""
+        ...
+
+    @property
+    def test(self) -> Sequence[Any]:
+        """What the papers' tables report."""
+        ...
 
     def loss(self, model: nn.Module, batch: Sequence[Any]) -> Tensor:
         """Mean loss of some of `train`, differentiable in what the model trains."""

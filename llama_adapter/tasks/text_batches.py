@@ -1,0 +1,61 @@
+"""Token ids as a host takes them: batches of sequences filled up, where its weights are."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Item = TypeVar("Item")
+
+
+def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Runs of at most `size` items, in order."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter is, and so where its inputs go."""
+    return next(model.parameters()).device
+
+
+def padded(
+    rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Sequences of token ids of any lengths as one batch, filled up on the right.
+
+    Args:
+        rows: for every sequence its "input_ids" and whatever else has one number per token.
+        pad_id: the token that fills up; other numbers are filled up with 0.
+        device: where the batch goes.
+
+    Returns:
+        For every name of a row a tensor (B, T), T the longest, and "attention_mask", 1 on the
+        sequences and 0 where they were filled up.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in rows[0]}
+    batch["input_ids"].fill_(pad_id)
+    batch["attention_mask"] = torch.zeros(len(rows), longest, dtype=torch.long)
+    for place, row in enumerate(rows):
+        for name, values in row.items():
+            batch[name][place, : len(values)] = torch.as_tensor(values)
+        batch["attention_mask"][place, : len(row["input_ids"])] = 1
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The token that a tokenizer fills up with.
+
+    Raises:
+        ValueError: it has none, or gives no offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            "tokenizer must be one of transformers' fast ones, which give offsets, got "
+            f"{type(tokenizer).__name__}"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenizer must have a padding token, got none")
+    return int(tokenizer.pad_token_id)

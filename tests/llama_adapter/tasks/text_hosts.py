@@ -1,0 +1,81 @@
+"""Tokenizers and hosts of transformers' own classes, made here: small, and without a network."""
+
+import json
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    BertTokenizerFast,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+    RobertaForTokenClassification,
+    RobertaTokenizerFast,
+)
+
+TEXTS = (
+    "The Eiffel Tower stands in Paris, the capital of France, since 1889.",
+    "Who designed the old bridge? The engineer Ana Ruiz from Bilbao designed it.",
+    "U.N. official Ekeus heads for Baghdad. naïve café 日本 words; 😀",
+)
+ROBERTA_SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def roberta_tokenizer(*, add_prefix_space: bool = True, size: int = 330) -> Any:
+    """RoBERTa's own class with a byte-level BPE of few merges, so that words are several tokens."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=ROBERTA_SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    trained.train_from_iterator(TEXTS, trainer)
+    model = json.loads(trained.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return RobertaTokenizerFast(
+        vocab=model["vocab"], merges=merges, add_prefix_space=add_prefix_space
+    )
+
+
+def bert_tokenizer() -> Any:
+    """BERT's own class with word pieces: letters, and a few words whole."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?;-"
+    pieces = [*BERT_SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
+    pieces += ["the", "tower", "paris", "in", "of", "##er", "designed"]
+    return BertTokenizerFast(vocab={piece: place for place, piece in enumerate(pieces)})
+
+
+def _config(kind: Any, tokenizer: Any, **more: Any) -> Any:
+    return kind(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=160,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,
+        **more,
+    )
+
+
+def host(tokenizer: Any, *, labels: int | None = None, seed: int = 0) -> nn.Module:
+    """A host for a tokenizer: for question answering, or with `labels` tags for each token."""
+    torch.manual_seed(seed)
+    if isinstance(tokenizer, BertTokenizerFast):
+        config = _config(BertConfig, tokenizer)
+        kinds: Any = BertForQuestionAnswering, BertForTokenClassification
+    else:
+        config = _config(RobertaConfig, tokenizer, type_vocab_size=1)
+        kinds = RobertaForQuestionAnswering, RobertaForTokenClassification
+    if labels is None:
+        return kinds[0](config).eval()
+    config.num_labels = labels
+    return kinds[1](config).eval()
