@@ -1,7 +1,8 @@
 """The adapter: prompts and gates of the adapted layers, as data beside a frozen model.
 
 With LLaMA-Adapter V2's groups also biases, scales and LoRA of linear maps, and norms; for images
-the projector that makes tokens of their features, and gates where those are a prompt of their own.
+the projector that makes tokens of their features, and gates where those are a prompt of their own;
+for a task of another host its head.
 An `Adapter` holds parameters and knows where they belong. `Llama.project` turns it into `Prompts`,
 what the model's layers take; whoever calls the model owns the result, so training projects anew at
 each step and inference once per adapter.
@@ -14,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.config import AdapterConfig, LlamaConfig, VisualConfig, shape_of
+from llama_adapter.config import (
+    PROMPT_KINDS,
+    AdapterConfig,
+    HeadConfig,
+    HostConfig,
+    LlamaConfig,
+    VisualConfig,
+    shape_of,
+)
 from llama_adapter.projector import make_projector
 from llama_adapter.tuned_modules import TunedModules
 from llama_adapter.tuning import GROUPS as TUNED
@@ -93,18 +102,49 @@ class Prompts:
         return found or [{}]
 
 
+def prompt_shape(kind: str, length: int, model: Mapping[str, int]) -> tuple[int, ...]:
+    """Of one layer's prompts: (P, C), or keys and values (2, P, G D).
+
+    Args:
+        kind: one of PROMPT_KINDS.
+        length: P.
+        model: the fields of SHAPE_FIELDS that it takes.
+    """
+    if kind == "hidden":
+        return length, model["dim"]
+    return 2, length, model["kv_heads"] * model["head_dim"]
+
+
+def _empty_head(config: HeadConfig) -> nn.Module:
+    """Parameters of a head by their names in it, all zero."""
+    head = nn.Module()
+    for name, shape in config.shapes.items():
+        module = head
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
+    return head
+
+
 class Adapter(nn.Module):
     """Prompts P_l ~ N(0, prompt_std) and gates g_l = 0 for the topmost L layers.
 
     Both are float32 whatever the model's dtype. Source: LLaMA-Adapter, sections 3.1 and 3.2.
 
     Attributes:
-        prompts: (L, P, C), the rows prepended to a layer's tokens (equation 1).
+        prompts: (L, P, C), the rows prepended to a layer's tokens (equation 1), or with prompt_kind
+            "kv" (L, 2, P, G D), their keys and values.
         gates: (L, H), or (L, 1) with gate_scope "layer" (equation 7); before the activation.
         layers: the L layer indices that the rows belong to, ascending; none with a tuning alone.
         tuning: which biases, scales, norms, LoRA there are besides; see `tuned_parameters`.
         projector: of an image's features; None without images.
         visual_gates: (K, H) or (K, 1), of the first K layers' images; None but with early fusion.
+        prompt_kind: "hidden", rows that the layer projects, or "kv".
+        host: the model that it belongs to.
+        head: parameters of the host's task head, by their names there; None without one.
     """
 
     def __init__(
@@ -116,6 +156,8 @@ class Adapter(nn.Module):
         generator: torch.Generator | None = None,
         tuning: Tuning | None = None,
         visual: VisualConfig | None = None,
+        prompt_kind: str = "hidden",
+        host: HostConfig | None = None,
     ) -> None:
         """Create an untrained adapter.
 
@@ -127,10 +169,13 @@ class Adapter(nn.Module):
             tuning: groups of biases (0 at first), scales (1), norms (1, not the base's own) and
                 LoRA (A uniform within in ** -0.5, B 0, so that nothing changes at first).
             visual: the features of images that it takes; None takes none.
+            prompt_kind: one of PROMPT_KINDS.
+            host: the model that it belongs to; None is a LLaMA. A head is zero at first.
 
         Raises:
             ValueError: a layer index is repeated or outside the model, there is a projector
-                without a prompt, or more layers see the images than there are.
+                without a prompt, more layers see the images than there are, or prompt_kind is
+                unknown.
         """
         super().__init__()
         self.config = config
@@ -149,7 +194,11 @@ class Adapter(nn.Module):
             )
         count, heads = len(self.layers), model.n_heads if config.gate_scope == "head" else 1
         self.n_heads = model.n_heads
-        shape = (count, config.prompt_length, model.dim)
+        if prompt_kind not in PROMPT_KINDS:
+            raise ValueError(f"prompt_kind must be one of {PROMPT_KINDS}, got {prompt_kind!r}")
+        self.prompt_kind, self.host = prompt_kind, HostConfig() if host is None else host
+        shape = prompt_shape(prompt_kind, config.prompt_length, shape_of(model))
+        shape = (count, *shape)
         self.prompts = nn.Parameter(torch.randn(shape, generator=generator) * config.prompt_std)
         self.gates = nn.Parameter(torch.zeros(count, heads))
         if visual is not None and not self.layers:
@@ -172,6 +221,7 @@ class Adapter(nn.Module):
                 bound = tuned_shape[-1] ** -0.5
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
             self.register_parameter(name, parameter)
+        self.head = None if self.host.head is None else _empty_head(self.host.head)
 
     def multipliers(self) -> Tensor:
         """Gate multipliers (L, H) in float32."""
@@ -192,8 +242,13 @@ class Adapter(nn.Module):
                 (LLaMA-Adapter, equation 10).
 
         Raises:
-            ValueError: visual has the form of another fusion.
+            ValueError: visual has the form of another fusion, or the prompts are no rows.
         """
+        if self.prompt_kind != "hidden":
+            raise ValueError(
+                f"prompt_kind must be 'hidden' in this model, got {self.prompt_kind!r}: such "
+                "prompts run on models of transformers, through adapt of llama_adapter.hosts"
+            )
         early = self.visual_gates is not None
         single = self.projector is None or self.projector.config.single
         if visual is not None and visual.ndim != (2 if single else 3):
@@ -269,6 +324,8 @@ class Adapter(nn.Module):
                 for name, parameter in self.tuned_parameters().items()
                 if tuned_group(name) == group
             ]
+        if self.head is not None:
+            found["head"] = list(self.head.parameters())
         return found
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Shapes of the base model and of the adapter, and the presets of every published LLaMA.
+"""Shapes of the base model, of the adapter and of its host; presets of every published LLaMA.
 
 Both are frozen dataclasses of plain values: what a `params.json` or an adapter file's header holds.
 """
@@ -224,6 +224,47 @@ SHAPE_FIELDS = ("dim", "n_layers", "n_heads", "kv_heads", "head_dim", "hidden_di
 def shape_of(config: LlamaConfig) -> dict[str, int]:
     """The fields of a configuration that decide the tensors' shapes."""
     return {name: getattr(config, name) for name in SHAPE_FIELDS}
+
+
+# rows of width C that a layer projects, or keys and values themselves (P-tuning v2's form)
+PROMPT_KINDS = ("hidden", "kv")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """A host's task head, which is trained beside the prompts.
+
+    Attributes:
+        name: of the module in the host: "classifier", "qa_outputs".
+        labels: names of its outputs, in order.
+        shapes: of its parameters, by their names in it.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        # as JSON holds it a shape is a list
+        object.__setattr__(self, "shapes", {n: tuple(x) for n, x in self.shapes.items()})
+        sizes = [size for shape in self.shapes.values() for size in shape]
+        if not self.shapes or min(sizes, default=0) < 1:
+            raise ValueError(f"shapes must be of parameters of 1 and more, got {self.shapes}")
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """The model that an adapter belongs to, where it is more than a LLaMA and its layers.
+
+    Attributes:
+        kind: "llama", or a row of hosts/facts.py.
+        head: what is trained of its head; None leaves it alone.
+        shift_positions: whether the tokens' positions begin behind the prompt, as in P-tuning v2.
+    """
+
+    kind: str = "llama"
+    head: HeadConfig | None = None
+    shift_positions: bool = False
 
 
 PROJECTOR_ACTIVATIONS = ("silu", "gelu")

@@ -104,6 +104,11 @@ def describe_adapter(path: Path) -> list[str]:
             f"gates       one per {config.gate_scope}, {config.gate_activation}, "
             f"multipliers from {values.min():.3f} to {values.max():.3f}",
         ]
+    if (host := header.host).kind != "llama":
+        shifted = ", positions behind the prompts" if host.shift_positions else ""
+        lines.append(f"host        {host.kind}{shifted}")
+    if (head := host.head) is not None:
+        lines.append(f"head        {head.name}: {', '.join(head.labels)}")
     if (visual := header.visual) is not None:
         made = f" of {visual.encoder}" if visual.encoder else ""
         hidden = ", ".join(map(str, visual.hidden)) or "none"
@@ -131,6 +136,7 @@ def describe_adapter(path: Path) -> list[str]:
     if (lora := header.lora) is not None:
         reach = "prompts and tokens" if lora.prompts else "tokens alone"
         lines.append(f"lora        rank {lora.rank} of {', '.join(lora.linears)}, for {reach}")
-    fitting = ", ".join(fitting_presets(header.base.shape)) or "no published LLaMA"
-    lines.append(f"fits        {fitting} (by shape)")
+    if header.host.kind == "llama":
+        fitting = ", ".join(fitting_presets(header.base.shape)) or "no published LLaMA"
+        lines.append(f"fits        {fitting} (by shape)")
     return [*lines, *(f"note        {note}" for note in stored.notes)]

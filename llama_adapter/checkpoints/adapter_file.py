@@ -61,6 +61,8 @@ def save_adapter(path: str | Path, adapter: Adapter, base: Fingerprint) -> None:
         origin=None if base.samples else QUANTIZED,
         visual=None if adapter.projector is None else adapter.projector.config,
         lora=adapter.tuning.lora,
+        prompt_kind=adapter.prompt_kind,
+        host=adapter.host,
     )
     write_atomically(path, encode(header, tensors))
 
@@ -86,18 +88,31 @@ def load_adapter(
     """
     loaded = fingerprint(model, name) if base is None else base
     adapter = read_adapter_for(path, loaded, model.config)
+    if adapter.prompt_kind != "hidden":
+        raise ValueError(
+            f"adapter {path} has prompts of kind {adapter.prompt_kind!r}, which run on models of "
+            "transformers alone, through adapt of llama_adapter.hosts"
+        )
     return adapter.to(model.output_weight.device)
 
 
-def read_adapter_for(path: str | Path, loaded: Fingerprint, model: LlamaConfig) -> Adapter:
+def read_adapter_for(
+    path: str | Path, loaded: Fingerprint, model: LlamaConfig, kind: str = "llama"
+) -> Adapter:
     """Read an adapter for a base of any library; arguments, result and errors as `load_adapter`.
 
     Args:
         path: an adapter file.
         loaded: fingerprint of the loaded base.
         model: its shape.
+        kind: what the base is, as `HostConfig` names it.
     """
     header, tensors = read_adapter(path)
+    if header.host.kind != kind:
+        raise ValueError(
+            f"adapter {path} was trained on a {header.host.kind} ({header.base.describe()}), but "
+            f"the loaded base is a {kind} ({loaded.describe()})"
+        )
     difference = header.base.difference(loaded)
     if difference:
         raise ValueError(
@@ -134,6 +149,8 @@ def adapter_from_tensors(
         generator=torch.Generator(),
         tuning=header.tuning,
         visual=header.visual,
+        prompt_kind=header.prompt_kind,
+        host=header.host,
     )
     expected = {name: tuple(value.shape) for name, value in adapter.tensors().items()}
     _check_tensors(expected, tensors, "adapter")

@@ -201,6 +201,11 @@ def write_adapter_as(path: str | Path, stored: StoredAdapter, format: str) -> tu
         raise ValueError(f"{format} holds no projector of images, and the adapter has one")
     if stored.header.lora is not None and format != OWN:
         raise ValueError(f"{format} is written without LoRA, and the adapter has it")
+    of = stored.header.host.kind, stored.header.prompt_kind
+    if of != ("llama", "hidden") and format != OWN:
+        raise ValueError(
+            f"{format} holds prompts of a llama that its layers project, got {of[1]} of a {of[0]}"
+        )
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder {path.parent} does not exist: cannot write {path.name}")

@@ -2,29 +2,35 @@
 
 The header is JSON. Files of prompts and gates have format version 1; version 2 adds which linear
 maps have a bias or a scale, and where an adapter of another format came from; version 3 what images
-an adapter takes, and LoRA.
+an adapter takes, and LoRA; version 4 a host that is no LLaMA, and its head.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from llama_adapter.adapter import VISUAL
+from llama_adapter.adapter import VISUAL, prompt_shape
 from llama_adapter.checkpoints.fingerprint import Fingerprint, sample_count
-from llama_adapter.config import SHAPE_FIELDS, AdapterConfig, VisualConfig
+from llama_adapter.config import (
+    PROMPT_KINDS,
+    SHAPE_FIELDS,
+    AdapterConfig,
+    HostConfig,
+    VisualConfig,
+)
 from llama_adapter.projector import projector_shapes
 from llama_adapter.tuning import GROUPS as TUNED
 from llama_adapter.tuning import Lora, Tuning, tuned_group
 
-FORMAT_VERSIONS = (1, 2, 3)
-PROMPT_KINDS = ("hidden",)
+FORMAT_VERSIONS = (1, 2, 3, 4)
 # a base whose weights were rounded when the adapter was saved
 QUANTIZED = "a quantised base"
 # fields that a version added, and what those before it mean
 ADDED: dict[int, dict[str, Any]] = {
     2: {"linears": (), "origin": None},
     3: {"visual": None, "lora": None},
+    4: {"host": asdict(HostConfig())},
 }
 
 
@@ -35,7 +41,7 @@ class AdapterHeader:
     Attributes:
         groups: names of the groups of tensors that the file holds.
         layers: the adapted layers, ascending; none without prompts.
-        prompt_kind: "hidden": rows of width C that the layer projects to keys and values.
+        prompt_kind: "hidden", rows of width C that the layer projects, or "kv", keys and values.
         scale_side: side of a linear map that a scale group multiplies; None without such a group.
         config: the adapter's configuration, among it the gate's activation and scope.
         base: the base model it was trained on.
@@ -45,6 +51,7 @@ class AdapterHeader:
         visual: what images it takes, which goes with the group "projector", and with early fusion
             "visual_gates"; None without one.
         lora: of the group "lora"; None without one.
+        host: the model that it belongs to, with the head of the group "head".
     """
 
     groups: tuple[str, ...]
@@ -57,16 +64,18 @@ class AdapterHeader:
     origin: str | None = None
     visual: VisualConfig | None = None
     lora: Lora | None = None
+    host: HostConfig = field(default_factory=HostConfig)
 
     @property
     def tuning(self) -> Tuning:
         """The groups of biases, scales, norms and LoRA."""
-        groups = tuple(group for group in self.groups if group not in PROMPT_GROUPS)
+        groups = tuple(group for group in self.groups if group in TUNED)
         return Tuning(groups, self.linears, self.scale_side, self.lora)
 
 
 def _prompt_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
-    return {"prompts": (len(header.layers), header.config.prompt_length, header.base.shape["dim"])}
+    one = prompt_shape(header.prompt_kind, header.config.prompt_length, header.base.shape)
+    return {"prompts": (len(header.layers), *one)}
 
 
 def _gate_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
@@ -86,6 +95,11 @@ def _projector_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
     return {f"projector.{name}": shape for name, shape in shapes.items()}
 
 
+def _head_shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
+    assert header.host.head is not None
+    return {f"head.{name}": shape for name, shape in header.host.head.shapes.items()}
+
+
 def _tuned_shapes(group: str) -> Callable[[AdapterHeader], dict[str, tuple[int, ...]]]:
     def shapes(header: AdapterHeader) -> dict[str, tuple[int, ...]]:
         found = header.tuning.shapes(header.base.shape)
@@ -101,8 +115,8 @@ GROUPS: dict[str, Callable[[AdapterHeader], dict[str, tuple[int, ...]]]] = {
     "projector": _projector_shapes,
     "visual_gates": _visual_gate_shapes,
     **{group: _tuned_shapes(group) for group in TUNED},
+    "head": _head_shapes,
 }
-PROMPT_GROUPS = ("prompts", "gates", "projector", "visual_gates")
 
 
 def expected_tensors(header: AdapterHeader, where: str) -> dict[str, tuple[int, ...]]:
@@ -153,6 +167,7 @@ def from_json(content: Any, where: str) -> AdapterHeader:
     visual = _built(VisualConfig, values["visual"], where, "visual")
     lora = _built(Lora, values["lora"], where, "lora")
     base = _built(Fingerprint, values["base"], where, "base")
+    host = _built(HostConfig, values["host"], where, "host")
     _check_base(base, values["origin"], where)
     header = AdapterHeader(
         groups=tuple(values["groups"]),
@@ -165,6 +180,7 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         origin=values["origin"],
         visual=visual,
         lora=lora,
+        host=host,
     )
     _check_known("prompt_kind", header.prompt_kind, PROMPT_KINDS, where)
     for group in header.groups:
@@ -176,6 +192,8 @@ def from_json(content: Any, where: str) -> AdapterHeader:
     images = () if visual is None else VISUAL if visual.fusion == "early" else VISUAL[:1]
     if tuple(group for group in header.groups if group in VISUAL) != images:
         raise ValueError(f"{where}: groups {header.groups} do not go with visual {visual}")
+    if ("head" in header.groups) != (host.head is not None):
+        raise ValueError(f"{where}: groups {header.groups} do not go with head {host.head}")
     late = (1, config.prompt_length)
     if visual is not None and visual.fusion == "late" and visual.tokens not in late:
         raise ValueError(f"{where}: visual tokens must be one of {late}, got {visual.tokens}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama_adapter.adapter import Adapter
-from llama_adapter.config import AdapterConfig
+from llama_adapter.config import AdapterConfig, HostConfig
 from llama_adapter.hosts.attention import (
     NAME,
     Prompted,
@@ -22,13 +22,28 @@ from llama_adapter.hosts.attention import (
     freeze_during,
     register,
     replace_methods,
-    separate_config,
-    use_config,
+    restore_configs,
+    separate_configs,
 )
-from llama_adapter.hosts.facts import attentions_of, host_of, shape_of_host
-from llama_adapter.hosts.files import SUBMODULE, adapter_of, read_adapted, save_adapted
+from llama_adapter.hosts.facts import Tower, tower_of
+from llama_adapter.hosts.files import (
+    SUBMODULE,
+    adapter_of,
+    adapters_of,
+    read_adapted,
+    save_adapted,
+    submodule_of,
+)
+from llama_adapter.hosts.task_head import (
+    check_head,
+    copy_head,
+    give_back_head,
+    head_config,
+    train_head,
+)
+from llama_adapter.hosts.task_head import shift_positions as shift
 
-__all__ = ["SUBMODULE", "adapt", "adapter_of", "unadapt"]
+__all__ = ["SUBMODULE", "adapt", "adapter_of", "adapters_of", "unadapt"]
 
 _BEFORE = "_llama_adapter_before"
 
@@ -47,8 +62,12 @@ def adapt(
     prompt_length: int = 10,
     layers: int | Sequence[int] | None = None,
     prompt_std: float = 1.0,
-    gate_activation: str = "tanh",
+    gate_activation: str | None = None,
     gate_scope: str = "head",
+    prompt_kind: str = "hidden",
+    encoder: str | None = None,
+    shift_positions: bool = False,
+    head: bool = True,
     generator: torch.Generator | None = None,
     adapter: Adapter | str | Path | None = None,
 ) -> Adapter:
@@ -57,23 +76,34 @@ def adapt(
         out = softmax(q k_tokens) v_tokens + gate * softmax(q k_prompt) v_prompt
 
     in the adapted layers, before the output projection; keys and values of a prompt are the layer's
-    own projections of its rows. Gates start at zero: the host's outputs do not change.
+    own projections of its rows, or with prompt_kind "kv" the trained numbers themselves. All tokens
+    attend to the prompt, which no padding hides and which has no position. Gates start at zero: the
+    host's outputs do not change.
 
     Args:
-        model: a transformers model of a type in `facts.HOSTS`.
+        model: a transformers model of a type in `facts.HOSTS`: LLaMA and its like with their head,
+            ViT, BERT, RoBERTa, CLIP or one encoder of it, with a task's head or without.
         prompt_length: rows per adapted layer (the papers' K).
-        layers: how many layers, counted from the top, or their indices; None is all but the two
-            lowest.
+        layers: how many layers, counted from the top, or their indices; None is all, of a decoder
+            all but the two lowest.
         prompt_std: standard deviation of the prompts' initial values.
-        gate_activation: "tanh" or "identity".
+        gate_activation: "tanh" or "identity"; None is "tanh" for decoders, as in the official
+            training code, and "identity" elsewhere, as in equation 7.
         gate_scope: "head" or "layer".
+        prompt_kind: "hidden" or "kv", as in P-tuning v2.
+        encoder: "visual" or "text" of a CLIP, which may have an adapter on each; None is visual.
+        shift_positions: of BERT and RoBERTa: let the tokens' positions begin behind the prompt, as
+            in P-tuning v2.
+        head: train the host's task head too, a classifier or what answers questions; its trained
+            numbers are the adapter's, and the host's own come back with `unadapt`.
         generator: source of the prompts' random values.
         adapter: one that exists, in the place of a new one, or its file, or a folder that
-            `save_pretrained` wrote; all arguments above are its own then.
+            `save_pretrained` wrote; all arguments above but encoder are its own then.
 
     Returns:
-        The adapter, float32 and trainable: prompts (L, P, C) and gates (L, H), now a submodule of
-        the host by the name SUBMODULE, whose `save_pretrained` writes the adapter alone.
+        The adapter, float32 and trainable: prompts (L, P, C) or (L, 2, P, C), gates (L, H) and the
+        head, now a submodule of the host by the name SUBMODULE, for a CLIP's text encoder
+        SUBMODULE_text; the host's `save_pretrained` writes adapters alone.
 
     Raises:
         ImportError: transformers is missing.
@@ -81,35 +111,92 @@ def adapt(
         ValueError: the host is of an unknown type, has an adapter, or the adapter does not fit or
             was trained on another base.
 
-    Source: LLaMA-Adapter, section 3.2, equations 1 to 8.
+    Source: LLaMA-Adapter, sections 3.2 and 3.4, equations 1 to 8.
     """
-    host, shape = host_of(model), shape_of_host(model)
-    if adapter_of(model) is not None or _BEFORE in model.__dict__:
+    tower = tower_of(model, encoder)
+    if tower.slot in adapters_of(model) or (_BEFORE in model.__dict__ and not adapters_of(model)):
         raise ValueError("model has an adapter already: unadapt(model) takes it off")
+    shape = tower.shape()
     if shape.head_dim % 8 or not 8 <= shape.head_dim <= 256:
         raise ValueError(
             f"model must have heads of 8 to 256 channels in steps of 8, got {shape.head_dim}"
         )
     if adapter is None:
         count = layers if layers is None or isinstance(layers, int) else None
-        rows = None if layers is None or isinstance(layers, int) else tuple(layers)
-        config = AdapterConfig(prompt_length, count, prompt_std, gate_activation, gate_scope)
-        adapter = Adapter(config, shape, layers=rows, generator=generator)
+        activation = tower.host.gate_activation if gate_activation is None else gate_activation
+        config = AdapterConfig(prompt_length, count, prompt_std, activation, gate_scope)
+        if layers is None or isinstance(layers, int):
+            layers = config.layers_of(shape.n_layers, tower.host.lowest)
+        own = HostConfig(tower.host.kind, head_config(tower) if head else None, shift_positions)
+        adapter = Adapter(
+            config,
+            shape,
+            layers=tuple(layers),
+            generator=generator,
+            prompt_kind=prompt_kind,
+            host=own,
+        )
+        copy_head(tower, adapter)
     elif not isinstance(adapter, Adapter):
-        adapter = read_adapted(model, adapter)
-    if adapter.tuning.groups or not adapter.layers:
+        adapter = read_adapted(tower, adapter)
+    _check_fits(tower, adapter)
+    attentions = tower.attentions()
+    adapter = adapter.to(device_of(attentions[adapter.layers[0]]))
+    register()
+    if _BEFORE not in model.__dict__:
+        methods = ("generate", "save_pretrained")
+        model.__dict__[_BEFORE] = {
+            "methods": {name: model.__dict__.get(name) for name in methods},
+            "configs": separate_configs(model),
+            "trainable": [name for name, x in model.named_parameters() if x.requires_grad],
+            "towers": {},
+        }
+        freeze_during(model, "generate")
+        model.__dict__["save_pretrained"] = partial(save_adapted, model)
+        model.requires_grad_(False)
+    model.set_attn_implementation(NAME)
+    before = {
+        # accelerate's hooks, for one, are forwards of an instance
+        "forwards": {row: attentions[row].__dict__.get("forward") for row in adapter.layers},
+        "head": train_head(tower, adapter),
+        "hook": shift(tower, adapter),
+    }
+    for row, layer in enumerate(adapter.layers):
+        module = attentions[layer]
+        source, trained = partial(_row_of, adapter, row), partial(_trained, adapter)
+        module.__dict__["forward"] = Prompted(
+            module, module.forward, source, trained, tower.host.key, tower.host.value,
+            shape.head_dim,
+        )  # fmt: skip
+    model.add_module(submodule_of(tower.slot), adapter)
+    model.__dict__[_BEFORE]["towers"][tower.slot] = before
+    return adapter
+
+
+def _check_fits(tower: Tower, adapter: Adapter) -> None:
+    """Raise ValueError unless the host can have the adapter."""
+    shape, host = tower.shape(), tower.host
+    if adapter.tuning.groups or not adapter.layers or adapter.projector is not None:
         groups = ", ".join(adapter.groups())
         raise ValueError(
-            f"adapter must have prompts and gates alone on a host, got {groups}: biases, scales "
-            "and norms run in the lean model"
+            f"adapter must have prompts and gates alone on a host, got {groups}: biases, scales, "
+            "norms and images run in the lean model"
         )
+    if adapter.host.kind != host.kind:
+        raise ValueError(f"adapter must be for a {host.kind}, got one for a {adapter.host.kind}")
+    rows = shape.dim if adapter.prompt_kind == "hidden" else shape.kv_heads * shape.head_dim
     width, heads = adapter.prompts.shape[-1], adapter.n_heads
-    if (width, heads) != (shape.dim, shape.n_heads) or adapter.layers[-1] >= shape.n_layers:
+    if (width, heads) != (rows, shape.n_heads) or adapter.layers[-1] >= shape.n_layers:
         raise ValueError(
-            f"adapter must be for width {shape.dim}, {shape.n_heads} heads and {shape.n_layers} "
+            f"adapter must be for width {rows}, {shape.n_heads} heads and {shape.n_layers} "
             f"layers, got width {width}, {heads} heads and layers {adapter.layers}"
         )
-    attentions = attentions_of(model, host)
+    if adapter.host.shift_positions and not host.embeddings:
+        raise ValueError(
+            f"shift_positions must be False for a {host.kind}: bert and roberta can shift"
+        )
+    check_head(tower, adapter)
+    attentions = tower.attentions()
     for layer in adapter.layers:
         for name in (host.key, host.value):
             if name not in dict(attentions[layer].named_modules()):
@@ -122,32 +209,14 @@ def adapt(
                 "model must have its weights on a device, got some that are offloaded or not "
                 "loaded yet"
             )
-    register()
-    methods = ("generate", "save_pretrained")
-    before = {
-        "methods": {name: model.__dict__.get(name) for name in methods},
-        "config": separate_config(model),
-        "trainable": [name for name, x in model.named_parameters() if x.requires_grad],
-        # accelerate's hooks, for one, are forwards of an instance
-        "forwards": {row: attentions[row].__dict__.get("forward") for row in adapter.layers},
-    }
-    model.set_attn_implementation(NAME)
-    model.requires_grad_(False)
-    for row, layer in enumerate(adapter.layers):
-        module = attentions[layer]
-        source, trained = partial(_row_of, adapter, row), partial(_trained, adapter)
-        module.__dict__["forward"] = Prompted(
-            module, module.forward, source, trained, host.key, host.value, shape.head_dim
-        )
-    model.add_module(SUBMODULE, adapter.to(device_of(attentions[adapter.layers[0]])))
-    model.__dict__[_BEFORE] = before
-    freeze_during(model, "generate")
-    model.__dict__["save_pretrained"] = partial(save_adapted, model)
-    return adapter
 
 
-def unadapt(model: Any) -> Adapter:
-    """Take the adapter off: the host is bitwise what it was, trainable parameters included.
+def unadapt(model: Any, encoder: str | None = None) -> Adapter:
+    """Take an adapter off: without any the host is bitwise what it was, trainable parameters too.
+
+    Args:
+        model: a host that `adapt` put an adapter on.
+        encoder: as `adapt` was given it.
 
     Returns:
         The adapter that was on it.
@@ -155,16 +224,22 @@ def unadapt(model: Any) -> Adapter:
     Raises:
         ValueError: there is none.
     """
-    adapter, before = adapter_of(model), model.__dict__.get(_BEFORE)
+    adapter, before = adapter_of(model, encoder), model.__dict__.get(_BEFORE)
     if adapter is None or before is None:
         raise ValueError("model must have an adapter, put there by adapt(model)")
-    attentions = attentions_of(model, host_of(model))
-    for layer, forward in before["forwards"].items():
+    tower = tower_of(model, encoder)
+    own, attentions = before["towers"].pop(tower.slot), tower.attentions()
+    for layer, forward in own["forwards"].items():
         attentions[layer].__dict__.pop("forward")
         if forward is not None:
             attentions[layer].__dict__["forward"] = forward
-    use_config(model, before["config"])
-    delattr(model, SUBMODULE)
+    give_back_head(tower, own["head"])
+    if own["hook"] is not None:
+        own["hook"].remove()
+    delattr(model, submodule_of(tower.slot))
+    if before["towers"]:
+        return adapter
+    restore_configs(model, before["configs"])
     del model.__dict__[_BEFORE]
     replace_methods(model, before["methods"])
     trainable = set(before["trainable"])

@@ -39,6 +39,14 @@ class Bounds(NamedTuple):
     key_lengths: Tensor
 
 
+class _Ride(NamedTuple):
+    """What rides on a mask: its bounds, whether it is causal besides, and its version then."""
+
+    bounds: Bounds
+    causal: bool
+    version: int
+
+
 def register() -> None:
     """Put our attention and its mask into transformers' tables, under NAME; again changes nothing.
 
@@ -54,34 +62,39 @@ def register() -> None:
 
 
 def mask(q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
-    """The mask of transformers' sdpa, which also knows its bounds where it is causal with padding.
+    """The mask of transformers' sdpa, which also knows its bounds where padding is all it hides.
 
     Returns:
-        None where plain causal attention is meant, else (B, 1, T, S) bool, True where a key is
-        seen. The bounds ride on the mask as an attribute; whoever loses them gets the same numbers
-        from the mask itself, and so does a mask that was written to since. In torch's inference
-        mode, where tensors count no writes, a write is not seen.
+        None where plain attention is meant, causal or not as the module is, else (B, 1, T, S) bool,
+        True where a key is seen. The bounds ride on the mask as an attribute; whoever loses them
+        gets the same numbers from the mask itself, and so does a mask that was written to since. In
+        torch's inference mode, where tensors count no writes, a write is not seen.
     """
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import (
+        bidirectional_mask_function,
+        causal_mask_function,
+        sdpa_mask,
+    )
 
     made = sdpa_mask(q_length=q_length, kv_length=kv_length, **kwargs)
     padding, offset = kwargs.get("attention_mask"), kwargs.get("q_offset", 0)
+    function = kwargs.get("mask_function")
+    causal = function is causal_mask_function
     if (
         # whether there are holes is for the data to say, which a graph cannot ask
         torch.compiler.is_compiling()
         or made is None
         or padding is None
-        or kwargs.get("mask_function") is not causal_mask_function
+        or not (causal or function is bidirectional_mask_function)
         or padding.shape[-1] != kv_length
-        # our diagonal ends at the last key; a static cache goes on, and counts in a tensor
-        or not isinstance(offset, int)
         or kwargs.get("kv_offset", 0) != 0
-        or kv_length - q_length != offset
+        # our diagonal ends at the last key; a static cache goes on, and counts in a tensor
+        or (causal and (not isinstance(offset, int) or kv_length - q_length != offset))
     ):
         return made
     bounds = _bounds(padding.bool())
     if bounds is not None:
-        setattr(made, _BOUNDS, (bounds, _version(made)))
+        setattr(made, _BOUNDS, _Ride(bounds, causal, _version(made)))
     return made
 
 
@@ -96,12 +109,12 @@ def _bounds(padding: Tensor) -> Bounds | None:
     return Bounds(starts.int(), lengths.int())
 
 
-def _bounds_of(attention_mask: Tensor | None) -> Bounds | None:
-    """The bounds that ride on a mask, if it is still what they were taken from."""
-    found: tuple[Bounds, int] | None = getattr(attention_mask, _BOUNDS, None)
-    if attention_mask is None or found is None or found[1] != _version(attention_mask):
+def _ride_of(attention_mask: Tensor | None) -> _Ride | None:
+    """What rides on a mask, if that is still what it was taken from."""
+    found: _Ride | None = getattr(attention_mask, _BOUNDS, None)
+    if attention_mask is None or found is None or found.version != _version(attention_mask):
         return None
-    return found[0]
+    return found
 
 
 def attend(
@@ -117,9 +130,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, plus the gated prompt that came with the call.
 
-    Causal attention, padded or not, goes to `zero_init_attention`, a generated token to its form
-    for decoding. What that does not do (sliding windows, dropout, any other mask, a static cache)
-    goes to transformers' own sdpa, and the prompt is added by `gated_prompt_attention`.
+    Causal and bidirectional attention, padded or not, goes to `zero_init_attention`, a generated
+    token to its form for decoding. What that does not do (sliding windows, dropout, any other mask,
+    a static cache) goes to transformers' own sdpa, and the prompt is added by
+    `gated_prompt_attention`; the prompt's own probabilities are never dropped.
 
     Args:
         module: the attention that calls.
@@ -137,7 +151,7 @@ def attend(
     prompt: LayerPrompt | None = kwargs.pop(KEYWORD, None)
     segment = () if prompt is None else (prompt.k, prompt.v, prompt.gate)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    bounds = _bounds_of(attention_mask)
+    ride = _ride_of(attention_mask)
     if kwargs.get("output_attentions"):
         warnings.warn(
             "an adapted model does not give output_attentions: no kernel writes probabilities down",
@@ -147,7 +161,7 @@ def attend(
     q = query.transpose(1, 2)
     ours = dropout == 0 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
     ours = ours and kwargs.get("position_bias") is None
-    if ours and (attention_mask is None or bounds is not None):
+    if ours and (attention_mask is None or ride is not None):
         if attention_mask is None and causal and 1 < tokens < keys:
             # an empty static cache: sdpa's diagonal starts at the first key
             key, value = key[:, :, :tokens], value[:, :, :tokens]
@@ -159,8 +173,8 @@ def attend(
                 q, k, v, *segment, cache_lengths=lengths, scale=scaling
             )
             return out, None
-        limits = {} if bounds is None else bounds._asdict()
-        causal = bounds is not None or (causal and tokens > 1)
+        limits = {} if ride is None else ride.bounds._asdict()
+        causal = causal and tokens > 1 if ride is None else ride.causal
         out = zero_init_attention(q, k, v, *segment, causal=causal, scale=scaling, **limits)
         return out, None
     from transformers import AttentionInterface
@@ -179,7 +193,8 @@ class Prompted:
     Attributes:
         attention: the module, whose configuration says which attention runs.
         forward: what it ran before.
-        source: gives the prompt rows (P, C) and the gate multipliers (H,) float32, of now.
+        source: gives the prompt rows (P, C) and the gate multipliers (H,) float32, of now; or in
+            place of the rows keys and values (2, P, G D).
         trained: gives the parameters that those come from.
         key, value: names of the attention's frozen projections, looked up at each call.
         head_dim: D.
@@ -241,7 +256,8 @@ class Prompted:
                 "per GPU"
             )
         rows, gate = rows.to(device, like.dtype), gate.to(device)
-        k, v = (x(rows).unflatten(-1, heads) for x in (key, value))
+        pair = (key(rows), value(rows)) if rows.ndim == 2 else rows.unbind()
+        k, v = (x.unflatten(-1, heads) for x in pair)
         made = LayerPrompt(k, v, gate)
         if keep:
             self._kept = state, made
@@ -262,19 +278,30 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def separate_config(model: Any) -> Any:
-    """Give a model a configuration object of its own, and return the one that others may share."""
-    shared = model.config
-    use_config(model, copy.deepcopy(shared))
-    return shared
+def separate_configs(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Give a model and its modules configurations of their own.
 
-
-def use_config(model: Any, config: Any) -> None:
-    """Put a configuration object into a model and all of its modules that have its own."""
-    before = model.config
+    Returns:
+        Pairs of the new ones and those that others may share, for `restore_configs`.
+    """
+    # one memory for all: a part's configuration stays the same object inside the whole's
+    memory: dict[int, Any] = {}
+    pairs: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
-        if module.__dict__.get("config") is before:
-            module.config = config
+        shared = module.__dict__.get("config")
+        if shared is not None:
+            module.config = copy.deepcopy(shared, memory)
+            pairs[id(shared)] = module.config, shared
+    return list(pairs.values())
+
+
+def restore_configs(model: nn.Module, pairs: list[tuple[Any, Any]]) -> None:
+    """Undo `separate_configs`."""
+    before = {id(new): old for new, old in pairs}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if id(config) in before:
+            module.config = before[id(config)]
 
 
 def prompted(model: nn.Module) -> list[Prompted]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.adapter_file import read_adapter_for, save_adapter
-from llama_adapter.hosts.facts import fingerprint_of_host, shape_of_host
+from llama_adapter.hosts.facts import ENCODERS, Tower, tower_of
 
 # the adapter's name in the host, and so the beginning of its parameters' names
 SUBMODULE = "llama_adapter"
@@ -16,10 +16,34 @@ SUBMODULE = "llama_adapter"
 FILE = "adapter.safetensors"
 
 
-def adapter_of(model: nn.Module) -> Adapter | None:
-    """The adapter that `adapt` put on a model, or None."""
-    found = model._modules.get(SUBMODULE)
-    return found if isinstance(found, Adapter) else None
+def submodule_of(slot: str) -> str:
+    """The adapter's name in the host, by `Tower.slot`."""
+    return f"{SUBMODULE}_{slot}" if slot else SUBMODULE
+
+
+def file_of(slot: str) -> str:
+    """The name of an adapter's file in a folder, by `Tower.slot`."""
+    return f"{slot}_{FILE}" if slot else FILE
+
+
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters that are on a model, by `Tower.slot`: "" alone, but for CLIP's encoders."""
+    held = {slot: model._modules.get(submodule_of(slot)) for slot in ("", *ENCODERS)}
+    return {slot: one for slot, one in held.items() if isinstance(one, Adapter)}
+
+
+def adapter_of(model: nn.Module, encoder: str | None = None) -> Adapter | None:
+    """The adapter that `adapt` put on a model, or None.
+
+    Args:
+        model: any model.
+        encoder: as `adapt` was given it.
+
+    Raises:
+        ValueError: the model has no such encoder.
+    """
+    slot = "" if encoder is None else tower_of(model, encoder).slot
+    return adapters_of(model).get(slot)
 
 
 def save_adapted(
@@ -31,11 +55,11 @@ def save_adapted(
     push_to_hub: bool = False,
     **_: Any,
 ) -> None:
-    """Write the adapter of a host, the host's weights not: `save_pretrained` of an adapted model.
+    """Write the adapters of a host, the host's weights not: `save_pretrained` of an adapted model.
 
     Args:
         model: a host that `adapt` put an adapter on.
-        folder: where FILE goes; it is made where it is absent.
+        folder: where FILE goes, of CLIP's text encoder text_FILE; it is made where it is absent.
         state_dict: the model's, gathered by whoever holds it in pieces; None takes the parameters.
         is_main_process: whether this process writes.
         push_to_hub: must be False.
@@ -44,62 +68,68 @@ def save_adapted(
     Raises:
         ValueError: the model has no adapter, or is to be pushed.
     """
-    adapter = adapter_of(model)
-    if adapter is None:
+    adapters = adapters_of(model)
+    if not adapters:
         raise ValueError("model must have an adapter, put there by adapt(model)")
     if push_to_hub:
         raise ValueError("push_to_hub must be False: upload the folder that was written")
     if not is_main_process:
         return
-    if state_dict is not None:
-        whole = Adapter(adapter.config, shape_of_host(model), layers=adapter.layers)
-        whole.load_state_dict(
-            {name: state_dict[f"{SUBMODULE}.{name}"] for name in adapter.state_dict()}
-        )
-        adapter = whole
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_adapter(Path(folder) / FILE, adapter, fingerprint_of_host(model))
+    for slot, adapter in adapters.items():
+        tower = tower_of(model, slot or None)
+        if state_dict is not None:
+            whole = Adapter(
+                adapter.config,
+                tower.shape(),
+                layers=adapter.layers,
+                prompt_kind=adapter.prompt_kind,
+                host=adapter.host,
+            )
+            names = adapter.state_dict()
+            whole.load_state_dict({n: state_dict[f"{submodule_of(slot)}.{n}"] for n in names})
+            adapter = whole
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_adapter(Path(folder) / file_of(slot), adapter, tower.fingerprint())
 
 
-def read_adapted(model: Any, path: str | Path) -> Adapter:
+def read_adapted(tower: Tower, path: str | Path) -> Adapter:
     """Read an adapter that was trained on this host, or on the lean model of the same base.
 
     Args:
-        model: the host, without an adapter.
-        path: an adapter file, or a folder with FILE in it.
+        tower: the part of the host that it is for.
+        path: an adapter file, or a folder with the one for this part in it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or was trained on another base.
     """
-    path = Path(path)
-    if (path / "adapter_config.json").is_file() and not (path / FILE).is_file():
+    path, name = Path(path), file_of(tower.slot)
+    if (path / "adapter_config.json").is_file() and not (path / name).is_file():
         raise FileNotFoundError(
             f"{path} is a folder of PEFT: llama-adapter convert {path} {FILE} --to llama-adapter "
             "--base BASE makes an adapter file of it"
         )
-    file = path / FILE if path.is_dir() else path
-    return read_adapter_for(file, fingerprint_of_host(model), shape_of_host(model))
+    file = path / name if path.is_dir() else path
+    return read_adapter_for(file, tower.fingerprint(), tower.shape(), tower.host.kind)
 
 
 def load_adapted(model: Any, path: str | Path) -> None:
-    """Read an adapter into the one that is on a host, whose parameters stay the same tensors.
+    """Read adapters into those that are on a host, whose parameters stay the same tensors.
 
     Args:
-        model: the host, with an adapter of the file's shape.
+        model: the host, with adapters of the files' shapes.
         path: as in `read_adapted`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as in `read_adapted`, or the adapter is of another shape, or there is none.
+        ValueError: as in `read_adapted`, or an adapter is of another shape, or there is none.
     """
-    adapter = adapter_of(model)
-    if adapter is None:
+    adapters = adapters_of(model)
+    if not adapters:
         raise ValueError("model must have an adapter, put there by adapt(model)")
-    found = read_adapted(model, path)
-    if (found.config, found.layers) != (adapter.config, adapter.layers):
-        raise ValueError(
-            f"{path} must hold an adapter like the model's, {adapter.config} in layers "
-            f"{adapter.layers}, got {found.config} in layers {found.layers}"
-        )
-    adapter.load_state_dict(found.state_dict())
+    for slot, adapter in adapters.items():
+        found = read_adapted(tower_of(model, slot or None), path)
+        wanted, got = ((x.config, x.layers, x.prompt_kind, x.host) for x in (adapter, found))
+        if wanted != got:
+            raise ValueError(f"{path} must hold an adapter like the model's, {wanted}, got {got}")
+        adapter.load_state_dict(found.state_dict())

@@ -22,8 +22,8 @@ from llama_adapter.hosts.attention import (
     freeze_during,
     register,
     replace_methods,
-    separate_config,
-    use_config,
+    restore_configs,
+    separate_configs,
 )
 
 MODEL_TYPES = ("llama", "mistral")
@@ -89,7 +89,7 @@ def patch(model: nn.Module) -> Patched:
         _rehearse(type(module), type(module.model), module.model_type)
     host = tuner.model
     if _BEFORE not in tuner.__dict__:
-        tuner.__dict__[_BEFORE] = separate_config(host)
+        tuner.__dict__[_BEFORE] = separate_configs(host)
         tuner.__dict__[_METHODS] = {"generate": host.__dict__.get("generate")}
         freeze_during(host, "generate")
     host.set_attn_implementation(NAME)
@@ -98,7 +98,9 @@ def patch(model: nn.Module) -> Patched:
     modules = tuple(name for name, module in model.named_modules() if id(module) in adapted)
     names = tuple(tuner.peft_config)
     biased = any(x.model.o_proj.bias is not None for x in adapted.values())
-    return Patched(modules, names, tuner.__dict__[_BEFORE]._attn_implementation, biased)
+    # the whole model's comes first
+    before = tuner.__dict__[_BEFORE][0][1]
+    return Patched(modules, names, before._attn_implementation, biased)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -114,7 +116,7 @@ def unpatch(model: nn.Module) -> None:
     for module in _all_adapted(tuner).values():
         module.__dict__.pop("forward", None)
     replace_methods(tuner.model, tuner.__dict__.pop(_METHODS))
-    use_config(tuner.model, tuner.__dict__.pop(_BEFORE))
+    restore_configs(tuner.model, tuner.__dict__.pop(_BEFORE))
 
 
 @contextmanager

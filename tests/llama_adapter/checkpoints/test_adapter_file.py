@@ -275,17 +275,17 @@ def test_files_of_another_kind_are_refused_unread(tmp_path: Path) -> None:
 
 HEADER_ERRORS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (
-        lambda header: header.update(format_version=4),
-        " has format version 4, this package reads versions 1, 2, 3",
+        lambda header: header.update(format_version=5),
+        " has format version 5, this package reads versions 1, 2, 3, 4",
     ),
     (
         lambda header: header.clear(),
-        " has format version None, this package reads versions 1, 2, 3",
+        " has format version None, this package reads versions 1, 2, 3, 4",
     ),
     (
         lambda header: header["groups"].append("ladder"),
-        " has group 'ladder', this version knows "
-        "('prompts', 'gates', 'projector', 'visual_gates', 'bias', 'scale', 'norm', 'lora')",
+        " has group 'ladder', this version knows ('prompts', 'gates', 'projector', "
+        "'visual_gates', 'bias', 'scale', 'norm', 'lora', 'head')",
     ),
     (
         lambda header: header["groups"].append("lora"),
@@ -296,8 +296,16 @@ HEADER_ERRORS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
         ": header has unknown fields: visual",
     ),
     (
+        lambda header: header.update(prompt_kind="rows"),
+        " has prompt_kind 'rows', this version knows ('hidden', 'kv')",
+    ),
+    (
         lambda header: header.update(prompt_kind="kv"),
-        " has prompt_kind 'kv', this version knows ('hidden',)",
+        ": prompts must have shape (2, 2, 5, 16), got (2, 5, 48)",
+    ),
+    (
+        lambda header: header.update(host={"kind": "vit", "head": None, "shift_positions": False}),
+        ": header has unknown fields: host",
     ),
     (
         lambda header: header.update(scale_side="input"),

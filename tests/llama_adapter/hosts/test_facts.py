@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from llama_adapter.checkpoints.fingerprint import fingerprint
-from llama_adapter.hosts.facts import attentions_of, fingerprint_of_host, host_of, shape_of_host
+from llama_adapter.hosts.facts import tower_of
 from llama_adapter.model import Llama
 from tests.llama_adapter.hf_models import KINDS, SIZES, host, on_transformers
 
@@ -13,12 +13,13 @@ from tests.llama_adapter.hf_models import KINDS, SIZES, host, on_transformers
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_host_is_found(kind: str) -> None:
     model = host(kind)
-    facts, shape = host_of(model), shape_of_host(model)
-    assert len(attentions_of(model, facts)) == 4
+    tower = tower_of(model)
+    shape = tower.shape()
+    assert len(tower.attentions()) == 4
     assert (shape.dim, shape.n_layers, shape.n_heads, shape.kv_heads) == (64, 4, 8, 2)
-    assert fingerprint_of_host(model).shape["hidden_dim"] == SIZES["intermediate_size"]
-    for attention in attentions_of(model, facts):
-        assert attention.get_submodule(facts.key).out_features == 16
+    assert tower.fingerprint().shape["hidden_dim"] == SIZES["intermediate_size"]
+    for attention in tower.attentions():
+        assert attention.get_submodule(tower.host.key).out_features == 16
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -27,18 +28,18 @@ def test_one_base_has_one_fingerprint_in_both_libraries(tiny_model: Llama, tied:
         with torch.no_grad():
             tiny_model.output.weight.copy_(tiny_model.tok_embeddings.weight)
     theirs = on_transformers(tiny_model, tie_word_embeddings=tied)
-    assert fingerprint(tiny_model, "a").difference(fingerprint_of_host(theirs)) is None
+    assert fingerprint(tiny_model, "a").difference(tower_of(theirs).fingerprint()) is None
     with torch.no_grad():
         theirs.model.layers[2].mlp.up_proj.weight.mul_(1.5)
-    assert fingerprint(tiny_model, "a").difference(fingerprint_of_host(theirs)) is not None
+    assert fingerprint(tiny_model, "a").difference(tower_of(theirs).fingerprint()) is not None
 
 
 def test_other_models_are_refused_by_name() -> None:
     config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50)
-    known = "llama, mistral, qwen2"
+    known = "bert, clip, .*, roberta, vit"
     with pytest.raises(ValueError, match=f"{known}, got GPT2LMHeadModel of type 'gpt2'"):
-        host_of(transformers.GPT2LMHeadModel(config))
+        tower_of(transformers.GPT2LMHeadModel(config))
     with pytest.raises(ValueError, match=f"{known}, got Linear"):
-        host_of(torch.nn.Linear(2, 2))
+        tower_of(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"must have model.layers, .* got LlamaModel"):
-        host_of(host().model)
+        tower_of(host().model)

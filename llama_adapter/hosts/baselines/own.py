@@ -1,0 +1,85 @@
+"""The host's own parameters as what is trained: a head alone, biases (BitFit), or everything."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llama_adapter.hosts.baselines.parts import Part, Trained, Undo
+
+# names of task heads in transformers' models
+HEADS = ("classifier", "qa_outputs")
+
+
+def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of a model's task head; None where it has none with parameters."""
+    for name in HEADS:
+        module = model._modules.get(name)
+        if module is not None and any(True for _ in module.parameters()):
+            return name, module
+    return None
+
+
+def bias_names(model: nn.Module, parts: Iterable[Part]) -> list[str]:
+    """The bias terms of some encoders, or of the whole model without any."""
+    prefixes = tuple(part.prefix for part in parts)
+    names = [name for name, _ in model.named_parameters()]
+    chosen = [name for name in names if not prefixes or name.startswith(prefixes)]
+    return [name for name in chosen if name.rsplit(".", 1)[-1] == "bias"]
+
+
+def train_own(model: nn.Module, names: Iterable[str]) -> Trained:
+    """Exchange parameters for copies in float32, which are trained; undone, the host has its own.
+
+    Raises:
+        ValueError: a parameter's numbers are no floating-point ones, as in a quantised host.
+    """
+    held = dict(model.named_parameters(remove_duplicate=False))
+    made: dict[int, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}
+    for name in names:
+        own = held[name]
+        if not own.is_floating_point():
+            raise ValueError(f"{name} must be of floating point to be trained, got {own.dtype}")
+        if id(own) not in made:
+            parameters[name] = made[id(own)] = nn.Parameter(own.detach().float().clone())
+    # every name of a tied parameter
+    pairs = [(name, own) for name, own in held.items() if id(own) in made]
+    return Trained(parameters, [_exchange(model, name, own, made[id(own)]) for name, own in pairs])
+
+
+def _exchange(model: nn.Module, name: str, own: nn.Parameter, new: nn.Parameter) -> Undo:
+    path, _, leaf = name.rpartition(".")
+    held = model.get_submodule(path)._parameters
+    held[leaf] = new
+
+    def undo() -> None:
+        held[leaf] = own
+
+    return undo
+
+
+def train_head(model: nn.Module) -> Trained:
+    """Train a copy of the task head in float32, in which it computes; nothing without a head."""
+    found = head_of(model)
+    if found is None:
+        return Trained({}, [])
+    name, module = found
+    trained = train_own(model, [f"{name}.{key}" for key, _ in module.named_parameters()])
+    hook = module.register_forward_pre_hook(_in_float32)
+    return Trained(trained.parameters, [*trained.undo, hook.remove])
+
+
+def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
+
+
+def need_float32(model: nn.Module, method: str) -> None:
+    """Raise ValueError unless a host can have some of its parameters trained beside the others."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{method} needs a model in float32, as it trains some of its own parameters, got "
+                f"{parameter.dtype} in {name}: model.float()"
+            )

@@ -1,0 +1,272 @@
+"""Where baselines take hold of a host, and the hooks that they do it with."""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Undo = Callable[[], Any]
+Generator = torch.Generator | None
+
+
+class Trained(NamedTuple):
+    """What a method trains, by name, and how to take it off, last step first."""
+
+    parameters: dict[str, nn.Parameter]
+    undo: list[Undo]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Dotted names in one kind of encoder, relative to its body, a layer or an attention.
+
+    Attributes:
+        encoder: "visual" or "text".
+        bodies: where models of a head keep the body; a body alone has none of these.
+        layers: the list of layers.
+        attention: a layer's attention.
+        query, key, value: the attention's projections.
+        feed_forward: the part of a layer whose output is added to the residual stream.
+        runner: the module that runs the layers; "" where the body does it itself.
+        norm: what comes after the layers where the body runs them.
+    """
+
+    encoder: str
+    bodies: tuple[str, ...]
+    layers: str
+    attention: str
+    query: str
+    key: str
+    value: str
+    feed_forward: str
+    runner: str = "encoder"
+    norm: str = ""
+
+
+def _bert(name: str) -> Sites:
+    names = ("query", "key", "value")
+    return Sites("text", (name,), "encoder.layer", "attention.self", *names, "output.dense")
+
+
+def _clip(encoder: str, name: str) -> Sites:
+    names = ("q_proj", "k_proj", "v_proj")
+    return Sites(encoder, (name,), "encoder.layers", "self_attn", *names, "mlp")
+
+
+SITES: dict[str, Sites] = {
+    "vit": Sites(
+        "visual", ("vit",), "layers", "attention", "q_proj", "k_proj", "v_proj", "mlp",
+        runner="", norm="layernorm",
+    ),
+    "bert": _bert("bert"),
+    "roberta": _bert("roberta"),
+    "clip_vision": _clip("visual", "vision_model"),
+    "clip_text": _clip("text", "text_model"),
+}  # fmt: skip
+# config.model_type to the kinds of encoders that a model has, the usual one first
+KINDS: dict[str, tuple[str, ...]] = {
+    "vit": ("vit",),
+    "bert": ("bert",),
+    "roberta": ("roberta",),
+    "clip": ("clip_vision", "clip_text"),
+    "clip_vision_model": ("clip_vision",),
+    "clip_text_model": ("clip_text",),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One encoder of a host.
+
+    Attributes:
+        model: the whole.
+        kind: a name in SITES.
+        prefix: of the encoder's names in the model, "" or with a dot at its end.
+    """
+
+    model: nn.Module
+    kind: str
+    prefix: str
+
+    @property
+    def sites(self) -> Sites:
+        """Where things are."""
+        return SITES[self.kind]
+
+    @property
+    def body(self) -> Any:
+        """The module that takes the inputs."""
+        return self.model.get_submodule(self.prefix.rstrip("."))
+
+    @property
+    def embeddings(self) -> Any:
+        """What makes the first hidden states."""
+        return self.body.get_submodule("embeddings")
+
+    @property
+    def config(self) -> Any:
+        """The configuration of this encoder."""
+        return self.body.config
+
+    @property
+    def width(self) -> int:
+        """C, of the hidden states."""
+        return self.config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.body.parameters()).device
+
+    def layers(self) -> list[nn.Module]:
+        """All layers, in order."""
+        return list(self.body.get_submodule(self.sites.layers).children())
+
+    def attentions(self) -> list[nn.Module]:
+        """The attention of every layer, in order."""
+        return [layer.get_submodule(self.sites.attention) for layer in self.layers()]
+
+    def topmost(self, count: int | None) -> range:
+        """Indices of the `count` topmost layers, None for all.
+
+        Raises:
+            ValueError: there are not that many.
+        """
+        total = len(self.layers())
+        if count is not None and not 1 <= count <= total:
+            raise ValueError(f"layers must be 1 to {total} for this host, got {count}")
+        return range(total - (total if count is None else count), total)
+
+
+class Installed(nn.Module):
+    """A module of trained parameters that hooks work for in one encoder."""
+
+    def install(self, part: Part) -> list[Undo]:
+        """Put the hooks into an encoder; what is given back takes them out."""
+        raise NotImplementedError
+
+
+def parts_of(model: Any) -> dict[str, Part]:
+    """The encoders of a model, by "visual" and "text", the usual one first.
+
+    Raises:
+        ValueError: it is no model of transformers of a known type.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in KINDS:
+        got = type(model).__name__ if kind is None else f"{type(model).__name__} of type {kind!r}"
+        raise ValueError(
+            f"model must be a transformers model of type {', '.join(sorted(KINDS))}, got {got}"
+        )
+    found: dict[str, Part] = {}
+    for name in KINDS[kind]:
+        sites = SITES[name]
+        inner = [at for at in sites.bodies if model._modules.get(at) is not None]
+        if inner or (kind != "clip" and "embeddings" in model._modules):
+            found[sites.encoder] = Part(model, name, f"{inner[0]}." if inner else "")
+    return found
+
+
+def keywords(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def before(module: nn.Module, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Undo:
+    """Let `change` see and replace the arguments of a module, all by name."""
+    # no closures: a copy of the model must hold copies of what its hooks do
+    return module.register_forward_pre_hook(partial(_change_all, change), with_kwargs=True).remove
+
+
+def before_layer(layer: nn.Module, change: Callable[[Tensor], Tensor]) -> Undo:
+    """Let `change` replace the hidden states (B, T, C) that a layer takes first."""
+    return layer.register_forward_pre_hook(partial(_change_first, change), with_kwargs=True).remove
+
+
+def after(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Undo:
+    """Let `change` replace the tensor that a module gives."""
+    return module.register_forward_hook(partial(_change_output, change)).remove
+
+
+def _change_all(
+    change: Callable[[dict[str, Any]], dict[str, Any]],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return (), change(keywords(module, args, kwargs))
+
+
+def _change_first(
+    change: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+
+def _change_output(
+    change: Callable[[Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], out: Tensor
+) -> Tensor:
+    return change(out)
+
+
+def show_rows(part: Part, length: int) -> Undo:
+    """Let a mask (B, T) that the host is called with show `length` rows more, all of them."""
+
+    return before(part.body, partial(_show, length))
+
+
+def _show(length: int, given: dict[str, Any]) -> dict[str, Any]:
+    mask = given.get("attention_mask")
+    if mask is None:
+        return given
+    if mask.ndim != 2:
+        raise ValueError(f"attention_mask must be (B, T), got {tuple(mask.shape)}")
+    ones = mask.new_ones(len(mask), length)
+    return given | {"attention_mask": torch.cat([ones, mask], 1)}
+
+
+def without_rows(start: int, length: int, x: Tensor) -> Tensor:
+    """(B, T, C) without `length` rows from `start` on."""
+    return torch.cat([x[:, :start], x[:, start + length :]], 1)
+
+
+def normal(shape: tuple[int, ...], std: float, generator: Generator) -> nn.Parameter:
+    """A float32 parameter of normally distributed numbers."""
+    return nn.Parameter(torch.randn(shape, generator=generator) * std)
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: Generator) -> nn.Parameter:
+    """A float32 parameter of numbers from -bound to bound."""
+    return nn.Parameter((torch.rand(shape, generator=generator) * 2 - 1) * bound)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, generator: Generator) -> None:
+    """Draw all matrices of a module from ±1/sqrt(inputs); biases 0, norms as they are."""
+    for layer in module.modules():
+        if isinstance(layer, nn.LayerNorm):
+            continue
+        for parameter in layer.parameters(recurse=False):
+            if parameter.ndim < 2:
+                parameter.zero_()
+            else:
+                bound = 1 / math.sqrt(parameter.shape[-1])
+                parameter.copy_(uniform(tuple(parameter.shape), bound, generator))
+
+
+def hang(model: nn.Module, name: str, module: nn.Module, device: torch.device) -> Trained:
+    """Make a module part of a model, as what is trained."""
+    model.add_module(name, module.to(device))
+    parameters = {f"{name}.{key}": x for key, x in module.named_parameters()}
+    return Trained(parameters, [partial(delattr, model, name)])
