@@ -95,3 +95,17 @@ def save_clip(folder: Path) -> Path:
     sizes = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     CLIPImageProcessor(**sizes).save_pretrained(folder)
     return folder
+
+
+def write_split(folder: Path, classes: int, counts: dict[str, int]) -> Path:
+    """A split file in CoOp's form with its pictures in images/, classes in turn."""
+    content = {}
+    for seed, (split, count) in enumerate(counts.items()):
+        content[split] = []
+        for n in range(count):
+            label = n % classes
+            noise(folder / "images" / split / f"{n}.png", 1000 * seed + n, (26 + label, 31))
+            content[split].append([f"{split}/{n}.png", label, f"class_{'abcdefgh'[label]}"])
+    path = folder / "split_zhou_Own.json"
+    path.write_text(json.dumps(content))
+    return path
