@@ -2,32 +2,48 @@
 
 An event has an agent, a predicate and an object, and may have a place and a day. Each predicate
 takes objects of one type, and cue words stand before most names, so that who reads enough learns
-the type of a name. Downstream training sees a third of the names; its test sees others.
+the types of a name: half of the names have two, and what happens decides. Downstream, training sees
+some of the names and few cue words, and its test other names.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-FIRST = (
-    "Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Luca Maria Nils Olga Pedro "
-    "Rosa Simon Tanja Ugo Vera Walter Xenia Yusuf"
-).split()
-LAST = "Adler Brandt Costa Duran Ekman Fuchs Garcia Holm Ivanov Jansen Keller Lindt".split()
-CITIES = (
-    "Aarhus Bergen Cadiz Dover Essen Florence Geneva Hanover Izmir Jena Krakow Lisbon Malmo Naples "
-    "Oslo Porto Quito Riga Seville Turin Utrecht Verona Warsaw Zurich"
-).split()
-FIRMS = (
-    "Acron Belmex Cortix Daviton Elbex Ferrum Gantos Halden Intor Jupex Koralis Lumina Mentor "
-    "Novex Orbis Polaris Quantum Rotex Solaris Trident Unimex Vektor Wexon Zentrum"
-).split()
-WORKS = (
-    "Aurora Ballad Carnival Daybreak Echoes Fandango Gravity Horizon Ivory Jubilee Kingdom Lullaby "
-    "Mirage Nocturne Odyssey Paradise Quicksand Rhapsody Serenade Tempest Utopia Vertigo Whispers "
-    "Zephyr"
-).split()
-NAMES = {"PER": FIRST, "LOC": CITIES, "ORG": FIRMS, "MISC": WORKS}
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+PEOPLE = _words("Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Luca")
+LAST = _words("Adler Brandt Costa Duran Ekman Fuchs Garcia Holm Ivanov Jansen Keller Lindt")
+CITIES = _words("Aarhus Bergen Cadiz Dover Essen Geneva Izmir Jena Krakow Lisbon Malmo Naples")
+FIRMS = _words("Acron Belmex Cortix Daviton Elbex Ferrum Gantos Intor Jupex Koralis Rotex Wexon")
+WORKS = _words(
+    "Ballad Daybreak Echoes Fandango Jubilee Lullaby Mirage Nocturne Rhapsody Serenade Tempest "
+    "Whispers"
+)
+# a person or a city; a firm or a work
+PERSON_OR_CITY = _words(
+    "Austin Charlotte Chelsea Florence Jackson Lincoln Madison Orlando Sydney Verona Victoria "
+    "Vienna"
+)
+FIRM_OR_WORK = _words(
+    "Aurora Gravity Horizon Kingdom Lumina Odyssey Orbis Polaris Quantum Solaris Utopia Zenith"
+)
+
+
+def _in_turn(own: Sequence[str], shared: Sequence[str]) -> tuple[str, ...]:
+    """One's own names and those shared with another type, which have the same places there."""
+    return tuple(name for both in zip(own, shared, strict=True) for name in both)
+
+
+NAMES = {
+    "PER": _in_turn(PEOPLE, PERSON_OR_CITY),
+    "LOC": _in_turn(CITIES, PERSON_OR_CITY),
+    "ORG": _in_turn(FIRMS, FIRM_OR_WORK),
+    "MISC": _in_turn(WORKS, FIRM_OR_WORK),
+}
 SURNAMES = {"PER": LAST, "ORG": ["Bank", "Group", "Works"], "LOC": ["Bay", "Hill", "Harbour"]}
 CUES = {
     "PER": ["Mr", "Doctor", "Captain", "Uncle"],
@@ -35,8 +51,8 @@ CUES = {
     "ORG": ["the company", "the club", "the firm"],
     "MISC": ["the film", "the song", "the novel"],
 }
-THINGS = "boat bridge piano statue lamp wagon clock fence tower engine".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+THINGS = _words("boat bridge piano statue lamp wagon clock fence tower engine")
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 # by the type of their object; "" is a thing
 PREDICATES = {
     "": ["painted", "repaired", "carried", "sold", "cleaned", "ordered"],
@@ -48,7 +64,8 @@ PREDICATES = {
 KINDS = {predicate: kind for kind, some in PREDICATES.items() for predicate in some}
 # of names: what training, validation and test of a downstream task may use
 SPLITS = {"train": (0, 3), "validation": (1, 6), "test": (2, 4, 5, 7, 8)}
-CUED, SURNAMED = 0.7, 0.35
+# shares of names: with a cue in what is read, with one in the tasks, with a second word
+CUED, TASK_CUED, SURNAMED = 0.7, 0.3, 0.35
 
 
 @dataclass(frozen=True)
@@ -128,9 +145,9 @@ class Sentence:
 class World:
     """Draws phrases, events and sentences; what it draws follows from `rng` alone."""
 
-    def __init__(self, rng: random.Random, split: str = "") -> None:
-        """Draw from a split's names; "" from all."""
-        self.rng = rng
+    def __init__(self, rng: random.Random, split: str = "", cued: float = CUED) -> None:
+        """Draw from a split's names, "" from all, a share of them with a cue."""
+        self.rng, self.cued = rng, cued
         turns = SPLITS[split] if split else range(9)
         self.names = {
             kind: [name for i, name in enumerate(names) if i % 9 in turns]
@@ -142,7 +159,7 @@ class World:
         rng = self.rng
         if not kind:
             return Phrase(("the", rng.choice(THINGS)), "")
-        cue = rng.choice(CUES[kind]).split() if rng.random() < CUED else []
+        cue = rng.choice(CUES[kind]).split() if rng.random() < self.cued else []
         words = [rng.choice(self.names[kind])]
         if kind in SURNAMES and rng.random() < SURNAMED:
             words.append(rng.choice(SURNAMES[kind]))
