@@ -31,7 +31,7 @@ from benchmarks.hosts_text_tasks import Sizes, load_task, write_data
 from llama_adapter.host_training.fit_config import FitConfig
 from llama_adapter.tasks.task import Task
 
-PROMPTS, STD = 16, 0.5
+PROMPTS, STD = 16, 1.0
 _PREFIX = {"prompt_length": PROMPTS, "prompt_std": STD}
 ENTRIES = {
     "full": Entry("full", "full"),
@@ -67,7 +67,7 @@ class Plan:
 
 
 FULL = Plan(
-    steps=3000,
+    steps=3600,
     sizes={
         "squad": Sizes(600, 150, 400),
         "squad2": Sizes(600, 150, 400),

@@ -54,9 +54,9 @@ def document(world: World) -> tuple[str, str]:
     index = rng.randrange(len(events))
     text, answer = question(events[index], rng.choice(ASKED))
     form = rng.random()
-    if answer and form < 0.25:
+    if answer and form < 0.2:
         text = f"{text} {answer}"
-    elif answer and form < 0.85:
+    elif answer and form < 0.9:
         told[index] = told[index].replace(answer, f'" {answer} "', 1)
     return text, " ".join(told)
 

@@ -17,8 +17,10 @@ from llama_adapter.tasks.task import Task
 SPLITS = ("train", "validation", "test")
 # in tokens: no text of the world is longer
 MAX_LENGTH, STRIDE, MAX_ANSWER = 96, 32, 8
-# of SQuAD 2.0's questions, as many cannot be answered as of the development file's
-UNANSWERABLE = 0.5
+# of SQuAD 2.0's questions, as many cannot be answered as of the real files'
+UNANSWERABLE = {"train": 1 / 3, "validation": 1 / 2, "test": 1 / 2}
+# of a paragraph
+QUESTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,21 @@ def squad(split: str, size: int, version_2: bool) -> dict[str, Any]:
     paragraphs, count = [], 0
     while count < size:
         events, context = _paragraph(world)
-        asked = world.rng.sample([(event, what) for event in events for what in ASKED], 3)
+        told = [
+            (event, text, answer)
+            for event in events
+            for text, answer in (question(event, what) for what in ASKED)
+            if answer and context.count(answer) == 1
+        ]
         found = []
-        for event, what in asked:
-            text, answer = question(event, what)
-            possible = not version_2 or world.rng.random() >= UNANSWERABLE
-            if not possible:
-                text, answers = _not_told(world, event, context), []
-            elif answer and context.count(answer) == 1:
-                answers = [{"text": answer, "answer_start": context.index(answer)}]
-            else:
-                continue
+        for event, text, answer in world.rng.sample(told, min(QUESTIONS, len(told))):
+            answers = [{"text": answer, "answer_start": context.index(answer)}]
             item = {"id": f"{split}-{count + len(found)}", "question": text, "answers": answers}
-            found.append({**item, "is_impossible": not possible} if version_2 else item)
+            if version_2:
+                item["is_impossible"] = world.rng.random() < UNANSWERABLE[split]
+                if item["is_impossible"]:
+                    item |= {"question": _not_told(world, event, context), "answers": []}
+            found.append(item)
         found = found[: size - count]
         if found:
             paragraphs.append({"context": context, "qas": found})
