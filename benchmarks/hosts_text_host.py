@@ -61,7 +61,7 @@ def document(world: World) -> tuple[str, str]:
     return text, " ".join(told)
 
 
-def train_tokenizer(texts: Sequence[str], folder: Path) -> RobertaTokenizerFast:
+def train_tokenizer(texts: Sequence[str], folder: Path) -> Any:
     """Byte-level BPE of the texts, saved as transformers saves a RoBERTa tokenizer."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -94,7 +94,7 @@ def batches(lengths: Sequence[int], rng: random.Random) -> Iterator[list[int]]:
         yield from found
 
 
-def masked(ids: Tensor, tokenizer: RobertaTokenizerFast) -> tuple[Tensor, Tensor]:
+def masked(ids: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Token ids with some masked, and where: RoBERTa's training, with a share per document.
 
     Args:
@@ -144,7 +144,7 @@ def pretrain(folder: Path, steps: int) -> dict[str, float]:
 
 
 def _train(
-    model: Any, tokenizer: RobertaTokenizerFast, encoded: Sequence[Sequence[int]], steps: int
+    model: Any, tokenizer: Any, encoded: Sequence[Sequence[int]], steps: int
 ) -> list[float]:
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     places = batches([len(ids) for ids in encoded], random.Random("order"))
