@@ -6,7 +6,7 @@ The options and their defaults, the papers', are in recipe.py, one step of a run
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from llama_adapter.data.packed import template_prefixes
 from llama_adapter.data.run_data import load_run_data
 from llama_adapter.recipe import FinetuneConfig, learning_rate
 from llama_adapter.run_folder import OWN_FIELDS, Row, RunFolder, describe_environment
+from llama_adapter.seeded import seeded
 from llama_adapter.step_profile import outside, phase, profiled
 from llama_adapter.trainer import Prepared, Trainer
 from llama_adapter.tuned_modules import copy_norms
@@ -139,7 +140,7 @@ def _finetune(
     for line in dataset.warnings if not folder.follows else ():
         warnings.warn(line, stacklevel=3)
     device = base.model.output_weight.device
-    with _settings(config, device):
+    with seeded(config.seed, device, config.threads):
         generator = torch.Generator().manual_seed(config.seed)
         adapter = Adapter(
             config.adapter,
@@ -190,19 +191,6 @@ def _finetune(
         finally:
             folder.close()
     return FinetuneResult(adapter.requires_grad_(True), folder, dataset, speed)
-
-
-@contextmanager
-def _settings(config: FinetuneConfig, device: torch.device) -> Iterator[None]:
-    """The run's threads and random state, and the caller's again afterwards."""
-    threads = torch.get_num_threads()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.set_num_threads(config.threads or threads)
-            torch.manual_seed(config.seed)
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Run:

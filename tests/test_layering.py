@@ -12,7 +12,18 @@ ROOT = Path(__file__).parents[1]
 # top-level modules of llama_adapter, lowest first; a module may import from lower rows only
 LAYERS = (
     {"vision"},
-    {"caches", "config", "assets", "float8", "options", "quiet", "recompute", "tuning", "world"},
+    {
+        "caches",
+        "config",
+        "assets",
+        "float8",
+        "options",
+        "quiet",
+        "recompute",
+        "seeded",
+        "tuning",
+        "world",
+    },
     {"layers", "projector", "recipe", "tuned_modules", "utilisation"},
     {"adapter", "cache", "packing", "rotary_angles", "tokenizer", "sampling"},
     {"completion"},

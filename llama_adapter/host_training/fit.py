@@ -7,7 +7,6 @@ a run that was stopped continues bitwise. `fit` runs one to its end.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +22,8 @@ from llama_adapter.checkpoints.train_state import (
 )
 from llama_adapter.data.feed import shuffled
 from llama_adapter.host_training.fit_config import FitConfig, learning_rates
+from llama_adapter.hosts.attention import device_of
+from llama_adapter.seeded import seeded
 from llama_adapter.tasks.task import Task
 
 __all__ = ["Fit", "FitConfig", "Fitted", "evaluate", "fit"]
@@ -67,19 +68,6 @@ class Fitted:
     losses: tuple[float, ...]
     scores: dict[int, dict[str, float]]
     best_epoch: int | None
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random state begins at `seed`, and is the caller's again afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes."""
-    return next(model.parameters()).device
 
 
 def evaluate(

@@ -10,8 +10,9 @@ from small_hosts import Biases, Shades, make_items, make_vit
 from torch import Tensor, nn
 
 from llama_adapter.data.feed import shuffled
-from llama_adapter.host_training.fit import Fit, evaluate, fit, seeded
+from llama_adapter.host_training.fit import Fit, evaluate, fit
 from llama_adapter.host_training.fit_config import FitConfig
+from llama_adapter.seeded import seeded
 
 CONFIG = FitConfig(epochs=4, batch_size=5, lr=0.02, head_lr=0.05, warmup_epochs=1.0, seed=7)
 CPU = torch.device("cpu")

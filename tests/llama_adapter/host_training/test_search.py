@@ -8,9 +8,10 @@ import pytest
 import torch
 from small_hosts import Biases, Shades, make_vit
 
-from llama_adapter.host_training.fit import fit, seeded
+from llama_adapter.host_training.fit import fit
 from llama_adapter.host_training.fit_config import FitConfig
 from llama_adapter.host_training.search import Search, choose_lr
+from llama_adapter.seeded import seeded
 
 CONFIG = FitConfig(epochs=2, batch_size=8, lr=0.5, seed=7)
 CPU = torch.device("cpu")
