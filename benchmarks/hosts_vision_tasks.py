@@ -1,4 +1,4 @@
-"""The ViT's downstream tasks of `benchmarks.hosts`, in VTAB's three groups in kind, and its sources.
+"""The ViT's tasks of `benchmarks.hosts`, in VTAB's three groups in kind, and its sources.
 
 Natural pictures show what the host has not been told apart: other textures, more hues. Specialised
 ones come from other cameras: grey and noisy scans, false colours. Structured ones ask for what
@@ -47,7 +47,9 @@ def sources(n: int, generator: torch.Generator) -> tuple[Tensor, tuple[Tensor, T
 def _anything(n: int, generator: torch.Generator) -> Things:
     """Things of any source class."""
     shape, texture = choice(len(SHAPES), n, generator), choice(len(TEXTURES), n, generator)
-    return somewhere(shape, texture, tinted(choice(len(COLOURS), n, generator), generator), generator)
+    return somewhere(
+        shape, texture, tinted(choice(len(COLOURS), n, generator), generator), generator
+    )
 
 
 def textures(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -63,7 +65,9 @@ def hues(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     label = choice(HUES, n, generator)
     hue = (label + uniform(0.1, 0.9, (n,), generator)) / HUES
     light = uniform(0.3, 0.7, (n,), generator)
-    found = [colorsys.hls_to_rgb(h, v, 0.5) for h, v in zip(hue.tolist(), light.tolist(), strict=True)]
+    found = [
+        colorsys.hls_to_rgb(h, v, 0.5) for h, v in zip(hue.tolist(), light.tolist(), strict=True)
+    ]
     things = replace(_anything(n, generator), colour=torch.tensor(found))
     return noisy(paint(grounds(n, generator), things), 0.08, generator), label
 
@@ -97,7 +101,9 @@ def count(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 def place(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One thing in one of the cells of a grid."""
     label = choice(len(_PLACES), n, generator)
-    return noisy(paint(grounds(n, generator), _placed(label, generator, 4.5)), 0.05, generator), label
+    return noisy(
+        paint(grounds(n, generator), _placed(label, generator, 4.5)), 0.05, generator
+    ), label
 
 
 def _placed(cell: Tensor, generator: torch.Generator, radius: float) -> Things:
