@@ -39,7 +39,12 @@ setup(
         "adapter_kernels": "kernels/adapter_kernels",
     },
     package_data={
-        "llama_adapter": ["assets/README.md", "assets/*.json", "assets/*/*"],
+        "llama_adapter": [
+            "assets/README.md",
+            "assets/*.json",
+            "assets/*/*",
+            "host_training/recipes/*.yaml",
+        ],
         "adapter_kernels": ["*.cpp", "*.h"],
     },
     install_requires=[

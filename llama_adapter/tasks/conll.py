@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from llama_adapter.data.checked_files import FileProblem
+from llama_adapter.data.checked_files import FileProblem, pairs
 from llama_adapter.tasks.conll_files import Sentence, read_conll03, read_conll04
 from llama_adapter.tasks.running import evaluating
 from llama_adapter.tasks.spans import OUTSIDE, span_scores
@@ -27,7 +27,7 @@ READERS: dict[str, Reader] = {
     "conll05": read_roles,
     "conll12": read_roles,
 }
-# what CoNLL05's own scorer leaves out of its F1
+# the role of the predicate itself, which CoNLL05's own scorer does not count
 VERB = "V"
 
 
@@ -110,6 +110,8 @@ class TaggingTask:
                     read[str(path)], refused = READERS[data](path)
                     problems += refused
             splits.append([sentence for path in _each(paths) for sentence in read[str(path)]])
+        if any(one.predicate is not None for split in splits for one in split):
+            tagged.before_predicate()
         if labels is None:
             labels = sorted({OUTSIDE, *(tag for one in splits[0] for tag in one.tags)})
         problems += _unknown([one for split in splits for one in split], {*labels})
@@ -180,23 +182,28 @@ class TaggingTask:
         """Micro-averaged precision, recall and F1 of spans and each type's F1, in per cent.
 
         Where the sentences are of more than one file, also "FILE f1" of each; where they have
-        predicates, "f1 without V", which CoNLL05's own scorer reports.
+        predicates, "f1 without V": of the roles alone.
+
+        Raises:
+            ValueError: there are no items, or not one prediction for each.
         """
-        wanted = [item.tags for item in items]
+        wanted = [item.tags for item, _ in pairs(items, predictions)]
         scores = span_scores(wanted, predictions, strict=self.strict)
         if any(item.predicate is not None for item in items):
             rest = span_scores(wanted, predictions, strict=self.strict, without=(VERB,))
             scores["f1 without V"] = rest["f1"]
-        paths = {item.path: None for item in items}
-        for path in paths if len(paths) > 1 else ():
+        files = _file_names([item.path for item in items])
+        for path, name in files.items() if len(files) > 1 else ():
             own = [place for place, item in enumerate(items) if item.path == path]
-            found = span_scores(
-                [wanted[place] for place in own],
-                [predictions[place] for place in own],
-                strict=self.strict,
-            )
-            scores[f"{path} f1"] = found["f1"]
+            truth, guess = ([rows[place] for place in own] for rows in (wanted, predictions))
+            scores[f"{name} f1"] = span_scores(truth, guess, strict=self.strict)["f1"]
         return scores
+
+
+def _file_names(paths: Iterable[str]) -> dict[str, str]:
+    """For every path what tells it from the others: its last part, or all where two share that."""
+    names = {path: Path(path).name for path in paths}
+    return names if len({*names.values()}) == len(names) else {path: path for path in names}
 
 
 def _each(paths: Paths | None) -> Sequence[str | Path]:
@@ -211,6 +218,6 @@ def _unknown(sentences: Iterable[Sentence], labels: set[str]) -> list[FileProble
     for sentence in sentences:
         for tag in sentence.tags:
             if tag not in labels and tag not in found:
-                reason = f"tag {tag} is no label of the training files, so it is always missed"
+                reason = f"tag {tag} is none of the labels, so it is always missed"
                 found[tag] = FileProblem(sentence.at, reason, sentence.path, "sentence at")
     return [*found.values()]

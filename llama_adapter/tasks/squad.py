@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from llama_adapter.data.checked_files import FileProblem
+from llama_adapter.data.checked_files import FileProblem, pairs
 from llama_adapter.tasks.running import evaluating
 from llama_adapter.tasks.squad_answers import Answering, answer
 from llama_adapter.tasks.squad_files import Question, read_squad
@@ -162,9 +162,12 @@ class SquadTask:
 
         For version 2.0 also best_exact and best_f1: what the best threshold on the odds of no
         answer makes of every question's best span.
+
+        Raises:
+            ValueError: there are no items, or not one prediction for each.
         """
         version_2 = self.answering.version_2
-        texts = [prediction["text"] for prediction in predictions]
+        texts = [prediction["text"] for _, prediction in pairs(items, predictions)]
         scores = squad_scores(items, texts, version_2=version_2)
         if version_2:
             spans = [prediction["span"] for prediction in predictions]

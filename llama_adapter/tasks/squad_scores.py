@@ -100,15 +100,16 @@ def best_threshold(
     Returns:
         The best mean in per cent, and its threshold.
     """
-    unanswered = sum(not question.answers for question in questions)
-    gains = [
-        best(measure, question, text, version_2=True) - (not question.answers)
+    silent = [best(measure, question, "", version_2=True) for question in questions]
+    spoken = [
+        best(measure, question, text, version_2=True)
         for question, text in zip(questions, texts, strict=True)
     ]
-    total, top, threshold = float(unanswered), float(unanswered), 0.0
+    total = top = sum(silent)
+    threshold = 0.0
     order = sorted(range(len(questions)), key=lambda place: null_odds[place])
     for position, place in enumerate(order):
-        total += gains[place]
+        total += spoken[place] - silent[place]
         # questions of equal odds are answered together
         following = order[position + 1] if position + 1 < len(order) else None
         if following is not None and null_odds[following] == null_odds[place]:

@@ -47,8 +47,8 @@ class Tagged:
         """Check that the tokenizer takes words.
 
         Raises:
-            ValueError: words one by one are other tokens than words in a text, there is no separating
-                token, or the model takes less than max_length.
+            ValueError: words one by one are other tokens than in a text, or max_length is out of
+                range.
         """
         apart = self.tokenizer(["a", "a"], is_split_into_words=True)["input_ids"]
         if apart != self.tokenizer("a a")["input_ids"]:
@@ -62,15 +62,24 @@ class Tagged:
                 f"{self.tokenizer.model_max_length}, as the tokenizer says of its model, "
                 f"got {self.max_length}"
             )
-        if self.separator is None and self.tokenizer.sep_token is None:
+
+    def before_predicate(self) -> str:
+        """The word that parts a sentence from its predicate.
+
+        Raises:
+            ValueError: none is given and the tokenizer has none.
+        """
+        if self.separator is not None:
+            return self.separator
+        if self.tokenizer.sep_token is None:
             raise ValueError("separator must be given: the tokenizer has no separating token")
+        return self.tokenizer.sep_token
 
     def tokenised(self, sentence: Sentence) -> Tokenised:
         """A sentence's tokens, at most max_length of them."""
         tail: list[str] = []
         if sentence.predicate is not None:
-            separator = self.tokenizer.sep_token if self.separator is None else self.separator
-            tail = [separator, sentence.words[sentence.predicate]]
+            tail = [self.before_predicate(), sentence.words[sentence.predicate]]
         count = len(sentence.words)
         encoding = self._encoded([*sentence.words, *tail])
         if len(encoding.ids) > self.max_length:
@@ -93,4 +102,4 @@ class Tagged:
         """How many of a sentence's first words leave room for all else that is encoded."""
         own = [word for word in encoding.word_ids if word is not None and word < words]
         over = len(encoding.ids) - self.max_length
-        return own[max(len(own) - over, 0)]
+        return own[max(len(own) - over, 0)] if own else 0

@@ -32,7 +32,7 @@ def lora(
         f"{name}.{leaf}"
         for part in parts
         for name in _attention_names(part)
-        for leaf in (part.sites.query, part.sites.value)
+        for leaf in (part.sites.query, part.tower.host.value)
     ]
     undo = [_put_back(model, name) for name in targets]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
@@ -52,16 +52,11 @@ def lora(
 
 
 def _attention_names(part: Part) -> list[str]:
-    names = {id(module): name for name, module in part.model.named_modules()}
-    return [names[id(attention)] for attention in part.attentions()]
+    names = {id(module): name for name, module in part.tower.model.named_modules()}
+    return [names[id(attention)] for attention in part.tower.attentions()]
 
 
 def _put_back(model: nn.Module, name: str) -> Undo:
     path, _, leaf = name.rpartition(".")
     held = model.get_submodule(path)._modules
-    own = held[leaf]
-
-    def undo() -> None:
-        held[leaf] = own
-
-    return undo
+    return partial(held.__setitem__, leaf, held[leaf])

@@ -4,13 +4,14 @@ import json
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
     BertTokenizerFast,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForQuestionAnswering,
     RobertaForTokenClassification,
@@ -50,6 +51,23 @@ def bert_tokenizer() -> Any:
     pieces = [*BERT_SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
     pieces += ["the", "tower", "paris", "in", "of", "##er", "designed"]
     return BertTokenizerFast(vocab={piece: place for place, piece in enumerate(pieces)})
+
+
+def word_tokenizer(words: int = 60, **more: Any) -> Any:
+    """A token for each of the words w0, w1, ..., and BERT's special ones: for counting by hand."""
+    vocabulary = [*BERT_SPECIAL, *(f"w{place}" for place in range(words))]
+    whole = Tokenizer(
+        models.WordLevel({word: place for place, word in enumerate(vocabulary)}, unk_token="[UNK]")
+    )
+    whole.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    whole.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, vocabulary.index(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]"}
+    special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=whole, **(special | more))
 
 
 def _config(kind: Any, tokenizer: Any, **more: Any) -> Any:

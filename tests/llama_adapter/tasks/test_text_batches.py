@@ -1,0 +1,60 @@
+"""Sequences of any lengths as one batch."""
+
+from itertools import chain
+
+import pytest
+import torch
+
+from llama_adapter.tasks.text_batches import batches, device_of, pad_id_of, padded
+from tests.llama_adapter.tasks.text_hosts import bert_tokenizer, roberta_tokenizer
+
+
+def test_batches_are_runs_in_order() -> None:
+    items = [*range(7)]
+    assert [len(some) for some in batches(items, 3)] == [3, 3, 1]
+    assert [*chain(*batches(items, 3))] == items
+    assert [*batches([], 3)] == []
+
+
+def test_sequences_are_filled_up_on_the_right() -> None:
+    rows = [
+        {"input_ids": [5, 6, 7], "token_type_ids": [0, 1, 1]},
+        {"input_ids": torch.tensor([8], dtype=torch.int32), "token_type_ids": torch.tensor([1])},
+    ]
+    found = padded(rows, 3, torch.device("cpu"))
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+        "input_ids": [[5, 6, 7], [8, 3, 3]],
+        "token_type_ids": [[0, 1, 1], [1, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+    }
+    assert {tensor.dtype for tensor in found.values()} == {torch.long}
+
+
+@pytest.mark.parametrize("make", [roberta_tokenizer, bert_tokenizer])
+def test_a_batch_is_what_the_tokenizer_pads(make: object) -> None:
+    assert callable(make)
+    tokenizer = make()
+    texts = ["The tower in Paris", "a", "1889 words"]
+    names = tokenizer.model_input_names
+    rows = [
+        {name: tokenizer(text)[name] for name in names if name != "attention_mask"}
+        for text in texts
+    ]
+    found = padded(rows, pad_id_of(tokenizer), torch.device("cpu"))
+    wanted = tokenizer(texts, padding=True, return_tensors="pt")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
+
+
+def test_tokenizers_that_will_not_do() -> None:
+    tokenizer = bert_tokenizer()
+    assert pad_id_of(tokenizer) == 0
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="tokenizer must have a padding token, got none"):
+        pad_id_of(tokenizer)
+    with pytest.raises(ValueError, match=r"must be one of transformers' fast ones.* got object"):
+        pad_id_of(object())
+
+
+def test_inputs_go_where_the_first_parameter_is() -> None:
+    assert device_of(torch.nn.Linear(1, 1, device="meta")).type == "meta"
