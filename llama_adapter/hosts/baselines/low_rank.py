@@ -41,6 +41,8 @@ def lora(
     known = set(model.__dict__)
     inject_adapter_in_model(config, model)
     undo += [partial(model.__dict__.pop, name) for name in set(model.__dict__) - known]
+    for name in targets:
+        model.get_submodule(name).train(model.training)
     parameters = {name: x for name, x in model.named_parameters() if ".lora_" in name}
     for name, parameter in parameters.items():
         parameter.data = parameter.data.float()

@@ -224,6 +224,6 @@ def initialise(module: nn.Module, generator: Generator) -> None:
 
 def hang(model: nn.Module, name: str, module: nn.Module, device: torch.device) -> Trained:
     """Make a module part of a model, as what is trained."""
-    model.add_module(name, module.to(device))
+    model.add_module(name, module.to(device).train(model.training))
     parameters = {f"{name}.{key}": x for key, x in module.named_parameters()}
     return Trained(parameters, [partial(delattr, model, name)])
