@@ -77,7 +77,7 @@ FULL = Size(
     counts={"train": 32, "val": 8, "test": 40},
     shots=SHOTS,
     config=FitConfig(epochs=10, batch_size=16, warmup_epochs=1.0, eval_every=10, keep="last"),
-    grid=(1e-3, 4e-3, 1.6e-2, 6.4e-2),
+    grid=(1e-3, 1e-2, 1e-1),
     seeds=(0, 1, 2),
 )
 QUICK = Size(

@@ -78,7 +78,7 @@ FULL = Size(
     config=FitConfig(
         epochs=6, batch_size=32, weight_decay=0.01, warmup_epochs=0.6, eval_every=6, keep="last"
     ),
-    grid=(1e-3, 4e-3, 1.6e-2, 6.4e-2),
+    grid=(1e-3, 1e-2, 1e-1),
     seeds=(0, 1, 2),
 )
 QUICK = Size(
