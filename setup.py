@@ -20,6 +20,8 @@ QUANT = ["torchao>=0.17"]
 OCR = ["pytesseract>=0.3.13"]
 # 100 MB, so no part of what a newcomer installs
 EVAL = ["pycocoevalcap>=1.2"]
+# what owns the scores that tests hold ours to
+SCORERS = ["seqeval>=1.2.2", "torchmetrics>=1.4"]
 TEST = [*HF, *PLOT, *LOG, *QUANT, *OCR, "pytest>=8", "pytest-xdist>=3.5"]
 
 setup(
@@ -39,7 +41,12 @@ setup(
         "adapter_kernels": "kernels/adapter_kernels",
     },
     package_data={
-        "llama_adapter": ["assets/README.md", "assets/*.json", "assets/*/*"],
+        "llama_adapter": [
+            "assets/README.md",
+            "assets/*.json",
+            "assets/*/*",
+            "host_training/recipes/*.yaml",
+        ],
         "adapter_kernels": ["*.cpp", "*.h"],
     },
     install_requires=[
@@ -61,7 +68,7 @@ setup(
         "ocr": OCR,
         "eval": EVAL,
         "test": TEST,
-        "dev": [*TEST, *EVAL, "ruff>=0.15", "pyright[nodejs]>=1.1.400"],
+        "dev": [*TEST, *EVAL, *SCORERS, "ruff>=0.15", "pyright[nodejs]>=1.1.400"],
     },
     entry_points={"console_scripts": ["llama-adapter = llama_adapter.__main__:main"]},
 )

@@ -1,7 +1,7 @@
-"""What a part of `benchmarks.hosts` gives: a world of data in real formats, hosts, and a table of runs.
+"""What a part of `benchmarks.hosts` gives: a world of data sets, their hosts, and runs.
 
-A world writes its data sets as files and pre-trains its hosts once, in a folder. A run is one method
-on one data set: it chooses the learning rate on validation, then trains once per seed.
+A world writes its data sets as files and pre-trains its hosts once, in a folder. A run is one
+method on one data set: it chooses the learning rate on validation, then trains once per seed.
 """
 
 import hashlib

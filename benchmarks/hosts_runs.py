@@ -7,6 +7,7 @@ trainings through `fit`, scores through the task.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,18 +19,19 @@ from llama_adapter.hosts.methods import Attached, MethodOptions, attach
 from llama_adapter.seeded import seeded
 from llama_adapter.tasks.task import Task
 
-# of the first seed's predictions, so many are kept in a row
-KEPT = 60
+# places of the test's items whose predictions are kept in a row
+KEPT = range(60)
 
 
 def measure_method(
     make_host: Callable[[int], nn.Module],
-    task_of: Callable[[int], Task],
+    task_of: Callable[[int], Any],
     entry: Entry,
     config: FitConfig,
     grid: Sequence[float],
     seeds: Sequence[int],
-    final_of: Callable[[Task], Task] | None = None,
+    final_of: Callable[[Any], Task] | None = None,
+    kept: Sequence[int] = KEPT,
 ) -> Row:
     """Choose a method's learning rate, train it once per seed, and score it on the test.
 
@@ -41,12 +43,13 @@ def measure_method(
         grid: the learning rates, the same for every method; chosen with the first seed.
         seeds: of initial values, of the items' order, and of the task.
         final_of: from a task what the chosen rate is trained on; None is the task itself.
+        kept: places of the test's items whose predictions are kept; those beyond its end are not.
 
     Returns:
         Plain data: lr, grid (validation score by rate, None where the loss was not finite), scores
         (of the test, a mapping per seed), losses (the first and the last epoch's mean, per seed),
-        parameters (trained) and head_parameters among them, predictions (of the first seed's KEPT
-        first items), train_seconds (of a processor, per seed), processor_seconds and seconds of
+        parameters (trained) and head_parameters among them, predictions (the first seed's of
+        `kept`), train_seconds (of a processor, per seed), processor_seconds and seconds of
         all.
     """
     start, busy = time.perf_counter(), time.process_time()
@@ -76,7 +79,7 @@ def measure_method(
             _train(row, method, final, replace(config, lr=row["lr"], seed=seed))
         predictions, scores = evaluate(method.model, task)
         row["scores"].append({name: round(value, 3) for name, value in scores.items()})
-        row.setdefault("predictions", predictions[:KEPT])
+        row.setdefault("predictions", [predictions[i] for i in kept if i < len(predictions)])
     return {
         **row,
         "seconds": round(time.perf_counter() - start, 1),

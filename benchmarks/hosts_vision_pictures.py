@@ -1,4 +1,4 @@
-"""Small pictures for the ViT's and CLIP's worlds of `benchmarks.hosts`: textured shapes on a ground.
+"""Small pictures for the vision worlds of `benchmarks.hosts`: textured shapes on a ground.
 
 A batch is drawn at once: each shape is a function of the plane, twice as fine as the pixels, and a
 texture mixes its colour with a darker tone of it.

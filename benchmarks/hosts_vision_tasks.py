@@ -1,4 +1,4 @@
-"""The ViT's downstream tasks of `benchmarks.hosts`, in VTAB's three groups in kind, and its sources.
+"""The ViT's tasks of `benchmarks.hosts`, in VTAB's three groups in kind, and its sources.
 
 Natural pictures show what the host has not been told apart: other textures, more hues. Specialised
 ones come from other cameras: grey and noisy scans, false colours. Structured ones ask for what

@@ -20,6 +20,7 @@ from llama_adapter.checkpoints.adapter_formats import adapter_path
 from llama_adapter.convert import add_arguments, convert, describe_adapter
 from llama_adapter.evaluation import command, records_command
 from llama_adapter.generate_command import generate
+from llama_adapter.host_training import command as host_command
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
 from llama_adapter.recipe import FinetuneConfig
 from llama_adapter.step_profile import TABLE
@@ -108,19 +109,33 @@ def _version() -> str:
         return "llama-adapter, from a source tree that is not installed"
 
 
-def _parser() -> Parser:
-    about = "Fine-tune a LLaMA-Adapter and talk to the result. Each command has --help of its own."
-    parser = Parser(prog="llama-adapter", description=about, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=_version())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    tune = _command(commands, "finetune", _finetune, "Train an adapter on instruction data.")
+def _finetune_options(tune: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """What `finetune` takes: two kinds of model have options of their own."""
+    if arguments[:1] == ["finetune"] and host_command.is_wanted(arguments[1:]):
+        tune.set_defaults(run=host_command.finetune)
+        host_command.add_arguments(tune)
+        return
+    tune.add_argument(
+        "--host",
+        help="train a vit, roberta, bert or clip in place of a LLaMA; `finetune --host vit --help` "
+        "shows the options of that",
+    )
     tune.add_argument("--config", type=Path, help="JSON file of options; the command line wins")
     tune.add_argument(
         "--resume", action="store_true", help="continue the run in --output, with its own options"
     )
     tune.add_argument("--quiet", action="store_true", help="no progress bar")
     add_options(tune, FinetuneConfig)
+
+
+def _parser(arguments: list[str]) -> Parser:
+    about = "Fine-tune a LLaMA-Adapter and talk to the result. Each command has --help of its own."
+    parser = Parser(prog="llama-adapter", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    tune = _command(commands, "finetune", _finetune, "Train an adapter on instruction data.")
+    _finetune_options(tune, arguments)
 
     make = _command(commands, "generate", generate, "Answer one instruction, or a file of them.")
     generate_command.add_arguments(make)
@@ -169,7 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
         0 on success, 2 for a request that cannot be carried out, 130 after Ctrl-C; `doctor`
         returns 1 when it finds a problem.
     """
-    options = _parser().parse(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser(words).parse(words)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning

@@ -1,7 +1,7 @@
 """Command-line options from dataclasses: one field, one option, documented once.
 
 A field's metadata holds `help` and, where the values are few, `choices`. Nested dataclasses are
-flattened. The same reading serves a JSON file of fields given as `--config`.
+flattened. The same reading serves a JSON or YAML file of fields given as `--config`.
 """
 
 import argparse
@@ -156,21 +156,55 @@ def build(cls: type[T], given: dict[str, Any], **fixed: Any) -> T:
         raise UsageError(str(error)) from error
 
 
-def read_config(path: Path, cls: type) -> dict[str, Any]:
+def read_object(path: Path, flag: str = "--config") -> dict[str, Any]:
+    """The JSON object, or of a .yaml file the mapping, that a file holds.
+
+    Raises:
+        UsageError: the file is missing or holds no such thing, or PyYAML is missing.
+    """
+    wanted, data = "JSON object", None
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix in (".yaml", ".yml"):
+            wanted, data = "YAML mapping", _yaml(text, f"{flag} {path}")
+        else:
+            data = json.loads(text)
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror or error}") from error
+    except UsageError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{flag} {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{flag} {path}: expected a {wanted}, got {type(data).__name__}")
+    return data
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        remedy = "pip install 'llama-adapter-kernels[hf]'"
+        raise UsageError(f"{where}: needs PyYAML: {remedy} ({error})") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: no YAML ({' '.join(str(error).split())})") from None
+
+
+def read_config(path: Path, cls: type, flag: str = "--config") -> dict[str, Any]:
     """Read option values for `cls` from a JSON object, such as a run folder's config.json.
+
+    Args:
+        path: the file; a .yaml file holds a mapping.
+        cls: dataclass whose options are read.
+        flag: the option that named the file, for messages.
 
     Raises:
         UsageError: the file is missing or no JSON object, a name is unknown, a value has
             the wrong type.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--config {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"--config {path}: expected a JSON object, got {type(data).__name__}")
+    data = read_object(path, flag)
     known = {spec.name: hint for spec, hint in _leaf_fields(cls)}
     flat: dict[str, Any] = {}
     for name, value in data.items():
@@ -179,5 +213,5 @@ def read_config(path: Path, cls: type) -> dict[str, Any]:
         if name not in known:
             near = difflib.get_close_matches(name, list(known), n=1)
             hint = f", did you mean {near[0]}?" if near else ""
-            raise UsageError(f"--config {path}: unknown name {name}{hint}")
+            raise UsageError(f"{flag} {path}: unknown name {name}{hint}")
     return {name: _decode(name, value, known[name]) for name, value in flat.items()}

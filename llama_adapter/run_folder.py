@@ -357,17 +357,18 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def describe_environment(device: torch.device, more: Sequence[str] = ()) -> dict[str, Any]:
     """Versions, device, threads and the source's git commit; no paths, no host names.
 
     Args:
         device: where the run computes.
+        more: packages beside PACKAGES.
 
     Returns:
         Plain data for environment.json.
     """
     packages = {}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *more):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

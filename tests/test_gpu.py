@@ -1,7 +1,9 @@
 """What only a GPU can show: the same numbers on CUDA as on the CPU. `make gpu` runs these."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from llama_adapter.checkpoints import load_base
 from llama_adapter.config import AdapterConfig
 from llama_adapter.data.template import prompt_text
 from llama_adapter.generation import generate
+from llama_adapter.hosts import adapt
 from llama_adapter.recipe import FinetuneConfig
 from llama_adapter.sampling import SamplingConfig
 from llama_adapter.training import finetune
+from tests.llama_adapter.encoder_models import bert, padded, pixels, roberta, vit, words
 
 pytestmark = pytest.mark.gpu
 
@@ -67,3 +71,26 @@ def test_fine_tuning_takes_the_same_steps(tmp_path: Path) -> None:
     torch.testing.assert_close(
         torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("make", [vit, roberta, bert], ids=["vit", "roberta", "bert"])
+def test_an_adapted_encoder_computes_as_on_the_cpu(make: Callable[[], Any]) -> None:
+    """Bidirectional, with padding where there are words, forward and backward."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model = make()
+        adapter = adapt(model, prompt_length=5, generator=torch.Generator().manual_seed(7))
+        with torch.no_grad():
+            adapter.gates.normal_(std=1.5, generator=torch.Generator().manual_seed(8))
+        model.to(device)
+        if make is vit:
+            logits = model(pixel_values=pixels().to(device)).logits
+        else:
+            mask = padded().to(device)
+            logits = model(input_ids=words().to(device), attention_mask=mask).logits
+            logits = logits * mask[..., None]
+        grads = torch.autograd.grad(logits.square().sum(), list(adapter.parameters()))
+        results.append([logits.detach().cpu(), *(grad.cpu() for grad in grads)])
+    for cpu, cuda in zip(*results, strict=True):
+        assert cpu.abs().max() > 1e-2
+        torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-4)

@@ -27,6 +27,8 @@ class Row:
     environment: Mapping[str, str] = field(default_factory=dict)
     # packages that nothing else here needs come with all that they need
     dependencies: bool = False
+    # which of the tests, as pytest's -m takes it
+    marks: str = "not slow"
 
 
 KERNEL_TESTS = (
@@ -57,6 +59,8 @@ HF_TESTS = (
     "tests/llama_adapter/checkpoints/test_adapter_peft.py",
     "tests/llama_adapter/hosts",
     "tests/llama_adapter/multimodal",
+    "tests/llama_adapter/tasks",
+    "tests/llama_adapter/host_training",
     "tests/llama_adapter/integrations",
 )
 # transformers wants a newer safetensors than we do, so these do without it
@@ -65,9 +69,14 @@ FILE_TESTS = (
     "tests/llama_adapter/checkpoints/test_train_state.py",
     "tests/benchmarks/test_loading.py",
 )
+OLDEST = ("transformers==5.10.1", "tokenizers==0.22.2", "peft==0.18.0")
+NEWEST = ("transformers==5.23.0", "peft==0.21.2")
+REAL_SHAPES = ("tests/llama_adapter/hosts/test_real_shapes.py",)
 ROWS = (
-    Row(("transformers==5.10.1", "tokenizers==0.22.2", "peft==0.18.0"), HF_TESTS),
-    Row(("transformers==5.23.0", "peft==0.21.2"), HF_TESTS),
+    Row(OLDEST, HF_TESTS),
+    Row(OLDEST, REAL_SHAPES, marks="slow"),
+    Row(NEWEST, HF_TESTS),
+    Row(NEWEST, REAL_SHAPES, marks="slow"),
     Row(("lm-eval[hf]==0.4.13",), LM_EVAL_TESTS, dependencies=True),
     # with what it imports: all that it asks for would bring a hub too old for our transformers
     Row(
@@ -104,7 +113,7 @@ def run(row: Row) -> int:
             install = [python, "-m", "pip", "install", "--quiet", "--no-deps"]
             subprocess.run([*install, "--target", str(target), *row.packages], check=True)
     print(f"== {', '.join(row.packages)}", flush=True)
-    command = [python, "-m", "pytest", "-m", "not slow", *row.tests]
+    command = [python, "-m", "pytest", "-m", row.marks, *row.tests]
     environment = {**os.environ, **row.environment, "PYTHONPATH": os.pathsep.join(path)}
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 

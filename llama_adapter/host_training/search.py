@@ -70,6 +70,11 @@ class Search:
         return -max(found)[1] if found else None
 
     @property
+    def at_an_end(self) -> bool:
+        """Whether the current fit has taken all of its steps."""
+        return self._fit is not None and self._fit.step == self._fit.total
+
+    @property
     def total(self) -> int:
         """Steps of all fits, those that a rate that is out does not take among them."""
 

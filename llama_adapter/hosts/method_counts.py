@@ -41,7 +41,7 @@ def count_parameters(model: Any, name: str, options: MethodOptions | None = None
     head = 0 if name == "frozen" else sum(sizes[key] for key in in_head)
     if name in ("full", "bias"):
         chosen = bias_names(model, parts.values()) if name == "bias" else list(sizes)
-        prefixes = tuple(part.prefix for part in parts.values()) or ("",)
+        prefixes = tuple(part.tower.prefix for part in parts.values()) or ("",)
         chosen = [key for key in chosen if key not in in_head and key.startswith(prefixes)]
         return {"method": sum(sizes[key] for key in chosen), "head": head}
     return {"method": sum(_count(name, part, options) for part in parts.values()), "head": head}

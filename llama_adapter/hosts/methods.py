@@ -155,7 +155,7 @@ def _full(
     if not parts:
         return train_own(model, [name for name, _ in model.named_parameters()])
     need_float32(model, "full with encoders")
-    prefixes = tuple(part.prefix for part in parts.values())
+    prefixes = tuple(part.tower.prefix for part in parts.values())
     return train_own(model, [x for x, _ in model.named_parameters() if x.startswith(prefixes)])
 
 

@@ -85,8 +85,8 @@ def train_head(tower: Tower, adapter: Adapter) -> GivenHead | None:
         return None
     module = found[1]
     before = dict(module.named_parameters())
-    _set_parameters(module, {name: adapter.head.get_parameter(name) for name in before})
-    return GivenHead(before, module.register_forward_pre_hook(_in_float32))
+    set_parameters(module, {name: adapter.head.get_parameter(name) for name in before})
+    return GivenHead(before, module.register_forward_pre_hook(in_float32))
 
 
 def give_back_head(tower: Tower, before: GivenHead | None) -> None:
@@ -94,16 +94,17 @@ def give_back_head(tower: Tower, before: GivenHead | None) -> None:
     found = tower.head()
     if before is not None and found is not None:
         before.hook.remove()
-        _set_parameters(found[1], before.parameters)
+        set_parameters(found[1], before.parameters)
 
 
-def _set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    """Put parameters into a module in the place of its own, by dotted name."""
     for name, parameter in parameters.items():
         path, _, leaf = name.rpartition(".")
         module.get_submodule(path)._parameters[leaf] = parameter
 
 
-def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A half-precision host's hidden states for a head that is trained in float32."""
     dtype = next(module.parameters()).dtype
     return tuple(x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
@@ -119,8 +120,12 @@ def shift_positions(tower: Tower, adapter: Adapter) -> RemovableHandle | None:
     """
     if not adapter.host.shift_positions:
         return None
+    return shift_by(tower, adapter.config.prompt_length)
+
+
+def shift_by(tower: Tower, length: int) -> RemovableHandle:
+    """Let the positions of a BERT's or RoBERTa's tokens begin behind `length` others."""
     embeddings = tower.model.get_submodule(tower.prefix + tower.host.embeddings)
-    length = adapter.config.prompt_length
     return embeddings.register_forward_pre_hook(partial(_shift, length), with_kwargs=True)
 
 

@@ -1,1 +1,1 @@
-"""The papers' tasks for ViT, RoBERTa and CLIP: their files, what a host is given, their scores."""
+"""The papers' tasks for ViT, RoBERTa and CLIP: files, what a host is given, scores."""

@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,11 +124,6 @@ class BaseToNovelTask:
         augment: training takes random pieces, mirrored at random, by torch's own generator.
     """
 
-    kind: ClassVar[str] = "contrastive"
-    # of the validation images, which are base alone
-    metric: ClassVar[str] = BASE
-    labels: ClassVar[tuple[str, ...]] = ()
-
     train: Sequence[NamedImage]
     validation: Sequence[NamedImage]
     test: Sequence[NamedImage]
@@ -136,6 +131,10 @@ class BaseToNovelTask:
     texts: Mapping[str, ClassTexts] = field(repr=False)
     images: ImageReader = field(repr=False)
     augment: bool = True
+    kind: str = field(default="contrastive", init=False)
+    # of the validation images, which are base alone
+    metric: str = field(default=BASE, init=False)
+    labels: tuple[str, ...] = field(default=(), init=False)
 
     @classmethod
     def load(

@@ -11,11 +11,11 @@ from torch.nn.functional import cross_entropy
 
 from llama_adapter.data.checked_files import FileProblem, pairs
 from llama_adapter.tasks.conll_files import Sentence, read_conll03, read_conll04
-from llama_adapter.tasks.running import evaluating
+from llama_adapter.tasks.running import beside, evaluating
 from llama_adapter.tasks.spans import OUTSIDE, span_scores
 from llama_adapter.tasks.srl_files import read_roles
 from llama_adapter.tasks.tagged_tokens import NO_LABEL, Tagged, Tokenised
-from llama_adapter.tasks.text_batches import batches, device_of, pad_id_of, padded
+from llama_adapter.tasks.text_batches import batches, pad_id_of, padded
 
 Reader = Callable[[str | Path], tuple[list[Sentence], list[FileProblem]]]
 Paths = str | Path | Sequence[str | Path]
@@ -139,7 +139,7 @@ class TaggingTask:
         count = int((wanted != NO_LABEL).sum())
         total = cross_entropy(
             logits.flatten(0, 1),
-            wanted.to(logits.device).flatten(),
+            beside(wanted, model).flatten(),
             ignore_index=NO_LABEL,
             reduction="sum",
         )
@@ -148,7 +148,7 @@ class TaggingTask:
     def _logits(self, model: nn.Module, rows: Sequence[Tokenised]) -> Tensor:
         """The host's logits (B, T, labels)."""
         pad_id = pad_id_of(self.tagged.tokenizer)
-        logits = model(**padded([row.inputs for row in rows], pad_id, device_of(model))).logits
+        logits = model(**padded([row.inputs for row in rows], pad_id, model)).logits
         if logits.shape[-1] != len(self.labels):
             raise ValueError(
                 f"model must have an output for each of {len(self.labels)} labels, "

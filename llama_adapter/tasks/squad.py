@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from llama_adapter.data.checked_files import FileProblem, pairs
-from llama_adapter.tasks.running import evaluating
+from llama_adapter.tasks.running import beside, evaluating
 from llama_adapter.tasks.squad_answers import Answering, answer
 from llama_adapter.tasks.squad_files import Question, read_squad
 from llama_adapter.tasks.squad_scores import best_threshold, exact_match, f1, squad_scores
 from llama_adapter.tasks.squad_windows import Window, Windowing
-from llama_adapter.tasks.text_batches import batches, device_of, pad_id_of, padded
+from llama_adapter.tasks.text_batches import batches, pad_id_of, padded
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,14 @@ class SquadTask:
         Returns:
             A scalar.
         """
-        device = device_of(model)
         start, end = self._logits(model, [window.inputs for window in batch])
-        first = torch.tensor([window.start for window in batch], device=device)
-        last = torch.tensor([window.end for window in batch], device=device)
+        first = beside(torch.tensor([window.start for window in batch]), model)
+        last = beside(torch.tensor([window.end for window in batch]), model)
         return (cross_entropy(start, first) + cross_entropy(end, last)) / 2
 
     def _logits(self, model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
         """Logits of start and of end, (B, T) each, none where a window was filled up."""
-        inputs = padded(rows, pad_id_of(self.windowing.tokenizer), device_of(model))
+        inputs = padded(rows, pad_id_of(self.windowing.tokenizer), model)
         found = model(**inputs)
         filled = inputs["attention_mask"] == 0
         start, end = found.start_logits.float(), found.end_logits.float()

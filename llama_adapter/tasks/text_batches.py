@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from llama_adapter.tasks.running import beside
+
 Item = TypeVar("Item")
 
 
@@ -15,20 +17,13 @@ def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
         yield items[start : start + size]
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first parameter is, and so where its inputs go."""
-    return next(model.parameters()).device
-
-
-def padded(
-    rows: Sequence[Mapping[str, Any]], pad_id: int, device: torch.device
-) -> dict[str, Tensor]:
+def padded(rows: Sequence[Mapping[str, Any]], pad_id: int, model: nn.Module) -> dict[str, Tensor]:
     """Sequences of token ids of any lengths as one batch, filled up on the right.
 
     Args:
         rows: for every sequence its "input_ids" and whatever else has one number per token.
         pad_id: the token that fills up; other numbers are filled up with 0.
-        device: where the batch goes.
+        model: the host that it is for: the batch goes where its weights are.
 
     Returns:
         For every name of a row a tensor (B, T), T the longest, and "attention_mask", 1 on the
@@ -42,7 +37,7 @@ def padded(
         for name, values in row.items():
             batch[name][place, : len(values)] = torch.as_tensor(values)
         batch["attention_mask"][place, : len(row["input_ids"])] = 1
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {name: beside(tensor, model) for name, tensor in batch.items()}
 
 
 def pad_id_of(tokenizer: Any) -> int:

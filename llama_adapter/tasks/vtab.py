@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -141,15 +141,14 @@ class VtabTask:
         images: what reads them.
     """
 
-    kind: ClassVar[str] = "image-classification"
-    metric: ClassVar[str] = "accuracy"
-
     labels: tuple[str, ...]
     train: Sequence[LabelledImage]
     validation: Sequence[LabelledImage]
     test: Sequence[LabelledImage]
     everything: Sequence[LabelledImage] = field(repr=False)
     images: ImageReader = field(repr=False)
+    kind: str = field(default="image-classification", init=False)
+    metric: str = field(default="accuracy", init=False)
 
     @classmethod
     def load(

@@ -32,7 +32,7 @@ def lora(
         f"{name}.{leaf}"
         for part in parts
         for name in _attention_names(part)
-        for leaf in (part.sites.query, part.sites.value)
+        for leaf in (part.sites.query, part.tower.host.value)
     ]
     undo = [_put_back(model, name) for name in targets]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
@@ -41,6 +41,8 @@ def lora(
     known = set(model.__dict__)
     inject_adapter_in_model(config, model)
     undo += [partial(model.__dict__.pop, name) for name in set(model.__dict__) - known]
+    for name in targets:
+        model.get_submodule(name).train(model.training)
     parameters = {name: x for name, x in model.named_parameters() if ".lora_" in name}
     for name, parameter in parameters.items():
         parameter.data = parameter.data.float()
@@ -52,16 +54,11 @@ def lora(
 
 
 def _attention_names(part: Part) -> list[str]:
-    names = {id(module): name for name, module in part.model.named_modules()}
-    return [names[id(attention)] for attention in part.attentions()]
+    names = {id(module): name for name, module in part.tower.model.named_modules()}
+    return [names[id(attention)] for attention in part.tower.attentions()]
 
 
 def _put_back(model: nn.Module, name: str) -> Undo:
     path, _, leaf = name.rpartition(".")
     held = model.get_submodule(path)._modules
-    own = held[leaf]
-
-    def undo() -> None:
-        held[leaf] = own
-
-    return undo
+    return partial(held.__setitem__, leaf, held[leaf])

@@ -1,29 +1,24 @@
 """The host's own parameters as what is trained: a head alone, biases (BitFit), or everything."""
 
 from collections.abc import Iterable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
 
-from llama_adapter.hosts.baselines.parts import Part, Trained, Undo
-
-# names of task heads in transformers' models
-HEADS = ("classifier", "qa_outputs")
+from llama_adapter.hosts.baselines.parts import Part, Trained
+from llama_adapter.hosts.facts import tower_of
+from llama_adapter.hosts.task_head import in_float32, set_parameters
 
 
 def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     """Name and module of a model's task head; None where it has none with parameters."""
-    for name in HEADS:
-        module = model._modules.get(name)
-        if module is not None and any(True for _ in module.parameters()):
-            return name, module
-    return None
+    return tower_of(model).head()
 
 
 def bias_names(model: nn.Module, parts: Iterable[Part]) -> list[str]:
     """The bias terms of some encoders, or of the whole model without any."""
-    prefixes = tuple(part.prefix for part in parts)
+    prefixes = tuple(part.tower.prefix for part in parts)
     names = [name for name, _ in model.named_parameters()]
     chosen = [name for name in names if not prefixes or name.startswith(prefixes)]
     return [name for name in chosen if name.rsplit(".", 1)[-1] == "bias"]
@@ -46,18 +41,8 @@ def train_own(model: nn.Module, names: Iterable[str]) -> Trained:
             parameters[name] = made[id(own)] = nn.Parameter(own.detach().float().clone())
     # every name of a tied parameter
     pairs = [(name, own) for name, own in held.items() if id(own) in made]
-    return Trained(parameters, [_exchange(model, name, own, made[id(own)]) for name, own in pairs])
-
-
-def _exchange(model: nn.Module, name: str, own: nn.Parameter, new: nn.Parameter) -> Undo:
-    path, _, leaf = name.rpartition(".")
-    held = model.get_submodule(path)._parameters
-    held[leaf] = new
-
-    def undo() -> None:
-        held[leaf] = own
-
-    return undo
+    set_parameters(model, {name: made[id(own)] for name, own in pairs})
+    return Trained(parameters, [partial(set_parameters, model, dict(pairs))])
 
 
 def train_head(model: nn.Module) -> Trained:
@@ -67,12 +52,8 @@ def train_head(model: nn.Module) -> Trained:
         return Trained({}, [])
     name, module = found
     trained = train_own(model, [f"{name}.{key}" for key, _ in module.named_parameters()])
-    hook = module.register_forward_pre_hook(_in_float32)
+    hook = module.register_forward_pre_hook(in_float32)
     return Trained(trained.parameters, [*trained.undo, hook.remove])
-
-
-def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in args)
 
 
 def need_float32(model: nn.Module, method: str) -> None:

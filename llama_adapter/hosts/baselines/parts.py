@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from llama_adapter.hosts.attention import device_of
+from llama_adapter.hosts.facts import Tower, tower_of
+
 Undo = Callable[[], Any]
 Generator = torch.Generator | None
 
@@ -23,85 +26,48 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class Sites:
-    """Dotted names in one kind of encoder, relative to its body, a layer or an attention.
+    """What baselines need of a kind of encoder beside its row in `facts`, in dotted names.
 
     Attributes:
         encoder: "visual" or "text".
-        bodies: where models of a head keep the body; a body alone has none of these.
-        layers: the list of layers.
-        attention: a layer's attention.
-        query, key, value: the attention's projections.
+        query: the attention's projection.
         feed_forward: the part of a layer whose output is added to the residual stream.
-        runner: the module that runs the layers; "" where the body does it itself.
+        runner: the part of the body that runs the layers; "" where the body does it itself.
         norm: what comes after the layers where the body runs them.
     """
 
     encoder: str
-    bodies: tuple[str, ...]
-    layers: str
-    attention: str
     query: str
-    key: str
-    value: str
     feed_forward: str
     runner: str = "encoder"
     norm: str = ""
 
 
-def _bert(name: str) -> Sites:
-    names = ("query", "key", "value")
-    return Sites("text", (name,), "encoder.layer", "attention.self", *names, "output.dense")
-
-
-def _clip(encoder: str, name: str) -> Sites:
-    names = ("q_proj", "k_proj", "v_proj")
-    return Sites(encoder, (name,), "encoder.layers", "self_attn", *names, "mlp")
-
-
+# by `facts.Host.kind`
 SITES: dict[str, Sites] = {
-    "vit": Sites(
-        "visual", ("vit",), "layers", "attention", "q_proj", "k_proj", "v_proj", "mlp",
-        runner="", norm="layernorm",
-    ),
-    "bert": _bert("bert"),
-    "roberta": _bert("roberta"),
-    "clip_vision": _clip("visual", "vision_model"),
-    "clip_text": _clip("text", "text_model"),
-}  # fmt: skip
-# config.model_type to the kinds of encoders that a model has, the usual one first
-KINDS: dict[str, tuple[str, ...]] = {
-    "vit": ("vit",),
-    "bert": ("bert",),
-    "roberta": ("roberta",),
-    "clip": ("clip_vision", "clip_text"),
-    "clip_vision_model": ("clip_vision",),
-    "clip_text_model": ("clip_text",),
+    "vit": Sites("visual", "q_proj", "mlp", runner="", norm="layernorm"),
+    "bert": Sites("text", "query", "output.dense"),
+    "roberta": Sites("text", "query", "output.dense"),
+    "clip_vision": Sites("visual", "q_proj", "mlp"),
+    "clip_text": Sites("text", "q_proj", "mlp"),
 }
 
 
 @dataclass(frozen=True)
 class Part:
-    """One encoder of a host.
+    """One encoder of a host, as baselines see it."""
 
-    Attributes:
-        model: the whole.
-        kind: a name in SITES.
-        prefix: of the encoder's names in the model, "" or with a dot at its end.
-    """
-
-    model: nn.Module
-    kind: str
-    prefix: str
+    tower: Tower
 
     @property
     def sites(self) -> Sites:
         """Where things are."""
-        return SITES[self.kind]
+        return SITES[self.tower.host.kind]
 
     @property
     def body(self) -> Any:
         """The module that takes the inputs."""
-        return self.model.get_submodule(self.prefix.rstrip("."))
+        return self.tower.body
 
     @property
     def embeddings(self) -> Any:
@@ -121,15 +87,11 @@ class Part:
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return next(self.body.parameters()).device
+        return device_of(self.body)
 
     def layers(self) -> list[nn.Module]:
         """All layers, in order."""
-        return list(self.body.get_submodule(self.sites.layers).children())
-
-    def attentions(self) -> list[nn.Module]:
-        """The attention of every layer, in order."""
-        return [layer.get_submodule(self.sites.attention) for layer in self.layers()]
+        return list(self.body.get_submodule(self.tower.host.layers).children())
 
     def topmost(self, count: int | None) -> range:
         """Indices of the `count` topmost layers, None for all.
@@ -143,33 +105,28 @@ class Part:
         return range(total - (total if count is None else count), total)
 
 
+def parts_of(model: Any) -> dict[str, Part]:
+    """The encoders of a model, by "visual" and "text", the usual one first.
+
+    Raises:
+        ValueError: it is no model of transformers of a known type, or a decoder.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    first = tower_of(model)
+    if first.host.kind not in SITES:
+        raise ValueError(f"model must be a ViT, RoBERTa, BERT or CLIP, got {kind}")
+    towers = [first]
+    if kind == "clip" and model._modules.get("text_model") is not None:
+        towers.append(tower_of(model, "text"))
+    return {part.sites.encoder: part for part in map(Part, towers)}
+
+
 class Installed(nn.Module):
     """A module of trained parameters that hooks work for in one encoder."""
 
     def install(self, part: Part) -> list[Undo]:
         """Put the hooks into an encoder; what is given back takes them out."""
         raise NotImplementedError
-
-
-def parts_of(model: Any) -> dict[str, Part]:
-    """The encoders of a model, by "visual" and "text", the usual one first.
-
-    Raises:
-        ValueError: it is no model of transformers of a known type.
-    """
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind not in KINDS:
-        got = type(model).__name__ if kind is None else f"{type(model).__name__} of type {kind!r}"
-        raise ValueError(
-            f"model must be a transformers model of type {', '.join(sorted(KINDS))}, got {got}"
-        )
-    found: dict[str, Part] = {}
-    for name in KINDS[kind]:
-        sites = SITES[name]
-        inner = [at for at in sites.bodies if model._modules.get(at) is not None]
-        if inner or (kind != "clip" and "embeddings" in model._modules):
-            found[sites.encoder] = Part(model, name, f"{inner[0]}." if inner else "")
-    return found
 
 
 def keywords(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -267,6 +224,6 @@ def initialise(module: nn.Module, generator: Generator) -> None:
 
 def hang(model: nn.Module, name: str, module: nn.Module, device: torch.device) -> Trained:
     """Make a module part of a model, as what is trained."""
-    model.add_module(name, module.to(device))
+    model.add_module(name, module.to(device).train(model.training))
     parameters = {f"{name}.{key}": x for key, x in module.named_parameters()}
     return Trained(parameters, [partial(delattr, model, name)])

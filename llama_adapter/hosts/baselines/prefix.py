@@ -1,13 +1,14 @@
 """P-tuning v2, the ordinary prefix: each layer's keys and values in one softmax with the tokens."""
 
-import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llama_adapter.hosts.attention import restore_configs, separate_configs
 from llama_adapter.hosts.baselines.parts import Generator, Installed, Part, Undo, before, normal
+from llama_adapter.hosts.task_head import shift_by
 
 NAME = "llama_adapter_prefix"
 KEYWORD = "llama_adapter_prefix_pair"
@@ -81,9 +82,10 @@ class Prefix(Installed):
         generator: Generator,
     ) -> None:  # fmt: skip
         super().__init__()
-        if shift and part.kind not in ("bert", "roberta"):
+        if shift and not part.tower.host.embeddings:
             raise ValueError(
-                f"shift_positions must be False for {part.kind}: bert and roberta can shift"
+                f"shift_positions must be False for a {part.tower.host.kind}: bert and roberta "
+                "can shift"
             )
         self.layers, self.shift = layers, shift
         self.prefix = normal((len(layers), 2, length, part.width), std, generator)
@@ -92,33 +94,15 @@ class Prefix(Installed):
     def install(self, part: Part) -> list[Undo]:
         """Put the prefix into an encoder, whose attention is transformers' sdpa then."""
         _register()
-        undo = [_own_attention(part)]
-        attentions = part.attentions()
+        configs = separate_configs(part.body)
+        part.config._attn_implementation = NAME
+        undo: list[Undo] = [partial(restore_configs, part.body, configs)]
+        attentions = part.tower.attentions()
         for row, layer in enumerate(self.layers):
             undo.append(before(attentions[layer], partial(self._give, row)))
         if self.shift:
-            undo.append(before(part.embeddings, self._shift))
+            undo.append(shift_by(part.tower, self.prefix.shape[2]).remove)
         return undo
 
     def _give(self, row: int, given: dict[str, Any]) -> dict[str, Any]:
         return given | {KEYWORD: self.dropout(self.prefix[row])}
-
-    def _shift(self, given: dict[str, Any]) -> dict[str, Any]:
-        behind = given.get("past_key_values_length", 0) + self.prefix.shape[2]
-        return given | {"past_key_values_length": behind}
-
-
-def _own_attention(part: Part) -> Undo:
-    """Give an encoder a configuration of its own, in which our attention is chosen."""
-    shared = part.config
-    own = copy.deepcopy(shared)
-    own._attn_implementation = NAME
-    changed = [x for x in part.body.modules() if x.__dict__.get("config") is shared]
-    for module in changed:
-        module.config = own
-
-    def undo() -> None:
-        for module in changed:
-            module.config = shared
-
-    return undo

@@ -44,8 +44,8 @@ class SideNetwork(Installed):
             for _ in range(depth)
         )
         self.up = nn.Linear(width, part.width)
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         initialise(self, generator)
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         # what goes from the embeddings to the last layer, by thread
         self._carried: dict[int, Tensor] = {}
 

@@ -4,8 +4,9 @@ from itertools import chain
 
 import pytest
 import torch
+from torch import nn
 
-from llama_adapter.tasks.text_batches import batches, device_of, pad_id_of, padded
+from llama_adapter.tasks.text_batches import batches, pad_id_of, padded
 from tests.llama_adapter.tasks.text_hosts import bert_tokenizer, roberta_tokenizer
 
 
@@ -21,7 +22,7 @@ def test_sequences_are_filled_up_on_the_right() -> None:
         {"input_ids": [5, 6, 7], "token_type_ids": [0, 1, 1]},
         {"input_ids": torch.tensor([8], dtype=torch.int32), "token_type_ids": torch.tensor([1])},
     ]
-    found = padded(rows, 3, torch.device("cpu"))
+    found = padded(rows, 3, nn.Linear(1, 1))
     assert {name: tensor.tolist() for name, tensor in found.items()} == {
         "input_ids": [[5, 6, 7], [8, 3, 3]],
         "token_type_ids": [[0, 1, 1], [1, 0, 0]],
@@ -40,7 +41,7 @@ def test_a_batch_is_what_the_tokenizer_pads(make: object) -> None:
         {name: tokenizer(text)[name] for name in names if name != "attention_mask"}
         for text in texts
     ]
-    found = padded(rows, pad_id_of(tokenizer), torch.device("cpu"))
+    found = padded(rows, pad_id_of(tokenizer), nn.Linear(1, 1))
     wanted = tokenizer(texts, padding=True, return_tensors="pt")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in found)
@@ -56,5 +57,6 @@ def test_tokenizers_that_will_not_do() -> None:
         pad_id_of(object())
 
 
-def test_inputs_go_where_the_first_parameter_is() -> None:
-    assert device_of(torch.nn.Linear(1, 1, device="meta")).type == "meta"
+def test_a_batch_goes_where_the_host_is() -> None:
+    found = padded([{"input_ids": [5]}], 3, nn.Linear(1, 1, device="meta"))
+    assert {tensor.device.type for tensor in found.values()} == {"meta"}

@@ -1,0 +1,212 @@
+"""A run's host and its task, from their own files."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from llama_adapter.checkpoints import default_device
+from llama_adapter.data.checked_files import FileProblem
+from llama_adapter.host_training.host_config import HostRunConfig, TaskOptions
+from llama_adapter.quiet import quiet
+from llama_adapter.seeded import seeded
+from llama_adapter.tasks.base_to_novel import BaseToNovelTask, load_coop
+from llama_adapter.tasks.conll import TaggingTask
+from llama_adapter.tasks.image_pixels import VTAB, ImageCache, Preparation
+from llama_adapter.tasks.squad import SquadTask
+from llama_adapter.tasks.task import Task
+from llama_adapter.tasks.vtab import VtabTask, load_vtab
+
+# classes of transformers, by kind of host and of task
+CLASSES = {
+    ("vit", "image-classification"): "ViTForImageClassification",
+    ("clip", "image-classification"): "CLIPForImageClassification",
+    ("clip", "contrastive"): "CLIPModel",
+    ("roberta", "question-answering"): "RobertaForQuestionAnswering",
+    ("roberta", "token-classification"): "RobertaForTokenClassification",
+    ("bert", "question-answering"): "BertForQuestionAnswering",
+    ("bert", "token-classification"): "BertForTokenClassification",
+}
+# what a task may add to a host
+_HEADS = ("classifier.", "qa_outputs.")
+_REMEDY = "hosts need transformers: pip install 'llama-adapter-kernels[hf]'"
+
+
+def _transformers() -> Any:
+    try:
+        with quiet():
+            import transformers
+    except ImportError as error:
+        raise ImportError(f"{_REMEDY} ({error})") from None
+    return transformers
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bar over the weights of a model that loads in a moment."""
+    logging = _transformers().utils.logging
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
+def _check_folder(folder: Path, host: str) -> None:
+    """Raise unless a folder says that it is a host of this kind."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"model {folder} must be a folder with a config.json in it")
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{file} does not tell a model_type ({error!r})") from None
+    if kind != host:
+        raise ValueError(f"model must be a {host}, got a {kind} in {folder}")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a text host, which takes words one by one too.
+
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: the folder holds none that can be read, or a slow one.
+    """
+    transformers = _transformers()
+    try:
+        with quiet():
+            found = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, add_prefix_space=True
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise ValueError(f"{folder} holds no tokenizer that can be read ({said})") from error
+    if not found.is_fast:
+        raise ValueError(f"{folder} must hold a fast tokenizer (tokenizer.json), got a slow one")
+    return found
+
+
+def load_task(
+    options: TaskOptions,
+    model: Path,
+    *,
+    seed: int = 0,
+    labels: tuple[str, ...] | None = None,
+) -> tuple[Task, list[FileProblem]]:
+    """Read a task's files.
+
+    Args:
+        options: what is read, and how.
+        model: folder of the host, whose tokenizer and preparation of images are taken.
+        seed: of the choice of shots.
+        labels: of a run that is evaluated, in the order of its head: training files are left alone
+            where they are of text.
+
+    Returns:
+        The task, and what in its files cannot be used.
+
+    Raises:
+        FileNotFoundError: a file or folder is absent.
+        ImportError: transformers or Pillow is missing.
+        ValueError: a file holds nothing usable, or an option is out of range.
+    """
+    name, length = options.task, options.max_length
+    lengths: Any = {} if length is None else {"max_length": length}
+    if name == "vtab":
+        kept: Any = {"preparation": Preparation.of_host(model, VTAB), "cache": ImageCache()}
+        if options.dataset is not None:
+            return load_vtab(options.data, options.dataset, **kept)
+        return VtabTask.load(options.data, None if labels is None else len(labels), **kept)
+    if name == "base_to_novel":
+        own: Any = {
+            "shots": options.shots, "seed": seed, "augment": options.augment,
+            "cache": ImageCache(),
+        }  # fmt: skip
+        if options.dataset is not None:
+            return load_coop(options.data, options.dataset, model, **own)
+        assert options.images is not None
+        template = options.template
+        return BaseToNovelTask.load(options.data, options.images, model, template=template, **own)
+    tokenizer = load_tokenizer(model)
+    train = options.data if labels is None else None
+    if name == "squad":
+        test = options.test_data[0]
+        return SquadTask.load(
+            train, test, tokenizer, validation=options.val_data or test, stride=options.stride,
+            **lengths,
+        )  # fmt: skip
+    return TaggingTask.load(
+        train, options.test_data, tokenizer, data=name, validation=options.val_data, labels=labels,
+        separator=options.separator, strict=options.strict_spans, **lengths,
+    )  # fmt: skip
+
+
+def final_task(task: Task) -> Task:
+    """The task to train on with nothing held out."""
+    assert isinstance(task, VtabTask)
+    return task.final()
+
+
+def digest_of(options: TaskOptions, task: Task) -> str:
+    """A hash of what is trained on and chosen by: files of text, images with their labels."""
+    digest = hashlib.sha256()
+    if isinstance(task, VtabTask | BaseToNovelTask):
+        more = task.everything if isinstance(task, VtabTask) else ()
+        for item in (*task.train, *task.validation, *more):
+            digest.update(f"{item.id} {item.label}\n".encode())
+            digest.update(Path(item.path).read_bytes())
+    else:
+        for path in (options.data, options.val_data, *options.test_data[:1]):
+            digest.update(b"" if path is None else path.read_bytes())
+    return digest.hexdigest()
+
+
+def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None = None) -> Any:
+    """The host with a head for the task, in float32 and in eval mode; a new head is `seed`'s.
+
+    Args:
+        config: model, host, seed, dropout and device.
+        task: whose kind and labels the head is for.
+        labels: in place of the task's.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ImportError: transformers is missing.
+        ValueError: the folder holds a host of another kind, or not all of its weights.
+    """
+    _check_folder(config.model, config.host)
+    cls = getattr(_transformers(), CLASSES[config.host, task.kind])
+    names = task.labels if labels is None else labels
+    more: dict[str, Any] = {}
+    if task.kind in ("image-classification", "token-classification"):
+        more["id2label"] = dict(enumerate(names))
+        more["label2id"] = {label: place for place, label in enumerate(names)}
+    if config.hidden_dropout is not None:
+        more["hidden_dropout_prob"] = config.hidden_dropout
+    device = torch.device(config.device or default_device())
+    try:
+        with seeded(config.fit.seed, torch.device("cpu")), quiet(), _without_bars():
+            model, found = cls.from_pretrained(
+                config.model, local_files_only=True, ignore_mismatched_sizes=True,
+                output_loading_info=True, dtype=torch.float32, **more,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"model {config.model} cannot be read: {said}") from error
+    differing = [one[0] if isinstance(one, tuple) else one for one in found["mismatched_keys"]]
+    lacking = sorted(
+        name for name in (*found["missing_keys"], *differing) if not name.startswith(_HEADS)
+    )
+    if lacking:
+        raise ValueError(
+            f"model {config.model} must hold all weights of a {config.host}, it lacks {lacking[0]}"
+        )
+    ready: nn.Module = model.to(device).eval()
+    return ready

@@ -1,0 +1,106 @@
+"""What a run trained, on disk: an adapter's own file, or of a baseline its trained tensors.
+
+A baseline's file is safetensors; its header tells the method, its options and the host.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from llama_adapter.checkpoints.atomic import write_atomically
+from llama_adapter.checkpoints.fingerprint import Fingerprint
+from llama_adapter.hosts.facts import tower_of
+from llama_adapter.hosts.files import FILE, file_of, load_adapted
+from llama_adapter.hosts.methods import Attached, MethodOptions
+
+FORMAT = "llama-adapter method 1"
+BASELINE = "method.safetensors"
+ZERO_INIT = "zero_init"
+
+
+def result_name(method: str, options: MethodOptions) -> str:
+    """The name of the file in a run folder."""
+    if method != ZERO_INIT:
+        return BASELINE
+    return file_of("text") if options.encoders == ("text",) else FILE
+
+
+def host_fingerprint(model: Any) -> Fingerprint:
+    """The host's identity: of a CLIP that of its visual encoder."""
+    return tower_of(model, None).fingerprint()
+
+
+def save_trained(folder: Path, attached: Attached, host: Fingerprint) -> None:
+    """Write what was trained into a folder that exists.
+
+    Args:
+        folder: of the run.
+        attached: zero_init writes adapter files, any other method BASELINE.
+        host: the host's identity without the method.
+    """
+    if attached.name == ZERO_INIT:
+        attached.model.save_pretrained(folder)
+        return
+    state = {name: value.cpu().contiguous() for name, value in attached.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "method": attached.name,
+        "options": json.dumps(asdict(attached.options)),
+        "host": json.dumps(asdict(host)),
+    }
+    write_atomically(folder / BASELINE, safetensors.save(state, metadata))
+
+
+def load_trained(folder: Path, attached: Attached, host: Fingerprint) -> None:
+    """Read what `save_trained` wrote into a method on a host.
+
+    Args:
+        folder: of the run.
+        attached: the same method with the same options.
+        host: the host's identity without the method.
+
+    Raises:
+        FileNotFoundError: there is no such file: the run has not come to its end.
+        ValueError: the file is damaged, of another method, of other options or of another host.
+    """
+    path = folder / result_name(attached.name, attached.options)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist: the run has not come to its end (finetune --resume)"
+        )
+    if attached.name == ZERO_INIT:
+        load_adapted(attached.model, folder)
+        return
+    header, state = _read(path)
+    wanted = {"method": attached.name, "options": json.loads(json.dumps(asdict(attached.options)))}
+    for name, value in wanted.items():
+        if header[name] != value:
+            raise ValueError(f"{path} must be of {name} {value}, got {header[name]}")
+    before = Fingerprint(
+        header["host"]["name"], header["host"]["shape"], tuple(header["host"]["samples"])
+    )
+    difference = before.difference(host)
+    if difference:
+        raise ValueError(f"{path} was trained on another model ({difference})")
+    attached.load_state_dict(state)
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a baseline's file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in iter(file.keys())}
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"the format is {metadata.get('format')!r}, not {FORMAT!r}")
+        header: dict[str, Any] = {"method": metadata["method"]}
+        header |= {name: json.loads(metadata[name]) for name in ("options", "host")}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no file of a trained method, or damaged ({error})") from None
+    return header, state
