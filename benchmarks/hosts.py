@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import hosts_vision_clip, hosts_vision_vit
+from benchmarks import hosts_text, hosts_vision_clip, hosts_vision_vit
 from benchmarks.ablation_report import picture
 from benchmarks.hosts_plan import Row, Run, World
 from benchmarks.run_table import Cell, Results, execute
@@ -36,7 +36,8 @@ WORK = Path("runs") / "hosts"
 # folder of the figures, beside the report
 FIGURES = "hosts"
 WORLDS: dict[str, World] = {
-    world.name: world for world in (hosts_vision_vit.WORLD, hosts_vision_clip.WORLD)
+    world.name: world
+    for world in (hosts_vision_vit.WORLD, hosts_text.WORLD, hosts_vision_clip.WORLD)
 }
 TRIAL = ("", "This is the reduced form: it tries the machinery out, its verdicts mean nothing.")
 
