@@ -36,11 +36,11 @@ class Sizes:
         return getattr(self, split)
 
 
-def _paragraph(world: World) -> tuple[list[Event], str]:
-    """One or two events, with different predicates, and the text that tells of them."""
-    events = [world.event() for _ in range(world.rng.choice((1, 2)))]
-    if len({event.predicate for event in events}) < len(events):
-        return _paragraph(world)
+def _paragraph(world: World, count: int) -> tuple[list[Event], str]:
+    """Events with different predicates, and the text that tells of them."""
+    events = [world.event() for _ in range(count)]
+    if len({event.predicate for event in events}) < count:
+        return _paragraph(world, count)
     return events, " ".join(" ".join(world.sentence(event).words) for event in events)
 
 
@@ -56,12 +56,12 @@ def _not_told(world: World, event: Event, context: str) -> str:
 
 
 def squad(split: str, size: int, version_2: bool) -> dict[str, Any]:
-    """Questions on paragraphs, in SQuAD's form; 2.0 has some that its paragraph does not answer."""
+    """Questions on paragraphs, in SQuAD's form; 2.0 tells of one event and asks for more."""
     name = "squad2" if version_2 else "squad"
     world = World(random.Random(f"{name} {split}"), cued=TASK_CUED)
     paragraphs, count = [], 0
     while count < size:
-        events, context = _paragraph(world)
+        events, context = _paragraph(world, 1 if version_2 else world.rng.choice((1, 2)))
         told = [
             (event, text, answer)
             for event in events
