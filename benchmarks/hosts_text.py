@@ -69,8 +69,8 @@ class Plan:
 FULL = Plan(
     steps=3600,
     sizes={
-        "squad": Sizes(600, 150, 400),
-        "squad2": Sizes(1000, 150, 400),
+        "squad": Sizes(600, 250, 400),
+        "squad2": Sizes(1000, 250, 400),
         "conll03": Sizes(24, 100, 300),
         "conll05": Sizes(160, 100, 300),
     },
