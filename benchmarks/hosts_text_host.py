@@ -143,9 +143,7 @@ def pretrain(folder: Path, steps: int) -> dict[str, float]:
     }
 
 
-def _train(
-    model: Any, tokenizer: Any, encoded: Sequence[Sequence[int]], steps: int
-) -> list[float]:
+def _train(model: Any, tokenizer: Any, encoded: Sequence[Sequence[int]], steps: int) -> list[float]:
     optimiser = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     places = batches([len(ids) for ids in encoded], random.Random("order"))
     losses = []
