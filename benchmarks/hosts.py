@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import hosts_text, hosts_vision_clip, hosts_vision_vit
+from benchmarks.ablation_claims import NOT, PARTLY, REPRODUCED
 from benchmarks.ablation_report import picture
 from benchmarks.hosts_plan import Row, Run, World
 from benchmarks.run_table import Cell, Results, execute
@@ -151,16 +152,16 @@ def heading(quick: bool, environment: Row) -> list[str]:
 
 def verdict_lines(verdicts: Mapping[str, Row]) -> list[str]:
     """How many claims hold, and each with its verdict."""
-    claims = [one for parts in verdicts.values() for some in parts.values() for one in some]
-    words = dict.fromkeys(claim["verdict"] for claim in claims)
+    sections = {title: some for parts in verdicts.values() for title, some in parts.items()}
+    claims = [one for some in sections.values() for one in some]
+    words = [word for word in (REPRODUCED, PARTLY, NOT) if word in {c["verdict"] for c in claims}]
     counts = [f"{sum(c['verdict'] == word for c in claims)} {word}" for word in words]
-    return [
-        f"Of {len(claims)} claims {', '.join(counts)}:",
-        "",
-        *(f"- **{claim['verdict']}**: {claim['paper']}" for claim in claims),
-        "",
-        "",
-    ]
+    lines = [f"Of {len(claims)} claims {', '.join(counts)}.", ""]
+    for title, some in sections.items():
+        lines += [f"{title}:", ""]
+        lines += [f"- **{claim['verdict']}**: {claim['paper']}" for claim in some]
+        lines.append("")
+    return [*lines, ""]
 
 
 def _environment() -> Row:
