@@ -246,6 +246,8 @@ def _check_fits(tower: Tower, adapter: Adapter) -> None:
 def unadapt(model: Any, encoder: str | None = None) -> Adapter:
     """Take an adapter off: without any the host is bitwise what it was, trainable parameters too.
 
+    Changes of the model's configuration that were made meanwhile are undone, too.
+
     Args:
         model: a host that `adapt` put an adapter on.
         encoder: as `adapt` was given it.
