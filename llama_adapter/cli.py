@@ -23,6 +23,7 @@ from llama_adapter.evaluation import host_command as host_evaluation
 from llama_adapter.generate_command import generate
 from llama_adapter.host_training import command as host_command
 from llama_adapter.host_training.host_config import TASKS
+from llama_adapter.host_training.method_file import describe_trained
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
 from llama_adapter.recipe import FinetuneConfig
 from llama_adapter.step_profile import TABLE
@@ -73,6 +74,9 @@ def _info(options: argparse.Namespace) -> int:
     path: Path = options.path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    if (lines := describe_trained(path)) is not None:
+        print("\n".join(lines))
+        return 0
     if adapter_path(path) is None:
         base = load_base(path)
         count = sum(parameter.numel() for parameter in base.model.parameters())

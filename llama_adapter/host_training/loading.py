@@ -74,8 +74,13 @@ def _check_folder(folder: Path, host: str) -> None:
         raise ValueError(f"model must be a {host}, got a {kind} in {folder}")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a text host, which takes words one by one too.
+def load_tokenizer(folder: Path, words: bool) -> Any:
+    """The tokenizer of a text host.
+
+    Args:
+        folder: of the host.
+        words: whether it is given words one by one, which are what they are in a text; otherwise
+            texts are what the folder's own tokenizer makes of them.
 
     Raises:
         ImportError: transformers is missing.
@@ -88,7 +93,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with quiet():
             found = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, add_prefix_space=True
+                folder, local_files_only=True, **({"add_prefix_space": True} if words else {})
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())[:160]
@@ -139,7 +144,7 @@ def load_task(
         assert options.images is not None
         template = options.template
         return BaseToNovelTask.load(options.data, options.images, model, template=template, **own)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, words=name != "squad")
     train = options.data if labels is None else None
     if name == "squad":
         test = options.test_data[0]

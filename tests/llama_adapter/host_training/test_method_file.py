@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from llama_adapter.cli import main
 from llama_adapter.host_training.method_file import (
     host_fingerprint,
     load_trained,
@@ -80,6 +81,20 @@ def test_the_header_names_method_options_and_host(tmp_path: Path) -> None:
     first = path.read_bytes()
     save_trained(tmp_path, trained(make_host("vit"), "adapter"), known)
     assert path.read_bytes() == first
+
+
+def test_info_says_what_a_file_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_host("vit")
+    known = host_fingerprint(model)
+    attached = trained(model, "adapter")
+    save_trained(tmp_path, attached, known)
+    count = sum(value.numel() for value in attached.state_dict().values())
+    for path in (tmp_path, tmp_path / "method.safetensors"):
+        assert main(["info", str(path)]) == 0
+        shown = capsys.readouterr().out
+        assert f"method      adapter ({count:,} parameters, " in shown
+        assert "options     reduction 4, encoders " in shown
+        assert "dim 24, n_layers 2" in shown
 
 
 def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
