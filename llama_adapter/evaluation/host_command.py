@@ -25,7 +25,7 @@ from llama_adapter.evaluation.host_items import (
 )
 from llama_adapter.evaluation.runner import Item, Scores, evaluate, mean_scores
 from llama_adapter.host_training.host_config import TASKS, TEXT_TASKS, HostRunConfig
-from llama_adapter.host_training.loading import load_host, load_task
+from llama_adapter.host_training.loading import load_host, load_task, method_options
 from llama_adapter.host_training.method_file import host_fingerprint, load_trained, result_name
 from llama_adapter.host_training.run import TASK_FILE
 from llama_adapter.hosts.methods import attach
@@ -163,8 +163,9 @@ def _evaluate(
         raise UsageError(f"--split {given.split}: the run has no such data (--val-data)")
     model = load_host(config, task, labels)
     host = host_fingerprint(model)
+    made_with = method_options(config, task)
     generator = torch.Generator().manual_seed(config.fit.seed)
-    attached = attach(model, config.method, config.method_options, generator=generator)
+    attached = attach(model, config.method, made_with, generator=generator)
     load_trained(path, attached, host)
     items = items_of(listed)
     by_id = {item["id"]: one for item, one in zip(items, listed, strict=True)}

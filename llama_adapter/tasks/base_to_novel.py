@@ -122,6 +122,7 @@ class BaseToNovelTask:
         test: the test images of base and novel classes.
         texts: of the base classes and of the novel ones.
         images: what reads them.
+        template_length: tokens in front of a name in its text, in whose place CoOp puts others.
         augment: training takes random pieces, mirrored at random, by torch's own generator.
     """
 
@@ -131,6 +132,7 @@ class BaseToNovelTask:
     names: Mapping[str, tuple[str, ...]]
     texts: Mapping[str, ClassTexts] = field(repr=False)
     images: ImageReader = field(repr=False)
+    template_length: int
     augment: bool = True
     kind: str = field(default="contrastive", init=False)
     # of the validation images, which are base alone
@@ -211,6 +213,7 @@ class BaseToNovelTask:
             names,
             {key: ClassTexts.of(one, template, tokenizer) for key, one in names.items()},
             ImageReader(prepared, cache),
+            _length(template.partition("{}")[0], tokenizer),
             augment,
         )
 
@@ -328,6 +331,11 @@ def _only(
     return tuple(
         replace(one, label=places[one.label], novel=novel) for one in images if one.label in places
     )
+
+
+def _length(text: str, tokenizer: Any) -> int:
+    """How many tokens a text is, without special ones."""
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _tokenizer(folder: str | Path) -> Any:
