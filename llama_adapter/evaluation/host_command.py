@@ -21,9 +21,10 @@ from llama_adapter.evaluation.host_items import (
     item_scores,
     items_of,
     means,
+    over_seeds,
     write_result,
 )
-from llama_adapter.evaluation.runner import Item, Scores, evaluate, mean_scores
+from llama_adapter.evaluation.runner import Item, Scores, evaluate
 from llama_adapter.host_training.host_config import TASKS, TEXT_TASKS, HostRunConfig
 from llama_adapter.host_training.loading import load_host, load_task, method_options
 from llama_adapter.host_training.method_file import host_fingerprint, load_trained, result_name
@@ -222,7 +223,7 @@ def _tell_means(task: str, found: Mapping[str, list[Scores]], output: Path | Non
 
     Runs on one data set, of several seeds, are averaged first.
     """
-    scores = {name: mean_scores(rows) for name, rows in found.items()}
+    scores = {name: over_seeds(task, rows) for name, rows in found.items()}
     below = means(task, scores)
     print(f"{task}, {sum(map(len, found.values()))} runs")
     width = max(map(len, [*scores, *below]))
