@@ -170,6 +170,8 @@ def _entities(entities: Iterable[object]) -> Iterator[Span]:
         if reason is not None:
             raise ValueError(f"entities {place}: {reason}")
         assert isinstance(entity, dict)
+        if any(map(str.isspace, entity["type"])):
+            raise ValueError(f"entities {place}: type must be one word, got {entity['type']!r}")
         yield Span(entity["start"], entity["end"], entity["type"])
 
 

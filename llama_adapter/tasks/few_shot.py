@@ -20,6 +20,7 @@ from llama_adapter.data.checked_files import (
     usable,
 )
 from llama_adapter.data.items import kind_of
+from llama_adapter.data.records import against_text
 from llama_adapter.multimodal.pictures import located
 
 SHOTS = 16
@@ -149,6 +150,8 @@ def _image(entry: Any, split: str, root: Path, names: dict[int, str]) -> NamedIm
     image, label, name = entry
     if not isinstance(image, str) or not isinstance(name, str) or not name.strip():
         return f"path and class's name must be texts, got {image!r} and {name!r}"
+    if (reason := against_text("class's name", name)) is not None:
+        return reason
     if isinstance(label, bool) or not isinstance(label, int) or label < 0:
         return f"label must be a number from 0, got {label!r}"
     if names.get(label, name) != name:
@@ -191,7 +194,9 @@ def read_imagenet(folder: str | Path) -> tuple[Splits, list[FileProblem]]:
         label = len(names)
         names[label] = name.strip()
         for split, place in folders.items():
+            # as in CoOp without hidden ones, which are no images
             files = sorted(one.name for one in os.scandir(place) if one.is_file())
+            files = [file for file in files if not file.startswith(".")]
             found[split] += [
                 NamedImage(f"{split}/{key}/{file}", str(place / file), label) for file in files
             ]

@@ -26,6 +26,8 @@ GROUPS = ("natural", "specialized", "structured")
 MEAN_OF_GROUPS, OVERALL = "mean of groups", "mean of tasks"
 # images that are looked at together
 _TOGETHER = 64
+# where nothing says how many classes there are: a head has an output for each
+_MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def read_list(
     Args:
         path: of the list, whose lines are `relative/path.jpg label`.
         root: folder that the paths start from and may not leave.
-        classes: number of labels; None takes any.
+        classes: number of labels; None takes any below 100,000.
         problems: list that is added to.
 
     Raises:
@@ -123,8 +125,11 @@ def _image(fields: list[str], root: Path, classes: int | None) -> LabelledImage 
     name, label = fields
     if not (label.isascii() and label.isdigit()):
         return f"label must be a number from 0, got {label!r}"
-    if classes is not None and int(label) >= classes:
-        return f"label must be below the {classes} classes, got {label}"
+    most = _MOST_CLASSES if classes is None else classes
+    # of many digits there is no number
+    if len(label) > 9 or int(label) >= most:
+        said = f"{most:,}" if classes is None else f"the {classes} classes"
+        return f"label must be below {said}, got {label:.20}"
     try:
         return LabelledImage(name, str(located(name, root)), int(label))
     except (FileNotFoundError, ValueError) as error:

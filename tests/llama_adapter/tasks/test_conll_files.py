@@ -112,6 +112,7 @@ def test_conll04_list(tmp_path: Path) -> None:
         entry(tokens=[]),
         {"tokens": ["x"]},
         entry(7),
+        entry({"type": "New type", "start": 0, "end": 2}),
     ]
     path.write_text(json.dumps(rows), encoding="utf-8")
     sentences, problems = read_conll04(path)
@@ -130,6 +131,7 @@ def test_conll04_list(tmp_path: Path) -> None:
         f"{path}: entry 6: tokens is empty",
         f"{path}: entry 7: entities is missing",
         f"{path}: entry 8: entities 0: must be an object, got a number",
+        f"{path}: entry 9: entities 0: type must be one word, got 'New type'",
     ]
 
 

@@ -85,13 +85,14 @@ def test_entries_that_name_no_image_are_named(tmp_path: Path) -> None:
         ["../../x.png", 0, "class_a"],
         ["train/1.png", 1, "class_b"],
         ["absent.png", 8, "class_x"],
+        ["train/2.png", 9, "class_\ud800"],
     ]
     path.write_text(json.dumps(content))
     splits, problems = read_split(path, tmp_path / "images")
     assert len(splits.train) == 4
     assert 8 not in splits.names
     told = [str(one).removeprefix(f"{path}: train ") for one in problems]
-    assert [one.split(":")[0] for one in told] == [str(n) for n in range(4, 14)]
+    assert [one.split(":")[0] for one in told] == [str(n) for n in range(4, 15)]
     expected = (
         "must be a path, a label and a class's name, got 2 values",
         "must be a path, a label and a class's name, got a string",
@@ -103,6 +104,7 @@ def test_entries_that_name_no_image_are_named(tmp_path: Path) -> None:
         "must lie in",
         "image 'train/1.png' is in the split already",
         "absent.png: no such file",
+        "class's name holds half of a surrogate pair",
     )
     for reason, wanted in zip(told, expected, strict=True):
         assert wanted in reason
@@ -128,6 +130,7 @@ def test_imagenet_has_a_folder_per_class(tmp_path: Path) -> None:
         for split, count in (("train", 3), ("val", 2)):
             for m in range(count):
                 noise(tmp_path / "images" / split / key / f"{m}.png", 10 * n + m)
+    (tmp_path / "images" / "train" / "n01" / ".DS_Store").write_text("no image")
     (tmp_path / "classnames.txt").write_text("n01 tench\nn02 great white shark\nn09 lost\nn03\n")
     splits, problems = read_imagenet(tmp_path)
     assert splits.names == {0: "tench", 1: "great white shark"}

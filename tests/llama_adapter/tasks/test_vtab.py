@@ -138,6 +138,22 @@ def test_lines_that_name_no_image_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_labels_without_end_are_named_and_make_no_head(tmp_path: Path) -> None:
+    """An output for every label up to the largest would fill the memory."""
+    write_task(tmp_path)
+    path = tmp_path / "train800val200.txt"
+    images = path.read_text().splitlines()
+    name = images[0].split()[0]
+    rows = [f"{name} 99999999", f"{name} {'9' * 5000}", *images[1:]]
+    path.write_text("\n".join(rows))
+    task, problems = VtabTask.load(tmp_path)
+    assert len(task.labels) < 10
+    assert [str(one) for one in problems] == [
+        f"{path}: line 1: label must be below 100,000, got 99999999",
+        f"{path}: line 2: label must be below 100,000, got {'9' * 20}",
+    ]
+
+
 def test_a_list_without_images_is_an_error(tmp_path: Path) -> None:
     write_task(tmp_path)
     (tmp_path / "val200.txt").write_text("\n")
