@@ -70,7 +70,8 @@ class ClassTexts:
             template: with one {} for a name.
             tokenizer: transformers', of a CLIP.
         """
-        texts = [template.format(name.replace("_", " ")) for name in names]
+        # other braces are the template's own
+        texts = [template.replace("{}", name.replace("_", " ")) for name in names]
         tokens = tokenizer(texts, padding=True, return_tensors="pt")
         return cls(texts, tokens["input_ids"], tokens["attention_mask"])
 

@@ -104,6 +104,11 @@ def test_logits_are_transformers_own_with_the_texts_of_one_half(folder: Path) ->
     )
 
 
+def test_other_braces_of_a_template_are_its_own(folder: Path) -> None:
+    texts = load(folder, template="a {} of {x} {").texts[BASE].texts
+    assert texts == ("a class a of {x} {", "a class b of {x} {", "a class c of {x} {")
+
+
 def test_predictions_keep_the_order_of_mixed_items(folder: Path) -> None:
     task, model = load(folder), random_clip().train()
     mixed = [*task.test[::2], *task.test[1::2]][::-1]
