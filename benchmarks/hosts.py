@@ -9,8 +9,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -25,7 +23,7 @@ from benchmarks import hosts_text, hosts_vision_clip, hosts_vision_vit
 from benchmarks.ablation_claims import NOT, PARTLY, REPRODUCED
 from benchmarks.ablation_report import picture
 from benchmarks.hosts_plan import Row, Run, World
-from benchmarks.run_table import Cell, Results, execute
+from benchmarks.run_table import Cell, Results, command, execute, exit_with
 from benchmarks.workers import positive, side_by_side
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
@@ -245,22 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.output or (work / "results" if options.quick else RESULTS)
     # to start a process takes longer than half of the reduced form
     jobs = options.jobs or (1 if options.quick else min(2, os.cpu_count() or 1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run_plan(options.quick, options.fresh, jobs, folder, work)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"hosts: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+    return command("hosts", partial(run_plan, options.quick, options.fresh, jobs, folder, work))
 
 
 if __name__ == "__main__":
-    # a plain kill ends the worker processes too, as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    exit_with(main)
