@@ -10,8 +10,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -35,7 +33,7 @@ from benchmarks.ablation_runs import (
     measure_in_process,
     score,
 )
-from benchmarks.run_table import Cell, Results, execute, section_of
+from benchmarks.run_table import Cell, Results, command, execute, exit_with, section_of
 from llama_adapter import assets
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
@@ -205,22 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse(arguments)
     plan = QUICK if options.quick else FULL
     folder = options.output or (QUICK_RESULTS if options.quick else RESULTS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run_plan(plan, options, folder)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"ablations: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+    return command("ablations", partial(run_plan, plan, options, folder))
 
 
 if __name__ == "__main__":
-    # a plain kill ends the worker processes too, as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    exit_with(main)

@@ -9,8 +9,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -21,10 +19,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import hosts_vision_clip, hosts_vision_vit
+from benchmarks import hosts_text, hosts_vision_clip, hosts_vision_vit
+from benchmarks.ablation_claims import NOT, PARTLY, REPRODUCED
 from benchmarks.ablation_report import picture
 from benchmarks.hosts_plan import Row, Run, World
-from benchmarks.run_table import Cell, Results, execute
+from benchmarks.run_table import Cell, Results, command, execute, exit_with
 from benchmarks.workers import positive, side_by_side
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
@@ -36,7 +35,8 @@ WORK = Path("runs") / "hosts"
 # folder of the figures, beside the report
 FIGURES = "hosts"
 WORLDS: dict[str, World] = {
-    world.name: world for world in (hosts_vision_vit.WORLD, hosts_vision_clip.WORLD)
+    world.name: world
+    for world in (hosts_vision_vit.WORLD, hosts_text.WORLD, hosts_vision_clip.WORLD)
 }
 TRIAL = ("", "This is the reduced form: it tries the machinery out, its verdicts mean nothing.")
 
@@ -150,16 +150,16 @@ def heading(quick: bool, environment: Row) -> list[str]:
 
 def verdict_lines(verdicts: Mapping[str, Row]) -> list[str]:
     """How many claims hold, and each with its verdict."""
-    claims = [one for parts in verdicts.values() for some in parts.values() for one in some]
-    words = dict.fromkeys(claim["verdict"] for claim in claims)
+    sections = {title: some for parts in verdicts.values() for title, some in parts.items()}
+    claims = [one for some in sections.values() for one in some]
+    words = [word for word in (REPRODUCED, PARTLY, NOT) if word in {c["verdict"] for c in claims}]
     counts = [f"{sum(c['verdict'] == word for c in claims)} {word}" for word in words]
-    return [
-        f"Of {len(claims)} claims {', '.join(counts)}:",
-        "",
-        *(f"- **{claim['verdict']}**: {claim['paper']}" for claim in claims),
-        "",
-        "",
-    ]
+    lines = [f"Of {len(claims)} claims {', '.join(counts)}.", ""]
+    for title, some in sections.items():
+        lines += [f"{title}:", ""]
+        lines += [f"- **{claim['verdict']}**: {claim['paper']}" for claim in some]
+        lines.append("")
+    return [*lines, ""]
 
 
 def _environment() -> Row:
@@ -243,22 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder = options.output or (work / "results" if options.quick else RESULTS)
     # to start a process takes longer than half of the reduced form
     jobs = options.jobs or (1 if options.quick else min(2, os.cpu_count() or 1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run_plan(options.quick, options.fresh, jobs, folder, work)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"hosts: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+    return command("hosts", partial(run_plan, options.quick, options.fresh, jobs, folder, work))
 
 
 if __name__ == "__main__":
-    # a plain kill ends the worker processes too, as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    exit_with(main)

@@ -72,7 +72,7 @@ class Size:
 
 
 FULL = Size(
-    steps=1200,
+    steps=1000,
     data=tuple(DOMAINS),
     counts={"train": 32, "val": 8, "test": 40},
     shots=SHOTS,

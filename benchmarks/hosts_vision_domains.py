@@ -38,14 +38,14 @@ Class = tuple[int, int, int]
 def behind_fence(pictures: Tensor, generator: torch.Generator) -> Tensor:
     """Dark slanted bars in front, and noise."""
     steps = torch.arange(SIDE)
-    bars = (steps[:, None] + steps[None]) % 6 < 2
-    return noisy(torch.where(bars, 0.35 * pictures, pictures), 0.12, generator)
+    bars = (steps[:, None] + steps[None]) % 6 < 3
+    return noisy(torch.where(bars, 0.2 * pictures, pictures), 0.2, generator)
 
 
 def at_dusk(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """Grey and dark, of little contrast, and noise."""
-    grey = pictures.mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    return noisy(0.1 + 0.45 * grey, 0.07, generator)
+    """Dark and half grey, and noise."""
+    pale = (pictures + pictures.mean(1, keepdim=True)) / 2
+    return noisy(0.1 + 0.75 * pale, 0.08, generator)
 
 
 def under_water(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -75,7 +75,7 @@ class Domain:
 
 DOMAINS = {
     "fence": Domain((True, False, True), behind_fence, "shape and colour behind dark bars"),
-    "dusk": Domain((True, True, False), at_dusk, "shape and texture in dark grey"),
+    "dusk": Domain((True, True, False), at_dusk, "shape and texture, dark and half grey"),
     "water": Domain((True, True, True), under_water, "all three, wavy and greenish"),
 }
 

@@ -50,8 +50,7 @@ def bars(panels: Mapping[str, Scores], labels: Mapping[str, str], ours: tuple[st
             color=[OURS_COLOUR if name in ours else OTHERS_COLOUR for name in names],
             capsize=2,
         )
-        lowest = min(s.low for s in spreads)
-        one.set(title=title, xlabel="%", xlim=(max(0, 0.8 * lowest), None))
+        one.set(title=title, xlabel="%", xlim=(0, None))
         one.title.set_fontsize(10)
     return figure
 

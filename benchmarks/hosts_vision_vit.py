@@ -76,7 +76,7 @@ FULL = Size(
     validation=200,
     test=600,
     config=FitConfig(
-        epochs=6, batch_size=32, weight_decay=0.01, warmup_epochs=0.6, eval_every=6, keep="last"
+        epochs=8, batch_size=32, weight_decay=0.01, warmup_epochs=0.8, eval_every=8, keep="last"
     ),
     grid=(1e-3, 1e-2, 1e-1),
     seeds=(0, 1, 2),

@@ -9,8 +9,6 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -45,7 +43,7 @@ from benchmarks.multimodal_report import (
 from benchmarks.multimodal_runs import Run, measure, measure_in_process
 from benchmarks.multimodal_task import PICTURED, QUOTA
 from benchmarks.multimodal_workplace import Workplace
-from benchmarks.run_table import Cell, Results, Row, execute, section_of
+from benchmarks.run_table import Cell, Results, Row, command, execute, exit_with, section_of
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.evaluation.scienceqa import LETTERS, classes_of, prompt_of
 from llama_adapter.options import Parser
@@ -309,22 +307,8 @@ def main(arguments: list[str] | None = None) -> int:
     plan = QUICK if options.quick else FULL
     work = options.work or WORK / ("quick" if options.quick else "full")
     folder = options.output or (work / "results" if options.quick else RESULTS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run_plan(plan, options, folder, work)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"multimodal: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+    return command("multimodal", partial(run_plan, plan, options, folder, work))
 
 
 if __name__ == "__main__":
-    # a plain kill ends the worker processes too, as Ctrl-C does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    exit_with(main)

@@ -7,6 +7,7 @@ are written as they are measured, and the same command again continues.
 import json
 import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -143,6 +144,33 @@ def start_worker() -> None:
     """Set up a worker process: one thread, and Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def command(name: str, run: Callable[[], None]) -> int:
+    """Run a benchmark with one thread in this process, as its command does.
+
+    Returns:
+        0, or 2 with a line for a request that cannot be carried out, or 130 after Ctrl-C.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
+def exit_with(main: Callable[[], int]) -> None:
+    """End the process with what a command returns; a kill ends its workers too, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(main())
 
 
 def section_of(

@@ -116,16 +116,26 @@ def prompt_shape(kind: str, length: int, model: Mapping[str, int]) -> tuple[int,
 
 
 def _empty_head(config: HeadConfig) -> nn.Module:
-    """Parameters of a head by their names in it, all zero."""
+    """Parameters of a head by their names in it, all zero.
+
+    Raises:
+        ValueError: a name is no parameter's, or that of a part of the head as well.
+    """
     head = nn.Module()
     for name, shape in config.shapes.items():
         module = head
         *path, leaf = name.split(".")
-        for part in path:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = module.get_submodule(part)
-        module.register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
+        try:
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(leaf, nn.Parameter(torch.zeros(shape)))
+        except KeyError:
+            raise ValueError(
+                f"head shapes must be by names of parameters, got {name!r} among "
+                f"{', '.join(map(repr, config.shapes))}"
+            ) from None
     return head
 
 

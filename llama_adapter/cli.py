@@ -19,8 +19,11 @@ from llama_adapter.checkpoints import load_base
 from llama_adapter.checkpoints.adapter_formats import adapter_path
 from llama_adapter.convert import add_arguments, convert, describe_adapter
 from llama_adapter.evaluation import command, records_command
+from llama_adapter.evaluation import host_command as host_evaluation
 from llama_adapter.generate_command import generate
 from llama_adapter.host_training import command as host_command
+from llama_adapter.host_training.host_config import TASKS
+from llama_adapter.host_training.method_file import describe_trained
 from llama_adapter.options import Parser, UsageError, add_options, build, read_config
 from llama_adapter.recipe import FinetuneConfig
 from llama_adapter.step_profile import TABLE
@@ -71,6 +74,9 @@ def _info(options: argparse.Namespace) -> int:
     path: Path = options.path
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
+    if (lines := describe_trained(path)) is not None:
+        print("\n".join(lines))
+        return 0
     if adapter_path(path) is None:
         base = load_base(path)
         count = sum(parameter.numel() for parameter in base.model.parameters())
@@ -97,7 +103,7 @@ def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-    parser.set_defaults(run=run, parser=parser)
+    parser.set_defaults(call=run, parser=parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -109,10 +115,10 @@ def _version() -> str:
         return "llama-adapter, from a source tree that is not installed"
 
 
-def _finetune_options(tune: argparse.ArgumentParser, arguments: list[str]) -> None:
+def _finetune_options(tune: argparse.ArgumentParser, words: list[str]) -> None:
     """What `finetune` takes: two kinds of model have options of their own."""
-    if arguments[:1] == ["finetune"] and host_command.is_wanted(arguments[1:]):
-        tune.set_defaults(run=host_command.finetune)
+    if words[:1] == ["finetune"] and host_command.is_wanted(words[1:]):
+        tune.set_defaults(call=host_command.finetune)
         host_command.add_arguments(tune)
         return
     tune.add_argument(
@@ -128,22 +134,28 @@ def _finetune_options(tune: argparse.ArgumentParser, arguments: list[str]) -> No
     add_options(tune, FinetuneConfig)
 
 
-def _parser(arguments: list[str]) -> Parser:
+def _parser(words: list[str]) -> Parser:
     about = "Fine-tune a LLaMA-Adapter and talk to the result. Each command has --help of its own."
     parser = Parser(prog="llama-adapter", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     tune = _command(commands, "finetune", _finetune, "Train an adapter on instruction data.")
-    _finetune_options(tune, arguments)
+    _finetune_options(tune, words)
 
     make = _command(commands, "generate", generate, "Answer one instruction, or a file of them.")
     generate_command.add_arguments(make)
     talk = _command(commands, "chat", chat, "Answer instructions as they are typed.")
     chat_command.add_arguments(talk)
 
-    test = _command(commands, "evaluate", command.run, "Ask a benchmark's questions and score.")
-    command.add_arguments(test)
+    about = "Ask a benchmark's questions and score."
+    test = _command(commands, "evaluate", command.run, about)
+    if words[:1] == ["evaluate"] and host_evaluation.is_wanted(words[1:]):
+        test.set_defaults(call=host_evaluation.run)
+        host_evaluation.add_arguments(test)
+    else:
+        command.add_arguments(test)
+        test.epilog = f"{test.epilog} {', '.join(TASKS)}: of runs of finetune --host, --run RUN."
 
     kept = _command(
         commands, "records", records_command.run, "Write a benchmark's files as data to train on."
@@ -189,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
-            code = options.run(options)
+            code = options.call(options)
             # a reader who left is met here, not at the interpreter's end
             print(end="", flush=True)
             return code

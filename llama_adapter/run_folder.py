@@ -237,7 +237,7 @@ class RunFolder:
                 f"cannot resume {self.path}: metrics.jsonl is damaged, it lacks steps before the "
                 f"checkpoint's step {step}"
             )
-        if not step and self.adapter.is_file():
+        if not step and self.adapter.is_file() and not any(self.checkpoints.glob("step-*")):
             raise ValueError(
                 f"cannot resume {self.path}: it holds an adapter, but no usable checkpoint"
             )

@@ -142,7 +142,7 @@ def test_every_line_is_one_of_these() -> None:
         "a PEFT adaption-prompt model in Python",
         "LLaMA, Mistral or Qwen2 of transformers",
         "transformers' Trainer, to resume or to load the best model",
-        "a loaded transformers model",
+        "a loaded transformers model: LLaMA, Mistral, Qwen2, ViT, BERT, RoBERTa, CLIP",
         "tasks of lm-evaluation-harness",
         "attention of your own",
     ]

@@ -46,6 +46,7 @@ MODEL_TESTS = (
 )
 LM_EVAL_TESTS = (
     "tests/llama_adapter/integrations/test_lm_eval.py",
+    "tests/llama_adapter/evaluation/test_open_llm_tasks.py",
     "tests/test_readme_table.py",
 )
 LITGPT_TESTS = (
@@ -58,9 +59,10 @@ HF_TESTS = (
     *MODEL_TESTS,
     "tests/llama_adapter/checkpoints/test_adapter_peft.py",
     "tests/llama_adapter/hosts",
-    "tests/llama_adapter/multimodal",
     "tests/llama_adapter/tasks",
+    "tests/llama_adapter/multimodal",
     "tests/llama_adapter/host_training",
+    "tests/llama_adapter/evaluation/test_host_command.py",
     "tests/llama_adapter/integrations",
 )
 # transformers wants a newer safetensors than we do, so these do without it

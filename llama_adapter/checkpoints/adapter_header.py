@@ -194,6 +194,7 @@ def from_json(content: Any, where: str) -> AdapterHeader:
         raise ValueError(f"{where}: groups {header.groups} do not go with visual {visual}")
     if ("head" in header.groups) != (host.head is not None):
         raise ValueError(f"{where}: groups {header.groups} do not go with head {host.head}")
+    _check_host(host, where)
     late = (1, config.prompt_length)
     if visual is not None and visual.fusion == "late" and visual.tokens not in late:
         raise ValueError(f"{where}: visual tokens must be one of {late}, got {visual.tokens}")
@@ -216,6 +217,27 @@ def from_json(content: Any, where: str) -> AdapterHeader:
             f"{where}: layers must be ascending indices below {count}, got {header.layers}"
         )
     return header
+
+
+def _check_host(host: HostConfig, where: str) -> None:
+    if not host.kind.isidentifier():
+        raise ValueError(f"{where}: host kind must be a name as clip_text, got {host.kind!r}")
+    head, lean = host.head, HostConfig()
+    if host.kind == lean.kind and host != lean:
+        raise ValueError(
+            f"{where}: host must have no head and no shifted positions for a {host.kind}, got "
+            f"{host}"
+        )
+    if head is None:
+        return
+    for name in head.shapes:
+        if not all(part.isidentifier() or part.isdecimal() for part in name.split(".")):
+            raise ValueError(f"{where}: head shapes must be by dotted names, got {name!r}")
+    outputs = [shape[0] for shape in head.shapes.values() if shape][-1:]
+    if outputs != [len(head.labels)]:
+        raise ValueError(
+            f"{where}: head must have a label for each of its {outputs} outputs, got {head.labels}"
+        )
 
 
 def _check_base(base: Fingerprint, origin: str | None, where: str) -> None:

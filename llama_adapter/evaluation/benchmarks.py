@@ -5,10 +5,12 @@ One table, read by the command `evaluate`, which asks all of them in the same wa
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from llama_adapter.answering import Answerer
 from llama_adapter.data.checked_files import FileProblem
 from llama_adapter.data.records import load_records
 from llama_adapter.evaluation import (
@@ -19,87 +21,14 @@ from llama_adapter.evaluation import (
     lvlm_ehub,
     mmbench,
     mme,
+    open_llm,
     pope,
     scienceqa,
     vqa,
 )
+from llama_adapter.evaluation.data_options import DataOptions, SourceOptions
 from llama_adapter.evaluation.runner import Item, Scores, mean_scores
 from llama_adapter.sampling import SamplingConfig
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """Data."""
-
-    data: Path = field(
-        metadata={
-            "help": "the benchmark's file; of scienceqa the folder of problems.json and "
-            "pid_splits.json, of mme that of the subtasks"
-        }
-    )
-    split: str | None = field(
-        default=None,
-        metadata={"help": "of scienceqa and coco_caption; default: test, and of records train"},
-    )
-    annotations: Path | None = field(
-        default=None, metadata={"help": "file of people's answers, of vqav2 and okvqa"}
-    )
-    image_name: str = field(
-        default="COCO_val2014_{:012d}.jpg",
-        metadata={"help": "an image's name by its number, of vqav2 and okvqa"},
-    )
-    suffix: str | None = field(
-        default=None,
-        metadata={"help": "text behind every question, in the benchmarks that have none"},
-    )
-
-    def __post_init__(self) -> None:
-        try:
-            different = self.image_name.format(1) != self.image_name.format(2)
-        except (ValueError, LookupError, AttributeError, TypeError):
-            different = False
-        if not different:
-            raise ValueError(
-                "--image-name must have one place for a number, as in COCO_val2014_{:012d}.jpg, "
-                f"got {self.image_name!r}"
-            )
-
-
-@dataclass(frozen=True)
-class DataOptions(SourceOptions):
-    """Data."""
-
-    output: Path = field(kw_only=True, metadata={"help": "run folder to create, or to go on with"})
-    metric: str | None = field(
-        default=None,
-        metadata={"help": "of lvlm_ehub's data set", "choices": tuple(lvlm_ehub.MAIN_SCORE)},
-    )
-    fallback: str = field(
-        default="random",
-        metadata={
-            "help": "what an answer of scienceqa without a letter counts as",
-            "choices": scienceqa.FALLBACKS,
-        },
-    )
-    answers: Path | None = field(
-        default=None, metadata={"help": "answer.jsonl of the model that is judged, of judge"}
-    )
-    baseline: Path | None = field(
-        default=None,
-        metadata={"help": "answer.jsonl of the model that it is compared with, of judge"},
-    )
-    reviews: Path | None = field(
-        default=None, metadata={"help": "review.jsonl of a judge elsewhere, of judge"}
-    )
-    choose: bool = field(
-        default=False,
-        metadata={
-            "help": "take the option with the least loss in place of a generated answer, of "
-            "mmbench and scienceqa"
-        },
-    )
-    blind: bool = field(default=False, metadata={"help": "answer without the images"})
-
 
 Loaded = tuple[list[Item], list[FileProblem]]
 
@@ -128,6 +57,8 @@ class Benchmark:
         targets: what a model that is trained on an item answers, a record each, with the blank that
             a prompt does not end with where it is not wrapped; None where nobody trains on it.
         training_split: the split to train on, of files that hold several.
+        predict: of an answerer and items per batch, what predicts a batch where nothing is asked.
+        bind: the same benchmark for some data, where its functions share what is read first.
     """
 
     load: Callable[[DataOptions, Path | None], Loaded]
@@ -149,6 +80,8 @@ class Benchmark:
     check: Callable[[DataOptions], None] | None = None
     targets: Callable[[Item], Sequence[str]] | None = None
     training_split: Callable[[SourceOptions], str | None] = lambda options: None
+    predict: Callable[[Answerer, int], Callable[[list[Item]], list[Any]]] | None = None
+    bind: Callable[["Benchmark", DataOptions], "Benchmark"] | None = None
 
 
 def question_of(benchmark: Benchmark, item: Item, data: SourceOptions) -> str:
@@ -271,6 +204,37 @@ def _records(options: DataOptions, images: Path | None) -> Loaded:
     return items, found
 
 
+def _needs_lm_eval(options: DataOptions) -> None:
+    if find_spec("lm_eval") is None:
+        raise ModuleNotFoundError(
+            "open_llm needs lm-evaluation-harness: pip install 'lm-eval[hf]>=0.4.13'"
+        )
+
+
+def _unbound(*given: Any) -> Any:
+    """In place of what `bind` gives."""
+    raise RuntimeError("this benchmark must be bound to its data first")
+
+
+def _open_llm(benchmark: Benchmark, options: DataOptions) -> Benchmark:
+    """With the tasks of lm-evaluation-harness, which imports much."""
+    from llama_adapter.evaluation.open_llm_tasks import OpenLlm
+
+    documents, problems = open_llm.read_documents(options.data)
+    tasks = OpenLlm(documents)
+    return replace(
+        benchmark,
+        load=lambda options, images: (tasks.items, problems),
+        question=lambda item: item["context"],
+        score=_plain(tasks.score),
+        predict=tasks.predictor,
+        result="results.json",
+        write=lambda path, items, predictions, options, name: tasks.write(
+            path, items, predictions, model=name
+        ),
+    )
+
+
 def _exact(item: Item, prediction: Any) -> Scores:
     return {"exact_match": float(exact_match.exact_match(prediction, item["target"]))}
 
@@ -383,6 +347,15 @@ BENCHMARKS: dict[str, Benchmark] = {
         takes=("answers", "baseline", "reviews"),
         needs=("answers", "baseline"),
         images=False,
+    ),
+    "open_llm": Benchmark(
+        _unbound,
+        _unbound,
+        _unbound,
+        aggregate=open_llm.aggregate,
+        images=False,
+        check=_needs_lm_eval,
+        bind=_open_llm,
     ),
     "exact_match": Benchmark(
         _records,

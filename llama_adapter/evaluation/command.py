@@ -24,10 +24,10 @@ from llama_adapter.data.template import prompt_text
 from llama_adapter.evaluation.benchmarks import (
     BENCHMARKS,
     Benchmark,
-    DataOptions,
     question_of,
 )
 from llama_adapter.evaluation.choosing import likeliest
+from llama_adapter.evaluation.data_options import DataOptions
 from llama_adapter.evaluation.runner import SCORES_FILE, Evaluation, Item, evaluate
 from llama_adapter.options import UsageError, add_options, build
 from llama_adapter.sampling import SamplingConfig
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = "; ".join(
         f"{name}: temperature {one.sampling.temperature:g}, {one.sampling.max_new_tokens} tokens"
         for name, one in BENCHMARKS.items()
+        if one.bind is None
     )
     parser.epilog = f"Without sampling options a benchmark has its own. {own}."
 
@@ -88,21 +89,27 @@ def _run(options: argparse.Namespace, unpacked: Path) -> int:
         )
     # where nobody looks at the images they need not be there
     images = None if root is None or not seeing else root.absolute()
+    if benchmark.bind is not None:
+        benchmark = benchmark.bind(benchmark, data)
     items, problems = benchmark.load(data, images)
     items = [relative(item, images) for item in items]
     seeing = seeing and any(item.get("image") for item in items)
     if seeing and answerer is not None:
         items, unseen = _with_images(items, answerer, data)
         problems += unseen
-    texts = {item["id"]: _text(benchmark, data, item) for item in items if "given" not in item}
+    # a benchmark that predicts by itself asks for no answers
+    asked = [item for item in items if "given" not in item] if benchmark.predict is None else []
+    texts = {item["id"]: _text(benchmark, data, item) for item in asked}
     if answerer is not None:
         problems += _too_long(benchmark, data, texts, items, answerer)
     if options.strict and problems:
-        raise UsageError(_told(problems))
+        raise UsageError(told(problems))
     try:
         evaluation = evaluate(
             items,
-            _predictor(benchmark, data, items, texts, answerer, sampling, seeing),
+            benchmark.predict(answerer, options.batch_size)
+            if benchmark.predict is not None and answerer is not None
+            else _predictor(benchmark, data, items, texts, answerer, sampling, seeing),
             lambda item, prediction: benchmark.score(item, prediction, data),
             data.output,
             settings=_settings(name, data, model, answerer, sampling, seeing),
@@ -111,7 +118,7 @@ def _run(options: argparse.Namespace, unpacked: Path) -> int:
             aggregate=benchmark.aggregate,
             corpus=benchmark.corpus,
             progress=None if options.quiet else name,
-            opened=lambda: _report(problems, data),
+            opened=lambda: report(problems, data.output),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped: the same command goes on from {data.output}") from None
@@ -133,6 +140,9 @@ def _check(
             raise UsageError(f"{flag} is no option of {name}")
         if spec.name in benchmark.needs and getattr(data, spec.name) is None:
             raise UsageError(f"{flag} is required for {name}")
+    for spec in fields(SamplingConfig) if benchmark.bind is not None else ():
+        if spec.name in given:
+            raise UsageError(f"--{spec.name.replace('_', '-')} is no option of {name}")
     if benchmark.check is not None:
         try:
             benchmark.check(data)
@@ -190,6 +200,8 @@ def _too_long(
     problems = []
     for position, item in enumerate(items):
         name = item["id"]
+        if name not in texts:
+            continue
         # a longer option may have fewer tokens
         outputs = _outputs(benchmark, data, item).values() or ("",)
         count = max(
@@ -206,20 +218,31 @@ def _too_long(
     return problems
 
 
-def _told(problems: Sequence[FileProblem]) -> str:
+def told(problems: Sequence[FileProblem]) -> str:
     """The first few entries that cannot be used."""
     shown = "; ".join(map(str, problems[:_SHOWN]))
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return f"{len(problems)} entries cannot be used: {shown}{more}"
 
 
-def _report(problems: Sequence[FileProblem], data: DataOptions) -> None:
-    """List what cannot be used in the run's folder, and the first few on stderr."""
+def report(problems: Sequence[FileProblem], folder: Path) -> None:
+    """List what cannot be used in a run's folder, and the first few on stderr."""
     if problems:
-        listed = data.output / PROBLEMS_FILE
+        listed = folder / PROBLEMS_FILE
         write_atomically(listed, "".join(f"{problem}\n" for problem in problems).encode())
-        told = _told(problems).replace(" used: ", f" used, listed in {listed}: ", 1)
-        print(f"warning: {told}", file=sys.stderr)
+        said = told(problems).replace(" used: ", f" used, listed in {listed}: ", 1)
+        print(f"warning: {said}", file=sys.stderr)
+
+
+def print_scores(title: str, scores: Mapping[str, float], folder: Path) -> None:
+    """What a run has found, and where it is."""
+    print(title)
+    width = max(map(len, scores), default=0)
+    for key, value in scores.items():
+        print(f"  {key:{width}}  {value:.4f}".rstrip("0").rstrip("."))
+    if not scores:
+        print("  no scores: the data has no answers")
+    print(f"scores      {folder / SCORES_FILE}")
 
 
 def _predictor(
@@ -309,13 +332,7 @@ def _finish(
     called: str,
 ) -> None:
     """Write the result in the benchmark's own form and print the scores."""
-    print(title)
-    width = max(map(len, evaluation.scores), default=0)
-    for key, value in evaluation.scores.items():
-        print(f"  {key:{width}}  {value:.4f}".rstrip("0").rstrip("."))
-    if not evaluation.scores:
-        print("  no scores: the data has no answers")
-    print(f"scores      {data.output / SCORES_FILE}")
+    print_scores(title, evaluation.scores, data.output)
     if benchmark.write is not None:
         path = data.output / benchmark.result
         benchmark.write(path, items, evaluation.predictions, data, called)

@@ -18,11 +18,10 @@ from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.evaluation.benchmarks import (
     BENCHMARKS,
     Benchmark,
-    DataOptions,
-    SourceOptions,
     question_of,
 )
 from llama_adapter.evaluation.command import relative
+from llama_adapter.evaluation.data_options import DataOptions, SourceOptions
 from llama_adapter.evaluation.runner import Item
 from llama_adapter.options import UsageError, add_options, build
 

@@ -26,6 +26,8 @@ def table_rows(
     columns: Sequence[str],
     problems: list[FileProblem],
     delimiter: str = ",",
+    *,
+    header: Sequence[str] | None = None,
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a table with a header, which must have `columns` and may have more.
 
@@ -34,6 +36,7 @@ def table_rows(
         columns: names that the header must hold.
         problems: list that is added to where a row is none.
         delimiter: what separates cells.
+        header: the columns of a table that begins with its first row.
 
     Yields:
         The line where each row begins, counted from 1, and its cells by column.
@@ -42,7 +45,7 @@ def table_rows(
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8, or a column is missing or there twice.
     """
-    for line, row in _rows(path, columns, delimiter):
+    for line, row in _rows(path, columns, delimiter, header):
         if isinstance(row, str):
             problems.append(FileProblem(line, row, str(path), "line"))
         else:
@@ -50,13 +53,12 @@ def table_rows(
 
 
 def _rows(
-    path: str | Path, columns: Sequence[str], delimiter: str
+    path: str | Path, columns: Sequence[str], delimiter: str, header: Sequence[str] | None
 ) -> list[tuple[int, dict[str, str] | str]]:
     """Cells by column, or why there are none, with the line where they begin."""
     # strict: a quote that is never closed is an error, not one cell up to the end of the file
     reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
     rows: list[tuple[int, dict[str, str] | str]] = []
-    header: list[str] | None = None
     with _long_cells():
         while True:
             line = reader.line_num + 1

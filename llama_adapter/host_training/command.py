@@ -92,9 +92,8 @@ def finetune(options: argparse.Namespace) -> int:
         elif "model" not in given:
             raise UsageError(f"--resume: {output} holds no run (config.json is missing)")
     config = build(HostRunConfig, _chosen(options))
-    unread = set(METHODS[config.method].options)
     for spec in fields(MethodOptions):
-        if spec.name in given and spec.name not in unread:
+        if spec.name in given and spec.name not in METHODS[config.method].options:
             flag = f"--{spec.name.replace('_', '-')}"
             raise UsageError(f"{flag} is no option of the method {config.method}")
     try:

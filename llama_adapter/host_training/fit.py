@@ -162,11 +162,13 @@ class Fit:
         """
         model = self.attached.model
         was_training = model.training
+        order: Sequence[int] = ()
         try:
             # nothing to train is a run of no steps, with the host's own scores
             while self.step < self.total and self.optimisers:
                 epoch, place = divmod(self.step, self.per_epoch)
-                order = shuffled(range(len(self.task.train)), self.config.seed, epoch)
+                if place == 0 or not order:
+                    order = shuffled(range(len(self.task.train)), self.config.seed, epoch)
                 size = self.config.batch_size
                 batch = [self.task.train[i] for i in order[place * size : (place + 1) * size]]
                 model.train()
@@ -215,7 +217,7 @@ class Fit:
         due = epoch % self.config.eval_every == 0 or self.step == self.total
         if not self.task.validation or not due:
             return {}
-        _, scores = evaluate(self.attached.model, self.task, "validation", self.config.batch_size)
+        _, scores = evaluate(self.attached.model, self.task, "validation")
         best = self.best_score
         self.scores[epoch] = scores
         if best is None or scores[self.task.metric] > best:

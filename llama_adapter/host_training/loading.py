@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from llama_adapter.checkpoints import default_device
@@ -34,6 +35,7 @@ CLASSES = {
 }
 # what a task may add to a host
 _HEADS = ("classifier.", "qa_outputs.")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
 _REMEDY = "hosts need transformers: pip install 'llama-adapter-kernels[hf]'"
 
 
@@ -72,18 +74,26 @@ def _check_folder(folder: Path, host: str) -> None:
         raise ValueError(f"model must be a {host}, got a {kind} in {folder}")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a text host, which takes words one by one too.
+def load_tokenizer(folder: Path, words: bool) -> Any:
+    """The tokenizer of a text host.
+
+    Args:
+        folder: of the host.
+        words: whether it is given words one by one, which are what they are in a text; otherwise
+            texts are what the folder's own tokenizer makes of them.
 
     Raises:
         ImportError: transformers is missing.
         ValueError: the folder holds none that can be read, or a slow one.
     """
     transformers = _transformers()
+    # without one of these transformers makes a tokenizer that knows no word
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}")
     try:
         with quiet():
             found = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, add_prefix_space=True
+                folder, local_files_only=True, **({"add_prefix_space": True} if words else {})
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())[:160]
@@ -134,7 +144,7 @@ def load_task(
         assert options.images is not None
         template = options.template
         return BaseToNovelTask.load(options.data, options.images, model, template=template, **own)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, words=name != "squad")
     train = options.data if labels is None else None
     if name == "squad":
         test = options.test_data[0]
@@ -155,16 +165,20 @@ def final_task(task: Task) -> Task:
 
 
 def digest_of(options: TaskOptions, task: Task) -> str:
-    """A hash of what is trained on and chosen by: files of text, images with their labels."""
+    """A hash of what is trained on and chosen by: sentences, images with their labels, or files."""
     digest = hashlib.sha256()
     if isinstance(task, VtabTask | BaseToNovelTask):
         more = task.everything if isinstance(task, VtabTask) else ()
         for item in (*task.train, *task.validation, *more):
             digest.update(f"{item.id} {item.label}\n".encode())
             digest.update(Path(item.path).read_bytes())
+    elif isinstance(task, TaggingTask):
+        # one data set may be several files
+        for item in (*task.train, *task.validation):
+            digest.update(repr((item.words, item.tags, item.predicate)).encode())
     else:
-        for path in (options.data, options.val_data, *options.test_data[:1]):
-            digest.update(b"" if path is None else path.read_bytes())
+        for path in (options.data, options.val_data or options.test_data[0]):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -197,7 +211,7 @@ def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None 
                 config.model, local_files_only=True, ignore_mismatched_sizes=True,
                 output_loading_info=True, dtype=torch.float32, **more,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"model {config.model} cannot be read: {said}") from error
     differing = [one[0] if isinstance(one, tuple) else one for one in found["mismatched_keys"]]

@@ -17,9 +17,10 @@ from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.checkpoints.fingerprint import Fingerprint
 from llama_adapter.hosts.facts import tower_of
 from llama_adapter.hosts.files import FILE, file_of, load_adapted
-from llama_adapter.hosts.methods import Attached, MethodOptions
+from llama_adapter.hosts.methods import METHODS, Attached, MethodOptions
 
 FORMAT = "llama-adapter method 1"
+HEADER = "llama-adapter"
 BASELINE = "method.safetensors"
 ZERO_INIT = "zero_init"
 
@@ -48,12 +49,14 @@ def save_trained(folder: Path, attached: Attached, host: Fingerprint) -> None:
         attached.model.save_pretrained(folder)
         return
     state = {name: value.cpu().contiguous() for name, value in attached.state_dict().items()}
-    metadata = {
+    header = {
         "format": FORMAT,
         "method": attached.name,
-        "options": json.dumps(asdict(attached.options)),
-        "host": json.dumps(asdict(host)),
+        "options": asdict(attached.options),
+        "host": asdict(host),
     }
+    # one entry: of several the library shuffles the order, and equal runs write equal bytes
+    metadata = {HEADER: json.dumps(header)}
     write_atomically(folder / BASELINE, safetensors.save(state, metadata))
 
 
@@ -91,16 +94,37 @@ def load_trained(folder: Path, attached: Attached, host: Fingerprint) -> None:
     attached.load_state_dict(state)
 
 
+def describe_trained(path: Path) -> list[str] | None:
+    """What a baseline's file is, a line for each property; None where it is none.
+
+    Args:
+        path: a file, or a run folder.
+    """
+    path = path / BASELINE if path.is_dir() else path
+    try:
+        header, state = _read(path)
+    except (OSError, ValueError):
+        return None
+    host = Fingerprint(header["host"]["name"], header["host"]["shape"], ())
+    reads = METHODS[header["method"]].options
+    options = ", ".join(f"{name} {header['options'][name]}" for name in reads)
+    count = sum(value.numel() for value in state.values())
+    return [
+        f"method      {header['method']} ({count:,} parameters, {path.stat().st_size:,} bytes)",
+        f"source      {METHODS[header['method']].source}",
+        f"host        {host.describe()}",
+        f"options     {options or 'none'}",
+    ]
+
+
 def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     """Header and tensors of a baseline's file."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+            header = json.loads((file.metadata() or {})[HEADER])
+            if header["format"] != FORMAT:
+                raise ValueError(f"the format is {header['format']!r}, not {FORMAT!r}")
             state = {name: file.get_tensor(name) for name in iter(file.keys())}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"the format is {metadata.get('format')!r}, not {FORMAT!r}")
-        header: dict[str, Any] = {"method": metadata["method"]}
-        header |= {name: json.loads(metadata[name]) for name in ("options", "host")}
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of a trained method, or damaged ({error})") from None
     return header, state

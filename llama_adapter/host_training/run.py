@@ -199,6 +199,9 @@ class _Run:
     def train(self, progress: bool | None, on_step: Callable[[Row], None] | None) -> None:
         """Take all steps that are left."""
         search = self.search
+        if not search.step and not search.takes_steps:
+            # at its end from the beginning
+            self.save()
         hidden = None if progress is None else not progress
         bar = tqdm(total=search.total, initial=search.step, unit="step", disable=hidden)
         score = self.folder.kind.score

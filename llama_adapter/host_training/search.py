@@ -70,6 +70,11 @@ class Search:
         return -max(found)[1] if found else None
 
     @property
+    def takes_steps(self) -> bool:
+        """Whether the method trains anything at all."""
+        return bool((self._fit or self._begin()).optimisers)
+
+    @property
     def at_an_end(self) -> bool:
         """Whether the current fit has taken all of its steps."""
         return self._fit is not None and self._fit.step == self._fit.total

@@ -78,7 +78,7 @@ def adapt(
     in the adapted layers, before the output projection; keys and values of a prompt are the layer's
     own projections of its rows, or with prompt_kind "kv" the trained numbers themselves. All tokens
     attend to the prompt, which no padding hides and which has no position. Gates start at zero: the
-    host's outputs do not change.
+    host's outputs do not change, but for shifted positions, and a trained head's are float32.
 
     Args:
         model: a transformers model of a type in `facts.HOSTS`: LLaMA and its like with their head,
@@ -101,18 +101,20 @@ def adapt(
             `save_pretrained` wrote; all arguments above but encoder are its own then.
 
     Returns:
-        The adapter, float32 and trainable: prompts (L, P, C) or (L, 2, P, C), gates (L, H) and the
-        head, now a submodule of the host by the name SUBMODULE, for a CLIP's text encoder
-        SUBMODULE_text; the host's `save_pretrained` writes adapters alone.
+        The adapter, float32, and trainable unless it came frozen: prompts (L, P, C) or
+        (L, 2, P, G D), gates (L, H) or (L, 1) and the head, now a submodule of the host by the name
+        SUBMODULE, for a CLIP's text encoder SUBMODULE_text; the host's `save_pretrained` writes
+        adapters alone.
 
     Raises:
         ImportError: transformers is missing.
         FileNotFoundError: there is no such file.
-        ValueError: the host is of an unknown type, has an adapter, or the adapter does not fit or
-            was trained on another base.
+        ValueError: an argument is of another type, the host of an unknown one or float64, it has an
+            adapter, or the adapter does not fit or was trained on another base.
 
     Source: LLaMA-Adapter, sections 3.2 and 3.4, equations 1 to 8.
     """
+    _check_types(locals())
     tower = tower_of(model, encoder)
     if tower.slot in adapters_of(model) or (_BEFORE in model.__dict__ and not adapters_of(model)):
         raise ValueError("model has an adapter already: unadapt(model) takes it off")
@@ -122,6 +124,8 @@ def adapt(
             f"model must have heads of 8 to 256 channels in steps of 8, got {shape.head_dim}"
         )
     if adapter is None:
+        if isinstance(layers, int) and not 1 <= layers <= shape.n_layers:
+            raise ValueError(f"layers must be from 1 to {shape.n_layers}, got {layers}")
         count = layers if layers is None or isinstance(layers, int) else None
         activation = tower.host.gate_activation if gate_activation is None else gate_activation
         config = AdapterConfig(prompt_length, count, prompt_std, activation, gate_scope)
@@ -141,7 +145,7 @@ def adapt(
         adapter = read_adapted(tower, adapter)
     _check_fits(tower, adapter)
     attentions = tower.attentions()
-    adapter = adapter.to(device_of(attentions[adapter.layers[0]]))
+    adapter = adapter.to(device_of(attentions[adapter.layers[0]]), torch.float32)
     register()
     if _BEFORE not in model.__dict__:
         methods = ("generate", "save_pretrained")
@@ -171,6 +175,30 @@ def adapt(
     model.add_module(submodule_of(tower.slot), adapter)
     model.__dict__[_BEFORE]["towers"][tower.slot] = before
     return adapter
+
+
+def _check_types(given: dict[str, Any]) -> None:
+    """Raise ValueError unless the arguments of `adapt` are of the types that it names."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "prompt_length": (int,),
+        "layers": (int, Sequence, type(None)),
+        "prompt_std": (int, float),
+        "encoder": (str, type(None)),
+        "shift_positions": (bool,),
+        "head": (bool,),
+        "generator": (torch.Generator, type(None)),
+        "adapter": (Adapter, str, Path, type(None)),
+    }
+    for name, kind in kinds.items():
+        value, items = given[name], ()
+        if name == "layers" and isinstance(value, Sequence):
+            items = value
+        # a bool is an int, a str is a sequence: neither is meant
+        fits = isinstance(value, kind) and isinstance(value, bool) == (kind == (bool,))
+        if not fits or any(not isinstance(x, int) or isinstance(x, bool) for x in items):
+            wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kind)
+            of = " of int" if name == "layers" else ""
+            raise ValueError(f"{name} must be {wanted}{of}, got {value!r}")
 
 
 def _check_fits(tower: Tower, adapter: Adapter) -> None:
@@ -204,6 +232,10 @@ def _check_fits(tower: Tower, adapter: Adapter) -> None:
                     f"model must have the {name} of its own layers, got a "
                     f"{type(attentions[layer]).__name__}: take off other adapters first"
                 )
+        if (dtype := next(attentions[layer].parameters()).dtype) == torch.float64:
+            raise ValueError(
+                f"model must be float32, bfloat16 or float16 in its layers, got {dtype}"
+            )
         if device_of(attentions[layer]).type == "meta":
             raise ValueError(
                 "model must have its weights on a device, got some that are offloaded or not "
@@ -213,6 +245,8 @@ def _check_fits(tower: Tower, adapter: Adapter) -> None:
 
 def unadapt(model: Any, encoder: str | None = None) -> Adapter:
     """Take an adapter off: without any the host is bitwise what it was, trainable parameters too.
+
+    Changes of the model's configuration that were made meanwhile are undone, too.
 
     Args:
         model: a host that `adapt` put an adapter on.
@@ -224,16 +258,18 @@ def unadapt(model: Any, encoder: str | None = None) -> Adapter:
     Raises:
         ValueError: there is none.
     """
-    adapter, before = adapter_of(model, encoder), model.__dict__.get(_BEFORE)
+    adapter, before = adapter_of(model, encoder), getattr(model, "__dict__", {}).get(_BEFORE)
     if adapter is None or before is None:
-        raise ValueError("model must have an adapter, put there by adapt(model)")
+        held = " or ".join(repr(slot) for slot in adapters_of(model))
+        one = f": encoder must be {held}, got {encoder!r}" if held else ""
+        raise ValueError(f"model must have an adapter, put there by adapt(model){one}")
     tower = tower_of(model, encoder)
     own, attentions = before["towers"].pop(tower.slot), tower.attentions()
     for layer, forward in own["forwards"].items():
         attentions[layer].__dict__.pop("forward")
         if forward is not None:
             attentions[layer].__dict__["forward"] = forward
-    give_back_head(tower, own["head"])
+    give_back_head(own["head"])
     if own["hook"] is not None:
         own["hook"].remove()
     delattr(model, submodule_of(tower.slot))

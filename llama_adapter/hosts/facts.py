@@ -229,13 +229,18 @@ class Tower:
     def fingerprint(self) -> Fingerprint:
         """The host's identity; a decoder's is equal to that of the lean model with its weights.
 
-        Of a quantised host it is the shape alone: its weights are no longer the base's.
+        Of a quantised host it is the shape alone: its weights are no longer the base's. What PEFT
+        put beside a weight is no part of it.
 
         Raises:
-            ValueError: a sampled weight is NaN or infinite.
+            ValueError: a sampled weight is NaN or infinite, or is not where the facts say.
         """
         # every name of a tied weight
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = {
+            # PEFT keeps what it wraps behind another name
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+        }
         sizes = self._sizes()
         label = str(getattr(self.model.config, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1]
         label = label or type(self.model).__name__
@@ -249,7 +254,13 @@ class Tower:
             else:
                 _, layer, rest = name.split(".", 2)
                 theirs = f"{self.host.layers}.{layer}.{self.host.tensors[rest]}"
-            found[name] = parameters[self.prefix + theirs]
+            theirs = self.prefix + theirs
+            if theirs not in parameters:
+                raise ValueError(
+                    f"model must have {theirs}, as a {self.host.kind} of transformers does, got a "
+                    f"{type(self.model).__name__} without: take off other adapters first"
+                )
+            found[name] = parameters[theirs]
         return fingerprint_of(found, ordered, label)
 
 
@@ -282,8 +293,16 @@ def tower_of(model: Any, encoder: str | None = None) -> Tower:
     if host is _DECODER:
         _check_decoder(model, kind)
         return Tower(model, host, "")
-    inner = _INNER.get(kind, model.base_model_prefix)
-    return Tower(model, host, f"{inner}." if model._modules.get(inner) is not None else "")
+    inner = _INNER.get(kind) or getattr(model, "base_model_prefix", "")
+    prefix = f"{inner}." if model._modules.get(inner) is not None else ""
+    try:
+        model.get_submodule(prefix + host.layers)
+    except AttributeError:
+        raise ValueError(
+            f"model must have {prefix}{host.layers}, as {kind} models of transformers do, got "
+            f"{type(model).__name__}: pass the whole model, and of one in PEFT get_base_model()"
+        ) from None
+    return Tower(model, host, prefix)
 
 
 def _check_decoder(model: Any, kind: str) -> None:

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llama_adapter.adapter import Adapter
 from llama_adapter.checkpoints.adapter_file import read_adapter_for, save_adapter
 from llama_adapter.hosts.facts import ENCODERS, Tower, tower_of
+from llama_adapter.hosts.task_head import check_trained
 
 # the adapter's name in the host, and so the beginning of its parameters' names
 SUBMODULE = "llama_adapter"
@@ -28,7 +30,8 @@ def file_of(slot: str) -> str:
 
 def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """The adapters that are on a model, by `Tower.slot`: "" alone, but for CLIP's encoders."""
-    held = {slot: model._modules.get(submodule_of(slot)) for slot in ("", *ENCODERS)}
+    own = getattr(model, "_modules", {})
+    held = {slot: own.get(submodule_of(slot)) for slot in ("", *ENCODERS)}
     return {slot: one for slot, one in held.items() if isinstance(one, Adapter)}
 
 
@@ -66,7 +69,8 @@ def save_adapted(
         **_: what else transformers' method takes: an adapter is one safetensors file anyway.
 
     Raises:
-        ValueError: the model has no adapter, or is to be pushed.
+        ValueError: the model has no adapter, another head since, or is to be pushed, or state_dict
+            lacks a number of the adapter.
     """
     adapters = adapters_of(model)
     if not adapters:
@@ -77,16 +81,23 @@ def save_adapted(
         return
     for slot, adapter in adapters.items():
         tower = tower_of(model, slot or None)
-        if state_dict is not None:
+        if state_dict is None:
+            check_trained(tower, adapter)
+        else:
+            # a generator of its own: saving draws no random number from the caller's
             whole = Adapter(
                 adapter.config,
                 tower.shape(),
                 layers=adapter.layers,
+                generator=torch.Generator(),
                 prompt_kind=adapter.prompt_kind,
                 host=adapter.host,
             )
-            names = adapter.state_dict()
-            whole.load_state_dict({n: state_dict[f"{submodule_of(slot)}.{n}"] for n in names})
+            names = {name: f"{submodule_of(slot)}.{name}" for name in adapter.state_dict()}
+            lacking = sorted(set(names.values()) - state_dict.keys())
+            if lacking:
+                raise ValueError(f"state_dict must be the adapted model's, got none of {lacking}")
+            whole.load_state_dict({name: state_dict[full] for name, full in names.items()})
             adapter = whole
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_adapter(Path(folder) / file_of(slot), adapter, tower.fingerprint())

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from llama_adapter.hosts.baselines.own import bias_names, head_of
+from llama_adapter.hosts.baselines.own import head_of, own_names
 from llama_adapter.hosts.baselines.parts import Part
 from llama_adapter.hosts.method_options import MethodOptions
 from llama_adapter.hosts.methods import chosen_parts
@@ -37,13 +37,11 @@ def count_parameters(model: Any, name: str, options: MethodOptions | None = None
     parts = chosen_parts(model, name, options)
     found = head_of(model)
     sizes = {key: x.numel() for key, x in model.named_parameters()}
-    in_head = {key for key in sizes if found is not None and key.startswith(f"{found[0]}.")}
-    head = 0 if name == "frozen" else sum(sizes[key] for key in in_head)
+    of_head = [x for key, x in sizes.items() if found and key.startswith(f"{found[0]}.")]
+    head = 0 if name == "frozen" else sum(of_head)
     if name in ("full", "bias"):
-        chosen = bias_names(model, parts.values()) if name == "bias" else list(sizes)
-        prefixes = tuple(part.tower.prefix for part in parts.values()) or ("",)
-        chosen = [key for key in chosen if key not in in_head and key.startswith(prefixes)]
-        return {"method": sum(sizes[key] for key in chosen), "head": head}
+        names = own_names(model, parts.values(), biases=name == "bias")
+        return {"method": sum(sizes[key] for key in names), "head": head}
     return {"method": sum(_count(name, part, options) for part in parts.values()), "head": head}
 
 

@@ -12,23 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.hosts import adapt, adapter_of, unadapt
+from llama_adapter.hosts import adapt, adapters_of, unadapt
 from llama_adapter.hosts.baselines.bottleneck import Bottlenecks
 from llama_adapter.hosts.baselines.context import Context
 from llama_adapter.hosts.baselines.gated import GatedLayers
 from llama_adapter.hosts.baselines.low_rank import lora
 from llama_adapter.hosts.baselines.own import (
-    bias_names,
     head_of,
     need_float32,
+    own_names,
     train_head,
     train_own,
 )
 from llama_adapter.hosts.baselines.parts import (
     Generator,
     Installed,
+    Parameters,
     Part,
-    Trained,
+    Undo,
     hang,
     parts_of,
 )
@@ -43,8 +44,7 @@ _MARK = "_llama_adapter_method"
 _VISUAL, _TEXT = ("vit", "clip"), ("roberta", "bert")
 _ALL = ("vit", "roberta", "bert", "clip")
 
-
-Build = Callable[[Any, dict[str, Part], MethodOptions, Generator], Trained]
+Build = Callable[[Any, dict[str, Part], MethodOptions, Generator, list[Undo]], Parameters]
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ def _hung(make: Callable[[Part, MethodOptions, Generator], Installed]) -> Build:
     """A method that is a module per encoder, with an `install` that puts its hooks there."""
 
     def build(
-        model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator
-    ) -> Trained:
+        model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator,
+        undo: list[Undo],
+    ) -> Parameters:  # fmt: skip
         modules = {name: make(part, options, generator) for name, part in parts.items()}
-        parameters, undo = {}, []
+        parameters: Parameters = {}
         for name, module in modules.items():
             part = parts[name]
-            hung = hang(model, f"llama_adapter_{name}", module, part.device)
-            parameters |= hung.parameters
-            undo += [*hung.undo, *module.install(part)]
-        return Trained(parameters, undo)
+            parameters |= hang(model, f"llama_adapter_{name}", module, part.device, undo)
+            undo += module.install(part)
+        return parameters
 
     return build
 
@@ -126,64 +126,51 @@ def _flamingo(part: Part, options: MethodOptions, generator: Generator) -> Insta
 
 
 def _lora(
-    model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator
-) -> Trained:
-    chosen = list(parts.values())
-    return lora(model, chosen, options.rank, options.lora_alpha, options.lora_dropout, generator)
+    model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator,
+    undo: list[Undo],
+) -> Parameters:  # fmt: skip
+    return lora(
+        model, list(parts.values()), options.rank, options.lora_alpha, options.lora_dropout,
+        generator, undo,
+    )  # fmt: skip
 
 
 def _nothing(
-    model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator
-) -> Trained:
-    return Trained({}, [])
+    model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator,
+    undo: list[Undo],
+) -> Parameters:  # fmt: skip
+    return {}
 
 
-def _bias(
-    model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator
-) -> Trained:
-    need_float32(model, "bias")
-    found = head_of(model)
-    names = bias_names(model, parts.values())
-    # the head's is trained with the head
-    names = [x for x in names if found is None or not x.startswith(f"{found[0]}.")]
-    return train_own(model, names)
-
-
-def _full(
-    model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator
-) -> Trained:
-    if not parts:
-        return train_own(model, [name for name, _ in model.named_parameters()])
-    need_float32(model, "full with encoders")
-    prefixes = tuple(part.tower.prefix for part in parts.values())
-    return train_own(model, [x for x, _ in model.named_parameters() if x.startswith(prefixes)])
+def _own(
+    method: str, model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator,
+    undo: list[Undo],
+) -> Parameters:  # fmt: skip
+    if method == "bias" or parts:
+        need_float32(model, method)
+    return train_own(model, own_names(model, parts.values(), biases=method == "bias"), undo)
 
 
 def _zero_init(
-    model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator
-) -> Trained:
-    undo = []
+    model: Any, parts: dict[str, Part], options: MethodOptions, generator: Generator,
+    undo: list[Undo],
+) -> Parameters:  # fmt: skip
     # where there is one encoder there is nothing to name
     names = list(parts) if getattr(model.config, "model_type", "") == "clip" else [None]
-    try:
-        for name in names:
-            adapt(
-                model,
-                prompt_length=options.prompt_length,
-                layers=options.layers,
-                prompt_std=options.prompt_std,
-                gate_activation=options.gate_activation,
-                prompt_kind=options.prompt_kind,
-                encoder=name,
-                shift_positions=options.shift_positions,
-                generator=generator,
-            )
-            undo.append(partial(unadapt, model, name))
-    except ValueError:
-        for step in reversed(undo):
-            step()
-        raise
-    return Trained({name: x for name, x in model.named_parameters() if x.requires_grad}, undo)
+    for name in names:
+        adapt(
+            model,
+            prompt_length=options.prompt_length,
+            layers=options.layers,
+            prompt_std=options.prompt_std,
+            gate_activation=options.gate_activation,
+            prompt_kind=options.prompt_kind,
+            encoder=name,
+            shift_positions=options.shift_positions,
+            generator=generator,
+        )
+        undo.append(partial(unadapt, model, name))
+    return {name: x for name, x in model.named_parameters() if x.requires_grad}
 
 
 _PROMPTS = ("prompt_length", "layers", "prompt_std", "encoders")
@@ -194,9 +181,11 @@ METHODS: dict[str, Method] = {
         (*_PROMPTS, "gate_activation", "prompt_kind", "shift_positions"), head="built",
     ),
     "frozen": Method(_ALL, "the host as it is, CLIP's zero-shot", _nothing, head="built"),
-    "full": Method(_ALL, "torch", _full, ("encoders",), head="built", whole=True),
+    "full": Method(_ALL, "torch", partial(_own, "full"), ("encoders",), whole=True),
     "linear": Method(_ALL, "torch", _nothing, head="needed"),
-    "bias": Method(_ALL, "BitFit, arXiv 2106.10199", _bias, ("encoders",), whole=True),
+    "bias": Method(
+        _ALL, "BitFit, arXiv 2106.10199", partial(_own, "bias"), ("encoders",), whole=True
+    ),
     "adapter": Method(
         _ALL, "Houlsby et al., arXiv 1902.00751", _hung(_adapter), ("reduction", "encoders")
     ),
@@ -232,7 +221,7 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attached:
     """A method on a host.
 
@@ -245,14 +234,14 @@ class Attached:
     name: str
     model: Any
     options: MethodOptions
-    _groups: dict[str, dict[str, nn.Parameter]] = field(repr=False)
-    _undo: list[Callable[[], Any]] = field(repr=False)
+    _groups: dict[str, Parameters] = field(repr=False)
+    _undo: list[Undo] = field(repr=False)
 
-    def groups(self) -> dict[str, dict[str, nn.Parameter]]:
+    def groups(self) -> dict[str, Parameters]:
         """What is trained, "method" and "head", each by name; empty ones are left out."""
         return {name: dict(group) for name, group in self._groups.items() if group}
 
-    def parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> Parameters:
         """All that is trained, the head included, by name; float32."""
         return {name: x for group in self._groups.values() for name, x in group.items()}
 
@@ -292,7 +281,7 @@ class Attached:
         del self.model.__dict__[_MARK]
 
 
-def _undo(steps: list[Callable[[], Any]]) -> None:
+def _undo(steps: list[Undo]) -> None:
     for step in reversed(steps):
         step()
 
@@ -351,26 +340,26 @@ def attach(
     options = MethodOptions() if options is None else options
     parts = chosen_parts(model, name, options)
     other = model.__dict__.get(_MARK)
-    if other is not None or adapter_of(model) is not None:
+    if other is not None or adapters_of(model):
         has = "an adapter" if other is None else other.name
         raise ValueError(f"model has {has} on it already: take that off first")
     method = METHODS[name]
     flags = [(x, x.requires_grad) for x in model.parameters()]
-    undo: list[Callable[[], Any]] = [partial(_restore_flags, flags)]
-    try:
-        model.requires_grad_(False)
-        built = method.build(model, parts, options, generator)
-        undo += built.undo
-        head = Trained({}, []) if method.head == "built" else train_head(model)
-        undo += head.undo
-    except (ValueError, ImportError):
-        _undo(undo)
-        raise
+    undo: list[Undo] = [partial(_restore_flags, flags)]
     found = head_of(model)
     of_head = () if found is None else (f"{found[0]}.",)
-    groups = {"method": {}, "head": dict(head.parameters)}
-    for key, parameter in built.parameters.items():
-        groups["head" if key.startswith(of_head) else "method"][key] = parameter
+    groups: dict[str, Parameters] = {"method": {}, "head": {}}
+    done = False
+    try:
+        model.requires_grad_(False)
+        for key, parameter in method.build(model, parts, options, generator, undo).items():
+            groups["head" if key.startswith(of_head) else "method"][key] = parameter
+        if method.head != "built":
+            groups["head"] = train_head(model, undo)
+        done = True
+    finally:
+        if not done:
+            _undo(undo)
     for group in groups.values():
         for parameter in group.values():
             parameter.requires_grad_(True)

@@ -4,6 +4,7 @@ Both change the host in place and are taken back: the head's parameters are exch
 adapter's, whose numbers alone are trained and saved, and positions are shifted by a hook.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,14 +14,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from llama_adapter.adapter import Adapter
+from llama_adapter.checkpoints.quantize import is_quantized
 from llama_adapter.config import HeadConfig
 from llama_adapter.hosts.facts import Tower
 
 
 @dataclass(frozen=True)
 class GivenHead:
-    """What `train_head` changed: the host's own parameters, and the hook before the head."""
+    """What `train_head` changed: a module, its own parameters, and the hook before it."""
 
+    module: nn.Module
     parameters: dict[str, nn.Parameter]
     hook: RemovableHandle
 
@@ -29,7 +32,7 @@ def head_config(tower: Tower) -> HeadConfig | None:
     """The task head of a model as an adapter's file describes it; None without one.
 
     Raises:
-        ValueError: its numbers are no floating-point ones, as in a quantised host.
+        ValueError: it cannot be trained: it has no outputs, its weights are quantised or not there.
     """
     found = tower.head()
     if found is None:
@@ -37,22 +40,37 @@ def head_config(tower: Tower) -> HeadConfig | None:
     name, module = found
     parameters = dict(module.named_parameters())
     for own, parameter in parameters.items():
+        what = None
         if not parameter.is_floating_point():
+            what = str(parameter.dtype)
+        elif parameter.is_meta:
+            what = "offloaded or not loaded yet"
+        elif not parameter.numel():
+            what = f"of shape {tuple(parameter.shape)}"
+        if what is not None:
             raise ValueError(
-                f"head must be False for a {name} whose {own} is {parameter.dtype}: it cannot be "
-                "trained"
+                f"head must be False for a {name} whose {own} is {what}: it cannot be trained"
             )
+    if is_quantized(module):
+        raise ValueError(
+            f"head must be False for a {name} whose weights are quantised: it cannot be trained"
+        )
     shapes = {own: tuple(parameter.shape) for own, parameter in parameters.items()}
     outputs = list(shapes.values())[-1][0]
     known = getattr(tower.model.config, "id2label", None) or {}
-    labels = ("start", "end") if name == "qa_outputs" else tuple(map(str, known.values()))
+    # by output, in whatever order the dictionary was written
+    named = [str(known[n]) for n in range(len(known)) if n in known]
+    labels = ("start", "end") if name == "qa_outputs" else tuple(named)
     if len(labels) != outputs:
         labels = tuple(map(str, range(outputs)))
     return HeadConfig(name, labels, shapes)
 
 
 def check_head(tower: Tower, adapter: Adapter) -> None:
-    """Raise ValueError unless the model has the head that an adapter brings numbers for."""
+    """Raise ValueError unless the model has the head that an adapter brings numbers for.
+
+    Outputs that the model calls by other names than the adapter's are warned of.
+    """
     wanted = adapter.host.head
     if wanted is None:
         return
@@ -62,6 +80,12 @@ def check_head(tower: Tower, adapter: Adapter) -> None:
         raise ValueError(
             f"model must have the head that the adapter was trained with, {wanted.name} with "
             f"{wanted.shapes} ({', '.join(wanted.labels)}), got {described}"
+        )
+    if has.labels != wanted.labels:
+        warnings.warn(
+            f"model should name its outputs as the adapter was trained with them, "
+            f"{', '.join(wanted.labels)}, got {', '.join(has.labels)}: set config.id2label",
+            stacklevel=4,
         )
 
 
@@ -86,15 +110,27 @@ def train_head(tower: Tower, adapter: Adapter) -> GivenHead | None:
     module = found[1]
     before = dict(module.named_parameters())
     set_parameters(module, {name: adapter.head.get_parameter(name) for name in before})
-    return GivenHead(before, module.register_forward_pre_hook(in_float32))
+    return GivenHead(module, before, module.register_forward_pre_hook(in_float32))
 
 
-def give_back_head(tower: Tower, before: GivenHead | None) -> None:
-    """Undo `train_head`."""
-    found = tower.head()
-    if before is not None and found is not None:
+def give_back_head(before: GivenHead | None) -> None:
+    """Undo `train_head`; a head that was put in its module's place since stays as it is."""
+    if before is not None:
         before.hook.remove()
-        set_parameters(found[1], before.parameters)
+        set_parameters(before.module, before.parameters)
+
+
+def check_trained(tower: Tower, adapter: Adapter) -> None:
+    """Raise ValueError if the model's head no longer computes with the adapter's numbers."""
+    if adapter.head is None:
+        return
+    found, own = tower.head(), dict(adapter.head.named_parameters())
+    used = {} if found is None else dict(found[1].named_parameters())
+    if used.keys() != own.keys() or any(used[name] is not x for name, x in own.items()):
+        raise ValueError(
+            "model must have the head that adapt(model) gave the adapter's parameters, got one "
+            "that was replaced or loaded with assign=True: unadapt(model) before changing it"
+        )
 
 
 def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:

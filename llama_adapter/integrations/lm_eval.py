@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ except ImportError as error:
         f"evaluation by lm-evaluation-harness needs it: pip install 'lm-eval[hf]>=0.4.13' ({error})"
     ) from None
 
-from llama_adapter.checkpoints import default_device, load_base
+from llama_adapter.adapter import Prompts
+from llama_adapter.checkpoints import Base, default_device, load_base
 from llama_adapter.checkpoints.adapter_file import load_adapter
 from llama_adapter.generation import generate
 from llama_adapter.hosts import adapt
@@ -40,6 +41,7 @@ from llama_adapter.integrations.peft import patch
 from llama_adapter.recipe import DTYPES
 from llama_adapter.sampling import SamplingConfig
 
+Row = TypeVar("Row")
 # lm-eval's own default, where the context has room for it
 _MAX_NEW_TOKENS = 256
 
@@ -89,16 +91,28 @@ class LeanLM(TemplateLM):
         absent = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
         where = default_device() if absent or device is None else device
         loaded = load_base(Path(base), dtype=wanted, device=where, quantize=quantize)
-        self._model, self._tokenizer, self._where = loaded.model, loaded.tokenizer, where
-        longest = loaded.model.config.max_seq_len
-        self.max_length = longest if max_length is None else int(max_length)
-        if not 2 <= self.max_length <= longest:
-            raise ValueError(f"max_length must be from 2 to the base's {longest}, got {max_length}")
-        self._prompts = None
+        self._hold(loaded, None, max_length)
         if adapter is not None:
             read = load_adapter(adapter, loaded.model, loaded.name, base=loaded.fingerprint)
             with torch.no_grad():
                 self._prompts = loaded.model.project(read)
+
+    @classmethod
+    def of(cls, base: Base, prompts: Prompts | None = None, *, batch_size: int = 8) -> "LeanLM":
+        """The same of a base that is loaded already, with an adapter's projected prompts."""
+        made = cls.__new__(cls)
+        TemplateLM.__init__(made)
+        made.batch_size = batch_size
+        made._hold(base, prompts, None)
+        return made
+
+    def _hold(self, base: Base, prompts: Prompts | None, max_length: int | None) -> None:
+        self._model, self._tokenizer, self._prompts = base.model, base.tokenizer, prompts
+        self._where = base.model.output_weight.device
+        longest = base.model.config.max_seq_len
+        self.max_length = longest if max_length is None else int(max_length)
+        if not 2 <= self.max_length <= longest:
+            raise ValueError(f"max_length must be from 2 to the base's {longest}, got {max_length}")
 
     @property
     def eot_token_id(self) -> int:
@@ -117,38 +131,52 @@ class LeanLM(TemplateLM):
         return self._tokenizer.encode(string, bos=add_special_tokens is not False)
 
     @torch.no_grad()
-    def _batch(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation behind its context, and whether it is the greedy."""
-        rows = [
-            (context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs
-        ]
-        longest = max(len(row) for row in rows) - 1
-        tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for n, row in enumerate(rows):
+    def _batch(
+        self, rows: Sequence[tuple[int, ...]], continuations: Sequence[Sequence[list[int]]]
+    ) -> list[list[tuple[float, bool]]]:
+        """Log-likelihood of continuations and whether each is the greedy one, row by row.
+
+        Args:
+            rows: for each the context and what is common to its continuations, all but their last
+                tokens.
+            continuations: of each row.
+        """
+        seen = [row[-self.max_length :] for row in rows]
+        tokens = torch.zeros(len(seen), max(map(len, seen)), dtype=torch.int64)
+        for n, row in enumerate(seen):
             # padding lies behind the tokens, which do not look there
-            tokens[n, : len(row) - 1] = torch.tensor(row[:-1])
+            tokens[n, : len(row)] = torch.tensor(row)
         hidden = self._model.hidden(tokens.to(self._where), self._prompts)
         found = []
-        for n, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
-            count = min(len(continuation), len(row) - 1)
-            last = hidden[n, len(row) - 1 - count : len(row) - 1]
-            logits = self._model.logits(last, self._prompts)
-            found.append(_score(logits, row[len(row) - count :]))
+        for n, row in enumerate(seen):
+            own = []
+            for continuation in continuations[n]:
+                whole = [*row, *continuation[-1:]]
+                count = min(len(continuation), len(row))
+                last = hidden[n, len(row) - count : len(row)]
+                logits = self._model.logits(last, self._prompts)
+                own.append(_score(logits, whole[len(whole) - count :]))
+            found.append(own)
         return found
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
         **_: Any,
     ) -> list[tuple[float, bool]]:  # fmt: skip
-        # requests of a length together, the longest first: what does not fit fails at once
-        order = sorted(range(len(requests)), key=lambda n: -sum(map(len, requests[n][1:])))
+        # of single tokens behind one context, as the letters of a question, one row tells all
+        same: dict[tuple[int, ...], list[int]] = {}
+        for n, (_, context, continuation) in enumerate(requests):
+            same.setdefault(tuple((context + continuation)[:-1]), []).append(n)
+        # rows of a length together, the longest first: what does not fit fails at once
+        order = sorted(same, key=len, reverse=True)
         found: list[tuple[float, bool]] = [(-math.inf, False)] * len(requests)
-        for chosen in tqdm(list(_chunks(order, self.batch_size)), disable=disable_tqdm):
-            answers = self._batch([requests[n][1:] for n in chosen])
-            for n, answer in zip(chosen, answers, strict=True):
-                found[n] = answer
-                if requests[n][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[n][0], answer)
+        for rows in tqdm(list(_chunks(order, self.batch_size)), disable=disable_tqdm):
+            answers = self._batch(rows, [[requests[n][2] for n in same[row]] for row in rows])
+            for row, own in zip(rows, answers, strict=True):
+                for n, answer in zip(same[row], own, strict=True):
+                    found[n] = answer
+                    if requests[n][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[n][0], answer)
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -204,7 +232,7 @@ def _score(logits: Tensor, tokens: list[int]) -> tuple[float, bool]:
     return float(total), bool((logits.argmax(-1) == wanted).all())
 
 
-def _chunks(rows: list[int], size: int) -> Iterator[list[int]]:
+def _chunks(rows: list[Row], size: int) -> Iterator[list[Row]]:
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 

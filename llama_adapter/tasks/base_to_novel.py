@@ -31,6 +31,7 @@ from llama_adapter.tasks.few_shot import (
 )
 from llama_adapter.tasks.image_pixels import CLIP, ImageCache, ImageReader, Preparation
 from llama_adapter.tasks.running import beside, evaluating
+from llama_adapter.tasks.text_batches import batches
 
 BASE, NOVEL, HARMONIC = "base", "novel", "harmonic_mean"
 # images that are looked at together
@@ -239,8 +240,7 @@ class BaseToNovelTask:
         with evaluating(model):
             for half in (BASE, NOVEL):
                 rows = [n for n, one in enumerate(items) if one.novel == (half == NOVEL)]
-                for start in range(0, len(rows), _TOGETHER):
-                    some = rows[start : start + _TOGETHER]
+                for some in batches(rows, _TOGETHER):
                     pixels = self.images.pixels([items[n].path for n in some])
                     best = self.logits(model, pixels, half).argmax(-1).tolist()
                     for n, label in zip(some, best, strict=True):

@@ -182,7 +182,8 @@ class TaggingTask:
         """Micro-averaged precision, recall and F1 of spans and each type's F1, in per cent.
 
         Where the sentences are of more than one file, also "FILE f1" of each; where they have
-        predicates, "f1 without V": of the roles alone.
+        predicates, "f1 without V": of the roles alone. "words without token" is the share of words
+        that were O unseen.
 
         Raises:
             ValueError: there are no items, or not one prediction for each.
@@ -197,6 +198,8 @@ class TaggingTask:
             own = [place for place, item in enumerate(items) if item.path == path]
             truth, guess = ([rows[place] for place in own] for rows in (wanted, predictions))
             scores[f"{name} f1"] = span_scores(truth, guess, strict=self.strict)["f1"]
+        words = sum(len(item.words) for item in items)
+        scores["words without token"] = 100 * self.words_without_token(items) / words
         return scores
 
 

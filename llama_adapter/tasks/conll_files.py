@@ -1,8 +1,9 @@
 """Tagged sentences from the CoNLL tasks' own files, and predictions as conlleval takes them.
 
 CoNLL03: `word POS chunk entity`, blank lines between sentences, -DOCSTART- between documents.
-CoNLL04 (its entities, which the papers' Table 10 scores): columns, or a JSON list of
-{"tokens", "entities": [{"type", "start", "end"}]}. Roles of CoNLL05 and CoNLL12: `srl_files`.
+CoNLL04: columns, or a JSON list of {"tokens", "entities": [{"type", "start", "end"}]}: entities
+(Loc, Peop, Org, Other), which Table 10 has after P-tuning v2, though the paper cites CoNLL-2004's
+task of roles. Roles of CoNLL05 and CoNLL12: `srl_files`.
 """
 
 import re
@@ -56,6 +57,11 @@ class Row:
     columns: tuple[str, ...]
 
 
+def columns_of(line: str) -> tuple[str, ...]:
+    """What blanks and tabs part in a line."""
+    return tuple(_BETWEEN.split(line.strip(" \t")))
+
+
 def blocks(path: str | Path) -> Iterator[list[Row]]:
     """The runs of lines of a file of columns that blank lines or documents' beginnings part.
 
@@ -65,7 +71,7 @@ def blocks(path: str | Path) -> Iterator[list[Row]]:
     """
     block: list[Row] = []
     for number, line in numbered_lines(path):
-        row = Row(number, tuple(_BETWEEN.split(line.strip(" \t"))))
+        row = Row(number, columns_of(line))
         new = row.columns[0] == DOCUMENT
         # lines that hold blanks alone have no number here
         if block and (new or number > block[-1].number + 1):

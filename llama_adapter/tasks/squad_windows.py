@@ -84,7 +84,7 @@ class Windowing:
                 max_length=self.max_length,
                 stride=self.stride,
                 return_overflowing_tokens=True,
-                return_offsets_mapping=True,
+                return_attention_mask=False,
             )
             windows: list[list[Any]] = [[] for _ in some]
             for owner, encoding in zip(

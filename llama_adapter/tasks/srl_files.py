@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_adapter.data.checked_files import FileProblem, numbered_lines, usable
-from llama_adapter.tasks.conll_files import Row, Sentence, blocks
+from llama_adapter.tasks.conll_files import Row, Sentence, blocks, columns_of
 from llama_adapter.tasks.spans import Span, against_tag, tags_of, to_iob2
 
 BETWEEN = "|||"
@@ -58,10 +58,13 @@ def read_role_lines(path: str | Path) -> tuple[list[Sentence], list[FileProblem]
 
 def _line(line: str) -> tuple[tuple[str, ...], tuple[str, ...], int]:
     """Words, tags and the predicate of a line; ValueError where it is none."""
-    parts = [part.split() for part in line.split(f" {BETWEEN} ")]
-    if len(parts) != 2 or not parts[0]:
-        raise ValueError(f"must be `index words {BETWEEN} tags`, got {len(parts)} parts")
-    (index, *words), tags = parts
+    texts = columns_of(line)
+    if texts.count(BETWEEN) != 1 or texts[0] == BETWEEN:
+        raise ValueError(
+            f"must be `index words {BETWEEN} tags`, got {texts.count(BETWEEN)} {BETWEEN}"
+        )
+    middle = texts.index(BETWEEN)
+    index, words, tags = texts[0], texts[1:middle], texts[middle + 1 :]
     if len(words) != len(tags):
         raise ValueError(f"must have a tag for each of {len(words)} words, got {len(tags)}")
     for tag in tags:

@@ -28,8 +28,16 @@ def padded(rows: Sequence[Mapping[str, Any]], pad_id: int, model: nn.Module) -> 
     Returns:
         For every name of a row a tensor (B, T), T the longest, and "attention_mask", 1 on the
         sequences and 0 where they were filled up.
+
+    Raises:
+        ValueError: the host has no position for a token.
     """
     longest = max(len(row["input_ids"]) for row in rows)
+    positions = positions_of(model)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"max_length must be at most {positions}, the host's positions, got {longest} tokens"
+        )
     batch = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in rows[0]}
     batch["input_ids"].fill_(pad_id)
     batch["attention_mask"] = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -38,6 +46,16 @@ def padded(rows: Sequence[Mapping[str, Any]], pad_id: int, model: nn.Module) -> 
             batch[name][place, : len(values)] = torch.as_tensor(values)
         batch["attention_mask"][place, : len(row["input_ids"])] = 1
     return {name: beside(tensor, model) for name, tensor in batch.items()}
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens a host's table of positions is for; None where it has no such table."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts from behind the position of tokens that fill up
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first
+    return None
 
 
 def pad_id_of(tokenizer: Any) -> int:

@@ -19,6 +19,7 @@ from llama_adapter.data.checked_files import FileProblem, numbered_lines, pairs,
 from llama_adapter.multimodal.pictures import located
 from llama_adapter.tasks.image_pixels import VTAB, ImageCache, ImageReader, Preparation
 from llama_adapter.tasks.running import beside, evaluating
+from llama_adapter.tasks.text_batches import batches
 
 TRAIN, VALIDATION, BOTH, TEST = "train800.txt", "val200.txt", "train800val200.txt", "test.txt"
 GROUPS = ("natural", "specialized", "structured")
@@ -221,9 +222,8 @@ class VtabTask:
         """The likeliest class of every image."""
         found: list[int] = []
         with evaluating(model):
-            for start in range(0, len(items), _TOGETHER):
-                logits = self.logits(model, items[start : start + _TOGETHER])
-                found += logits.argmax(-1).tolist()
+            for some in batches(items, _TOGETHER):
+                found += self.logits(model, some).argmax(-1).tolist()
         return found
 
     def score(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from llama_adapter.hosts.methods import Attached, MethodOptions, attach
@@ -12,6 +13,7 @@ from tests.llama_adapter.encoder_models import bert, clip, padded, pixels, rober
 
 # beside the defaults, small; CoOp's template is of three words
 SMALL = {"prompt_length": 4, "reduction": 4, "template_length": 3}
+VIT, ROBERTA, CLIP = "ViT-B/16", "RoBERTa-large", "CLIP ViT-B/16"
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,22 @@ def disturb(made: Attached, generator: torch.Generator, std: float = 0.3) -> Non
     for name, parameter in made.parameters().items():
         spread = 1.5 if "gate" in name else std
         parameter.add_(torch.randn(parameter.shape, generator=generator) * spread)
+
+
+def real(name: str) -> Any:
+    """A model of a real shape, without numbers."""
+    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    with torch.device("meta"):
+        if name == VIT:
+            config = transformers.ViTConfig(num_labels=100)
+            return transformers.ViTForImageClassification(config)
+        if name == ROBERTA:
+            large = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+            large |= {"intermediate_size": 4096, "vocab_size": 50265}
+            config = transformers.RobertaConfig(
+                **large, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1
+            )
+            return transformers.RobertaForQuestionAnswering(config)
+        vision = base | {"intermediate_size": 3072, "patch_size": 16, "image_size": 224}
+        config = transformers.CLIPConfig(vision_config=vision, projection_dim=512)
+        return transformers.CLIPModel(config)

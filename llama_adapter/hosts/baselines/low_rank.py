@@ -4,14 +4,14 @@ from functools import partial
 
 from torch import nn
 
-from llama_adapter.hosts.attention import REMEDY
-from llama_adapter.hosts.baselines.parts import Generator, Part, Trained, Undo, uniform
+from llama_adapter.hosts.attention import REMEDY, replace_methods
+from llama_adapter.hosts.baselines.parts import Generator, Parameters, Part, Undo, uniform
 
 
 def lora(
     model: nn.Module, parts: list[Part], rank: int, alpha: int, dropout: float,
-    generator: Generator,
-) -> Trained:  # fmt: skip
+    generator: Generator, undo: list[Undo],
+) -> Parameters:  # fmt: skip
     """W x + (alpha / rank) B A x in place of W x, for queries and values of every layer.
 
     A is (rank, C), from ±1/sqrt(C) as torch and PEFT draw it; B is 0 at first.
@@ -34,13 +34,14 @@ def lora(
         for name in _attention_names(part)
         for leaf in (part.sites.query, part.tower.host.value)
     ]
-    undo = [_put_back(model, name) for name in targets]
+    undo += [_put_back(model, name) for name in targets]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     # older PEFT asks newer torchao for classes that it no longer has, unless told the class
     config._register_custom_module({nn.Linear: Linear})
-    known = set(model.__dict__)
+    # what PEFT writes down there
+    kept = {"peft_config": model.__dict__.get("peft_config")}
+    undo.append(partial(replace_methods, model, kept))
     inject_adapter_in_model(config, model)
-    undo += [partial(model.__dict__.pop, name) for name in set(model.__dict__) - known]
     for name in targets:
         model.get_submodule(name).train(model.training)
     parameters = {name: x for name, x in model.named_parameters() if ".lora_" in name}
@@ -50,7 +51,7 @@ def lora(
             bound = parameter.shape[1] ** -0.5
             drawn = uniform(tuple(parameter.shape), bound, generator).data
             parameter.data = drawn.to(parameter.device)
-    return Trained(parameters, undo)
+    return parameters
 
 
 def _attention_names(part: Part) -> list[str]:

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from llama_adapter.hosts.baselines.parts import Part, Trained
+from llama_adapter.hosts.baselines.parts import Parameters, Part, Undo
 from llama_adapter.hosts.facts import tower_of
 from llama_adapter.hosts.task_head import in_float32, set_parameters
 
@@ -16,15 +16,16 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     return tower_of(model).head()
 
 
-def bias_names(model: nn.Module, parts: Iterable[Part]) -> list[str]:
-    """The bias terms of some encoders, or of the whole model without any."""
-    prefixes = tuple(part.tower.prefix for part in parts)
-    names = [name for name, _ in model.named_parameters()]
-    chosen = [name for name in names if not prefixes or name.startswith(prefixes)]
-    return [name for name in chosen if name.rsplit(".", 1)[-1] == "bias"]
+def own_names(model: nn.Module, parts: Iterable[Part], biases: bool) -> list[str]:
+    """Parameters, or bias terms alone, of some encoders, or of the whole; not the head's."""
+    prefixes = tuple(part.tower.prefix for part in parts) or ("",)
+    found = head_of(model)
+    names = [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
+    names = [name for name in names if found is None or not name.startswith(f"{found[0]}.")]
+    return [name for name in names if not biases or name.rsplit(".", 1)[-1] == "bias"]
 
 
-def train_own(model: nn.Module, names: Iterable[str]) -> Trained:
+def train_own(model: nn.Module, names: Iterable[str], undo: list[Undo]) -> Parameters:
     """Exchange parameters for copies in float32, which are trained; undone, the host has its own.
 
     Raises:
@@ -41,19 +42,21 @@ def train_own(model: nn.Module, names: Iterable[str]) -> Trained:
             parameters[name] = made[id(own)] = nn.Parameter(own.detach().float().clone())
     # every name of a tied parameter
     pairs = [(name, own) for name, own in held.items() if id(own) in made]
+    undo.append(partial(set_parameters, model, dict(pairs)))
     set_parameters(model, {name: made[id(own)] for name, own in pairs})
-    return Trained(parameters, [partial(set_parameters, model, dict(pairs))])
+    return parameters
 
 
-def train_head(model: nn.Module) -> Trained:
+def train_head(model: nn.Module, undo: list[Undo]) -> Parameters:
     """Train a copy of the task head in float32, in which it computes; nothing without a head."""
     found = head_of(model)
     if found is None:
-        return Trained({}, [])
+        return {}
     name, module = found
-    trained = train_own(model, [f"{name}.{key}" for key, _ in module.named_parameters()])
-    hook = module.register_forward_pre_hook(in_float32)
-    return Trained(trained.parameters, [*trained.undo, hook.remove])
+    names = [f"{name}.{key}" for key, _ in module.named_parameters()]
+    parameters = train_own(model, names, undo)
+    undo.append(module.register_forward_pre_hook(in_float32).remove)
+    return parameters
 
 
 def need_float32(model: nn.Module, method: str) -> None:

@@ -4,8 +4,8 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,8 @@ from llama_adapter.hosts.facts import Tower, tower_of
 
 Undo = Callable[[], Any]
 Generator = torch.Generator | None
-
-
-class Trained(NamedTuple):
-    """What a method trains, by name, and how to take it off, last step first."""
-
-    parameters: dict[str, nn.Parameter]
-    undo: list[Undo]
+# what a method trains, by name
+Parameters = dict[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -129,10 +124,14 @@ class Installed(nn.Module):
         raise NotImplementedError
 
 
+@lru_cache
+def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
 def keywords(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A call's arguments by name."""
-    names = list(inspect.signature(module.forward).parameters)
-    return dict(zip(names, args, strict=False)) | kwargs
+    return dict(zip(_names(type(module)), args, strict=False)) | kwargs
 
 
 def before(module: nn.Module, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Undo:
@@ -177,20 +176,20 @@ def _change_output(
     return change(out)
 
 
-def show_rows(part: Part, length: int) -> Undo:
-    """Let a mask (B, T) that the host is called with show `length` rows more, all of them."""
+def show_rows(part: Part, start: int, length: int) -> Undo:
+    """Let a mask (B, T) that the host is called with show `length` rows more, from `start` on."""
 
-    return before(part.body, partial(_show, length))
+    return before(part.body, partial(_show, start, length))
 
 
-def _show(length: int, given: dict[str, Any]) -> dict[str, Any]:
+def _show(start: int, length: int, given: dict[str, Any]) -> dict[str, Any]:
     mask = given.get("attention_mask")
     if mask is None:
         return given
     if mask.ndim != 2:
         raise ValueError(f"attention_mask must be (B, T), got {tuple(mask.shape)}")
     ones = mask.new_ones(len(mask), length)
-    return given | {"attention_mask": torch.cat([ones, mask], 1)}
+    return given | {"attention_mask": torch.cat([mask[:, :start], ones, mask[:, start:]], 1)}
 
 
 def without_rows(start: int, length: int, x: Tensor) -> Tensor:
@@ -222,8 +221,10 @@ def initialise(module: nn.Module, generator: Generator) -> None:
                 parameter.copy_(uniform(tuple(parameter.shape), bound, generator))
 
 
-def hang(model: nn.Module, name: str, module: nn.Module, device: torch.device) -> Trained:
+def hang(
+    model: nn.Module, name: str, module: nn.Module, device: torch.device, undo: list[Undo]
+) -> Parameters:
     """Make a module part of a model, as what is trained."""
     model.add_module(name, module.to(device).train(model.training))
-    parameters = {f"{name}.{key}": x for key, x in module.named_parameters()}
-    return Trained(parameters, [partial(delattr, model, name)])
+    undo.append(partial(delattr, model, name))
+    return {f"{name}.{key}": x for key, x in module.named_parameters()}

@@ -48,7 +48,7 @@ class VisualPrompts(Installed):
         """Put the prompts into an encoder."""
         layers, length = part.layers(), self.prompts.shape[1]
         undo = [
-            show_rows(part, length),
+            show_rows(part, 1, length),
             after(part.embeddings, partial(self._put, 0, 0)),
             after(layers[-1], partial(without_rows, 1, length)),
         ]
@@ -79,7 +79,7 @@ class WordPrompts(Installed):
         """Put the prompts into an encoder."""
         length = len(self.prompts)
         return [
-            show_rows(part, length),
+            show_rows(part, 0, length),
             before(part.embeddings, partial(self._put, part.embeddings)),
             after(part.layers()[-1], partial(without_rows, 0, length)),
         ]

@@ -13,6 +13,11 @@ from llama_adapter.checkpoints.train_state import (
     checkpoint_path,
     list_checkpoints,
     load_latest,
+    load_optimisers,
+    load_random,
+    named_under,
+    optimiser_tensors,
+    random_tensors,
     read_train_state,
     save_train_state,
 )
@@ -165,3 +170,47 @@ def test_a_folder_in_the_place_of_a_checkpoint_is_passed_over(tmp_path: Path) ->
         state = load_latest(tmp_path)
     assert state is not None
     assert state.step == 3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_optimisers_and_random_states_are_tensors_by_name(
+    kind: type[torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    def begin() -> dict[str, torch.optim.Optimizer]:
+        torch.manual_seed(5)
+        groups = {"prompts": torch.randn(3, 2), "head": torch.randn(4)}
+        options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        return {
+            name: kind([value.requires_grad_()], lr=0.1, **options)
+            for name, value in groups.items()
+        }
+
+    def step(optimisers: dict[str, torch.optim.Optimizer]) -> list[Tensor]:
+        values = [optimiser.param_groups[0]["params"][0] for optimiser in optimisers.values()]
+        for value in values:
+            value.grad = torch.randn_like(value)
+        for optimiser in optimisers.values():
+            optimiser.step()
+        return [value.detach().clone() for value in values]
+
+    first, cpu = begin(), torch.device("cpu")
+    weights = step(first)
+    tensors = optimiser_tensors(first) | random_tensors(cpu)
+    key = "exp_avg" if kind is torch.optim.AdamW else "momentum_buffer"
+    assert f"optimiser.head.0.{key}" in tensors
+    save_train_state(tmp_path, TrainState(1, tensors, {}), keep=1)
+    expected = step(first)
+    held = load_latest(tmp_path)
+    assert held is not None
+    second = begin()
+    for optimiser, value in zip(second.values(), weights, strict=True):
+        optimiser.param_groups[0]["params"][0].data.copy_(value)
+    load_optimisers(second, held.tensors)
+    load_random(held.tensors, cpu)
+    for one, other in zip(step(second), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_names_are_cut_at_the_dot() -> None:
+    tensors = {"best.a.b": torch.ones(1), "bester.a": torch.ones(2), "best": torch.ones(3)}
+    assert list(named_under("best", tensors)) == ["a.b"]

@@ -1,6 +1,7 @@
 """The table says how each benchmark is asked: lengths and temperatures as the papers have them."""
 
-from llama_adapter.evaluation.benchmarks import BENCHMARKS, DataOptions
+from llama_adapter.evaluation.benchmarks import BENCHMARKS
+from llama_adapter.evaluation.data_options import DataOptions
 from llama_adapter.sampling import SamplingConfig
 
 

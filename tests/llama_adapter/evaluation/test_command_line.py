@@ -77,7 +77,8 @@ def script(monkeypatch: pytest.MonkeyPatch, case: Case) -> list[list[str]]:
 
 
 def test_every_benchmark_has_a_case() -> None:
-    assert list(BENCHMARKS) == list(CASES)
+    # one that predicts by itself is asked nothing
+    assert [name for name, one in BENCHMARKS.items() if one.bind is None] == list(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)

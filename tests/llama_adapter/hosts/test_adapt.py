@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"adapter": other}, "adapter must be for width 64, 8 heads and 4 layers, got width 32"),
         ({"adapter": deep}, r"got width 64, 8 heads and layers \(4,\)"),
-        ({"layers": 5}, "n_layers must be at most the model's 4, got 5"),
+        ({"layers": 5}, "layers must be from 1 to 4, got 5"),
         ({"layers": (1, 4)}, "layers must be ascending indices below 4"),
         ({"prompt_length": 0}, "prompt_length must be from 1"),
         ({"gate_activation": "relu"}, "gate_activation must be one of"),

@@ -378,7 +378,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
             "encoder must be one of visual, text, got 'audio' for a CLIP",
         ),
         (vit(), {"prompt_kind": "rows"}, r"prompt_kind must be one of \('hidden', 'kv'\), got 'r"),
-        (roberta(), {"layers": 4}, "n_layers must be at most the model's 3, got 4"),
+        (roberta(), {"layers": 4}, "layers must be from 1 to 3, got 4"),
         (roberta(), {"adapter": unadapt_new(bert())}, "must be for a roberta, got one for a bert"),
     ]
     for model, options, message in cases:

@@ -1,12 +1,16 @@
 """Does the table find what prompts need in each host, and one identity for one base?"""
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
 from llama_adapter.checkpoints.fingerprint import fingerprint
+from llama_adapter.hosts import adapt, unadapt
 from llama_adapter.hosts.facts import tower_of
 from llama_adapter.model import Llama
+from tests.llama_adapter.encoder_models import bert
 from tests.llama_adapter.hf_models import KINDS, SIZES, host, on_transformers
 
 
@@ -43,3 +47,31 @@ def test_other_models_are_refused_by_name() -> None:
         tower_of(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"must have model.layers, .* got LlamaModel"):
         tower_of(host().model)
+
+
+def test_a_part_of_a_model_and_one_in_peft_are_refused_by_name() -> None:
+    peft = pytest.importorskip("peft")
+    model = bert("SequenceClassification")
+    with pytest.raises(ValueError, match=r"must have encoder.layer, .* got BertEncoder: pass the"):
+        tower_of(model.bert.encoder)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["key"]))
+    with pytest.raises(ValueError, match=r"must have .*encoder.layer, .* got PeftModel: .*get_bas"):
+        adapt(wrapped)
+    with pytest.raises(ValueError, match="must have an adapter"):
+        unadapt(None)
+
+
+def test_a_host_with_lora_has_the_fingerprint_of_its_base(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    before = tower_of(bert()).fingerprint()
+    model = bert()
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "key", "value", "dense"]))
+    assert before.difference(tower_of(model).fingerprint()) is None
+    adapt(model, prompt_length=3)
+    model.save_pretrained(tmp_path)
+    unadapt(model)
+    adapt(model, adapter=tmp_path)
+    unadapt(model)
+    model.bert.encoder.layer[0].attention.self.query = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"must have bert\..*query.weight, .* without"):
+        tower_of(model).fingerprint()

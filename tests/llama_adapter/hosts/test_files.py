@@ -101,3 +101,15 @@ def test_a_folder_of_peft_is_named_with_the_remedy(tmp_path: Path) -> None:
     peft_model(host()).save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"folder of PEFT: llama-adapter convert .* --base"):
         adapt(host(), adapter=tmp_path)
+
+
+def test_saving_a_gathered_state_draws_no_number_and_needs_all_of_it(tmp_path: Path) -> None:
+    model = host("qwen2")
+    adapt(model, prompt_length=3)
+    state = dict(model.state_dict())
+    before = torch.get_rng_state()
+    model.save_pretrained(str(tmp_path), state_dict=state)
+    assert torch.equal(torch.get_rng_state(), before)
+    del state["llama_adapter.prompts"]
+    with pytest.raises(ValueError, match=r"state_dict must .* none of \['llama_adapter.prompts'\]"):
+        model.save_pretrained(str(tmp_path), state_dict=state)

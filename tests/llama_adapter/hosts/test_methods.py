@@ -10,9 +10,9 @@ from torch import Tensor
 
 from llama_adapter.hosts import adapt, adapter_of
 from llama_adapter.hosts.methods import METHODS, MethodOptions, attach
-from tests.llama_adapter.encoder_models import clip, roberta, vit
+from tests.llama_adapter.encoder_models import bert, clip, roberta, vit, words
 from tests.llama_adapter.hf_models import host
-from tests.llama_adapter.method_hosts import CASES, SMALL, attached, disturb
+from tests.llama_adapter.method_hosts import CASES, SMALL, attached, disturb, real
 
 WHERE = [
     (name, kind)
@@ -199,6 +199,24 @@ def test_encoders_and_hosts_without_heads() -> None:
         torch.testing.assert_close(one, other)
 
 
+def test_pooling_sees_no_prompts() -> None:
+    """CLIP's classifier takes the mean of the patches, BERT's pooler the first token."""
+    model = transformers.CLIPForImageClassification(clip().config).eval()
+    seen: list[Tensor] = []
+    model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    made = attached(model, "vpt_deep")
+    assert made.groups().keys() == {"method", "head"}
+    body = bert("SequenceClassification").bert
+    attached(body, "prompt_tuning")
+    with torch.no_grad():
+        model(**CASES["vit"].inputs)
+        features = model.vision_model(**CASES["vit"].inputs).last_hidden_state
+        assert features.shape == (3, 26, 48)
+        torch.testing.assert_close(seen[0], features[:, 1:].mean(1))
+        out = body(**CASES["bert"].inputs)
+        torch.testing.assert_close(out.pooler_output, body.pooler(out.last_hidden_state))
+
+
 def test_groups_tell_the_head_apart() -> None:
     for name in METHODS:
         if "vit" not in METHODS[name].hosts or name == "frozen":
@@ -242,6 +260,74 @@ def test_a_half_precision_host_is_trained_in_float32(name: str) -> None:
     assert {x.dtype for x in model.parameters()} == {torch.bfloat16}
     with torch.no_grad():
         assert torch.equal(case.run(model), theirs)
+
+
+@pytest.mark.parametrize(("name", "kind"), [x for x in TRAINED if x[1] in ("vit", "roberta")])
+def test_recomputed_layers_give_the_same_gradients(name: str, kind: str) -> None:
+    case, found = CASES[kind], []
+    for recompute in (False, True):
+        model = case.make()
+        made = attached(model, name, prefix_dropout=0.0, lora_dropout=0.0)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        case.loss(model).backward()
+        found.append({key: x.grad for key, x in made.parameters().items()})
+    for key, grad in found[0].items():
+        torch.testing.assert_close(grad, found[1][key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "kind"), [x for x in TRAINED if x[1] in ("roberta", "clip")])
+def test_mixed_precision_trains_in_float32(name: str, kind: str) -> None:
+    case, model = CASES[kind], CASES[kind].make()
+    made = attached(model, name)
+    with torch.no_grad():
+        whole = case.run(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (case.run(model) - whole).abs().max() < 0.1 * whole.abs().max()
+        case.loss(model).backward()
+    for parameter in made.parameters().values():
+        assert parameter.grad is not None
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["ViT-B/16", "RoBERTa-large", "CLIP ViT-B/16"])
+def test_real_shapes_train_and_come_back(shape: str) -> None:
+    model = real(shape).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    for module in model.modules():
+        for name in ("position_ids", "token_type_ids"):
+            if (found := module._buffers.get(name)) is not None:
+                own = torch.arange(found.shape[-1])[None]
+                module._buffers[name] = own if name == "position_ids" else 0 * own
+    pictures, ids = torch.randn(2, 3, 224, 224, generator=generator), words(2, 40)
+    given = {"pixel_values": pictures} if shape != "RoBERTa-large" else {"input_ids": ids}
+    given |= {"input_ids": ids[:, :20]} if shape == "CLIP ViT-B/16" else {}
+
+    def run() -> Tensor:
+        out = model(**given)
+        return out[next(x for x in out if "logits" in x)]
+
+    model.eval()
+    with torch.no_grad():
+        theirs = run()
+    for name, kind in WHERE:
+        if not shape.lower().startswith(kind) or name == "frozen":
+            continue
+        made = attach(model, name, MethodOptions(side_alpha=1.0), generator=generator)
+        got = run()
+        if name in AT_HOST:
+            torch.testing.assert_close(got, theirs, rtol=1e-4, atol=1e-5)
+        got.square().mean().backward()
+        assert all(x.grad is not None for x in made.parameters().values())
+        made.detach()
+        with torch.no_grad():
+            assert torch.equal(run(), theirs)
 
 
 def test_one_host_has_one_method() -> None:

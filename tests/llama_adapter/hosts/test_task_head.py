@@ -1,6 +1,7 @@
 """Is a task's head trained as a part of the adapter, and do positions begin where they should?"""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import transformers
 
 from llama_adapter.hosts import adapt, unadapt
 from llama_adapter.hosts.attention import NAME
-from tests.llama_adapter.encoder_models import bert, pixels, roberta, vit, words
+from tests.llama_adapter.encoder_models import BERT, SIZES, bert, pixels, roberta, vit, words
 from tests.llama_adapter.hosts.test_adapt_encoders import output_of, unadapt_new, with_gates
 
 
@@ -95,3 +96,53 @@ def test_positions_may_begin_behind_the_prompt(make: Callable[..., Any]) -> None
             ValueError, match=r"tokens must be at most 3[35] with positions shifted"
         ):
             model(input_ids=words(count=36), attention_mask=None)
+
+
+def test_a_head_that_was_replaced_stays_and_is_not_saved(tmp_path: Path) -> None:
+    model = bert("SequenceClassification")
+    own = model.classifier
+    weight = own.weight
+    adapt(model)
+    model.classifier = torch.nn.Linear(48, 7)
+    with pytest.raises(ValueError, match=r"must have the head that adapt.*replaced"):
+        model.save_pretrained(tmp_path)
+    unadapt(model)
+    assert model.classifier.weight.shape == (7, 48)
+    assert own.weight is weight
+    assert not own._forward_pre_hooks
+
+
+def test_numbers_that_were_assigned_are_not_lost_in_silence(tmp_path: Path) -> None:
+    model = bert("SequenceClassification")
+    adapt(model)
+    model.load_state_dict({n: x.clone() for n, x in model.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="assign=True"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_head_that_cannot_be_trained_is_refused_by_name() -> None:
+    # a type checker knows no num_labels
+    sizes: dict[str, Any] = SIZES | BERT | {"num_labels": 0}
+    config = transformers.BertConfig(**sizes)
+    empty = transformers.BertForSequenceClassification(config)
+    offloaded = bert("SequenceClassification")
+    offloaded.classifier.to("meta")
+    quantised = bert("SequenceClassification")
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
+    for model, got in ((empty, "of shape"), (offloaded, "offloaded"), (quantised, "quantised")):
+        with pytest.raises(ValueError, match=f"head must be False for a classifier .*{got}"):
+            adapt(model)
+        assert adapt(model, head=False).head is None
+
+
+def test_labels_are_in_the_order_of_the_outputs_and_others_are_warned_of() -> None:
+    model = bert("SequenceClassification", labels=3)
+    model.config.id2label = {1: "dog", 0: "cat", 2: "cow"}
+    adapter = adapt(model)
+    assert adapter.host.head is not None
+    assert adapter.host.head.labels == ("cat", "dog", "cow")
+    unadapt(model)
+    model.config.id2label = {0: "dog", 1: "cat", 2: "cow"}
+    with pytest.warns(UserWarning, match="cat, dog, cow, got dog, cat, cow"):
+        adapt(model, adapter=adapter)

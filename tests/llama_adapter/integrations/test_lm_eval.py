@@ -127,7 +127,9 @@ def from_logits(model: Any, encode: Any) -> list[list[float]]:
 
 
 def test_without_lm_eval_the_remedy_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    loaded = [name for name in sys.modules if name.split(".")[0] == "lm_eval"]
+    for name in ("lm_eval", *loaded):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "llama_adapter.integrations.lm_eval", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'lm-eval\[hf\]>=0.4.13'") as caught:
         __import__("llama_adapter.integrations.lm_eval")
@@ -206,6 +208,44 @@ def word_vocabulary(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+@needs_lm_eval
+def test_letters_behind_one_context_are_read_off_one_row(
+    base: Base, adapter_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each gets what it gets alone, in the order of the requests; words stay rows of their own."""
+    from llama_adapter.integrations.lm_eval import LeanLM
+
+    model = LeanLM(str(assets.BASE), str(adapter_file), dtype="float32", device="cpu")
+    g = torch.Generator().manual_seed(6)
+    vocabulary = base.model.config.vocab_size
+    contexts = [torch.randint(3, vocabulary, (n,), generator=g).tolist() for n in (9, 14, 9)]
+    continuations = [[7], [11, 12], [8], [9], [11, 13]]
+    requests = [(None, one, other) for other in continuations for one in contexts]
+    alone = [model._loglikelihood_tokens([one], disable_tqdm=True)[0] for one in requests]
+    rows: list[int] = []
+    hidden = model._model.hidden
+
+    def counted(tokens: torch.Tensor, *more: Any) -> torch.Tensor:
+        rows.append(len(tokens))
+        return hidden(tokens, *more)
+
+    monkeypatch.setattr(model._model, "hidden", counted)
+    got = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    # three letters and two words whose first token is the same, behind each of three contexts
+    assert sum(rows) == 6
+    for (score, greedy), (expected, also) in zip(got, alone, strict=True):
+        assert abs(score - expected) < 1e-4
+        assert greedy == also
+    # what has no room loses its beginning
+    model.max_length = 6
+    short = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    cut = [(None, one[-6 + len(other) - 1 :], other) for _, one, other in requests]
+    for (score, _), (expected, _) in zip(
+        short, model._loglikelihood_tokens(cut, disable_tqdm=True), strict=True
+    ):
+        assert abs(score - expected) < 1e-4
 
 
 @needs_lm_eval

@@ -1,5 +1,6 @@
 """A CLIP learns of a few base images and is asked for base and novel ones, as in CoCoOp."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from llama_adapter.hosts import adapt, unadapt
+from llama_adapter.hosts.methods import MethodOptions, attach
 from llama_adapter.tasks.base_to_novel import (
     BASE,
     HARMONIC,
@@ -202,6 +205,84 @@ def test_texts_of_a_trained_text_side_are_encoded_anew(folder: Path, trained: st
         )
 
 
+def with_gates(model: Any, encoder: str) -> Any:
+    """An adapter on one encoder with random gates per head, some above 1."""
+    g = torch.Generator().manual_seed(4)
+    adapter = adapt(model, prompt_length=3, encoder=encoder, generator=g)
+    with torch.no_grad():
+        adapter.gates.normal_(std=1.5, generator=g)
+    return adapter
+
+
+def test_prompts_in_the_visual_encoder_leave_the_texts_as_they_are(folder: Path) -> None:
+    task, model = load(folder), random_clip()
+    adapter = with_gates(model, "visual")
+    counted = Counted(model)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.02)
+    for _ in range(3):
+        optimizer.zero_grad()
+        task.loss(model, task.train).backward()
+        assert adapter.prompts.grad is not None
+        assert all(bool(row.any()) for row in adapter.prompts.grad)
+        optimizer.step()
+    assert counted.texts == [1, 3, 1, 1]
+    base = [one for one in task.test if not one.novel]
+    with torch.no_grad():
+        got = task.logits(model, task.images.pixels([one.path for one in base]), BASE)
+    torch.testing.assert_close(got, expected_logits(model, task, base, BASE), rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_in_the_text_encoder_are_trained_and_seen(folder: Path) -> None:
+    """A kept text would train nothing, and would tell of the prompts before they were trained."""
+    task, model = load(folder, augment=False), random_clip()
+    adapter = with_gates(model, "text")
+    base = [one for one in task.test if not one.novel]
+    pixels = task.images.pixels([one.path for one in base])
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.02)
+    seen = []
+    for _ in range(3):
+        with torch.no_grad():
+            seen.append(task.logits(model, pixels, BASE))
+        expected = expected_logits(model, task, base, BASE)
+        torch.testing.assert_close(seen[-1], expected, rtol=1e-5, atol=1e-5)
+        optimizer.zero_grad()
+        task.loss(model, task.train).backward()
+        assert adapter.prompts.grad is not None
+        assert all(bool(row.any()) for row in adapter.prompts.grad)
+        optimizer.step()
+    assert (seen[0] - seen[1]).abs().max() > 1e-4
+    unadapt(model, encoder="text")
+    got = task.logits(model, pixels, BASE)
+    torch.testing.assert_close(
+        got.detach(), expected_logits(random_clip(), task, base, BASE), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_learnt_context_is_seen_as_it_is_learnt(folder: Path) -> None:
+    task, model = load(folder, augment=False), random_clip()
+    base = [one for one in task.test if not one.novel]
+    pixels = task.images.pixels([one.path for one in base])
+    plain = task.logits(model, pixels, BASE).detach()
+    # a letter is a token of this CLIP: "a photo of a" has nine
+    options = MethodOptions(prompt_length=4, template_length=9)
+    attached = attach(model, "coop", options, generator=torch.Generator().manual_seed(1))
+    optimizer = torch.optim.AdamW(attached.parameters().values(), lr=0.02)
+    seen = []
+    for _ in range(3):
+        with torch.no_grad():
+            seen.append(task.logits(model, pixels, BASE))
+        optimizer.zero_grad()
+        task.loss(model, task.train).backward()
+        assert all(
+            one.grad is not None and bool(one.grad.any()) for one in attached.parameters().values()
+        )
+        optimizer.step()
+    for before, after in ((plain, seen[0]), (seen[0], seen[1]), (seen[1], seen[2])):
+        assert (before - after).abs().max() > 1e-4
+    attached.detach()
+    assert torch.equal(task.logits(model, pixels, BASE), plain)
+
+
 def test_texts_are_anew_where_a_hook_or_another_model_changes_them(folder: Path) -> None:
     """Neither is a change of a parameter."""
     task, model = load(folder), random_clip().requires_grad_(False)
@@ -280,6 +361,15 @@ def test_a_folder_without_a_tokenizer_is_named(folder: Path, tmp_path: Path) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no tokenizer that can be read"):
         load_with(folder, tmp_path / "empty")
+
+
+def test_without_transformers_the_remedy_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'llama-adapter-kernels\[hf\]'") as caught:
+        load_with(folder, folder / "clip")
+    assert "\n" not in str(caught.value)
 
 
 def load_with(folder: Path, clip: Path) -> Any:

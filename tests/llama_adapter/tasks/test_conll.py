@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from llama_adapter.hosts import adapt
 from llama_adapter.tasks.conll import READERS, TaggingTask
 from llama_adapter.tasks.conll_files import Sentence
 from llama_adapter.tasks.spans import span_scores
@@ -151,6 +152,7 @@ def test_words_that_fall_off_are_o_and_counted(files: Path) -> None:
     model.get_parameter("classifier.bias").data[1] = 1e6
     tags = task.predict(model, task.test)
     assert tags == [["B-PER", "B-PER", "B-PER", "O"], ["B-PER", "B-PER", "B-PER", "O", "O"]]
+    assert task.score(task.test, tags)["words without token"] == pytest.approx(100 * 3 / 9)
 
 
 def test_scores_are_those_of_spans(files: Path) -> None:
@@ -158,10 +160,10 @@ def test_scores_are_those_of_spans(files: Path) -> None:
     found = [["B-PER", "O", "O", "B-LOC"], ["O", "O", "O", "I-LOC", "I-LOC"]]
     scores = task.score(task.test, found)
     wanted = [one.tags for one in task.test]
-    assert scores == span_scores(wanted, found)
+    assert scores == span_scores(wanted, found) | {"words without token": 0.0}
     assert scores["f1"] == pytest.approx(100 * 2 / 7)
     strict = loaded(files, bert_tokenizer(), strict=True).score(task.test, found)
-    assert strict == span_scores(wanted, found, strict=True)
+    assert strict == span_scores(wanted, found, strict=True) | {"words without token": 0.0}
     assert strict["f1"] == pytest.approx(100 * 2 / 6)
     with pytest.raises(ValueError, match="predictions must be one for each of 2 items"):
         task.score(task.test, found[:1])
@@ -232,6 +234,24 @@ def test_every_data_set_is_read_by_its_name(files: Path) -> None:
         sentences, problems = read(files / names.get(name, "roles.txt"))
         assert sentences
         assert not problems
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_an_adapted_host_begins_where_it_was_and_learns(files: Path, make: Any) -> None:
+    """Zero gates: the host's own loss and tags; then the adapter and the head learn the words."""
+    tokenizer = make()
+    task = loaded(files, tokenizer)
+    model = host(tokenizer, labels=4)
+    loss, tags = task.loss(model, task.train).item(), task.predict(model, task.test)
+    adapter = adapt(model, prompt_length=4)
+    assert task.loss(model, task.train).item() == pytest.approx(loss, rel=1e-5)
+    assert task.predict(model, task.test) == tags
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        task.loss(model, task.train).backward()
+        optimizer.step()
+    assert task.score(task.test, task.predict(model, task.test))["f1"] == 100
 
 
 def trained(task: TaggingTask, model: nn.Module, steps: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from llama_adapter.hosts import adapt, unadapt
 from llama_adapter.tasks.squad import SquadTask
 from llama_adapter.tasks.squad_files import write_answers
 from llama_adapter.tasks.text_batches import padded
@@ -214,3 +215,33 @@ def test_training_learns_to_answer(tmp_path: Path) -> None:
     assert before["f1"] < 45
     assert after["f1"] > 85
     assert after["best_f1"] >= after["f1"]
+
+
+@pytest.mark.parametrize("kind", ["hidden", "kv"])
+def test_an_adapted_host_begins_where_it_was_and_learns(tmp_path: Path, kind: str) -> None:
+    """Zero gates: the answers are the frozen host's; then only the adapter and the head change."""
+    tokenizer = bert_tokenizer()
+    file = written(tmp_path / "dev.json", {**ANSWERS, "Why?": None})
+    task = loaded(file, tokenizer)
+    model = host(tokenizer)
+    frozen = task.predict(model, task.test)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    adapter = adapt(model, prompt_length=4, prompt_kind=kind)
+    found = task.predict(model, task.test)
+    assert [one["text"] for one in found] == [one["text"] for one in frozen]
+    odds = [one["null_odds"] for one in found]
+    assert odds == pytest.approx([one["null_odds"] for one in frozen], abs=1e-4)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.02)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = task.loss(model, task.train)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[-1] < losses[0] - 1
+    assert bool((adapter.gates.abs() > 0).all())
+    unadapt(model)
+    after = model.state_dict()
+    assert base.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in base.items())

@@ -52,11 +52,12 @@ made/up/0001 0 0 Rain NN (TOP*) - - - Ana * -
 def test_lines(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_text(
-        "1 Ana built boats . ||| B-A0 B-V B-A1 O\n3 Ana built and sold ||| B-A0 O O B-V\n", "utf-8"
+        "1 Ana built 3\u00a0boats . |||\tB-A0 B-V B-A1 O\n3 Ana built and sold ||| B-A0 O O B-V\n",
+        "utf-8",
     )
     sentences, problems = read_roles(path)
     assert not problems
-    assert sentences[0].words == ("Ana", "built", "boats", ".")
+    assert sentences[0].words == ("Ana", "built", "3\u00a0boats", ".")
     assert sentences[0].tags == ("B-A0", "B-V", "B-A1", "O")
     assert [(one.predicate, one.at) for one in sentences] == [(1, 1), (3, 2)]
 
@@ -72,6 +73,7 @@ def test_malformed_lines(tmp_path: Path) -> None:
         "0 a b ||| V O",
         "x a b ||| B-V O",
         "0 a ||| b ||| B-V O",
+        "||| B-V O",
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     sentences, problems = read_role_lines(path)
@@ -81,10 +83,11 @@ def test_malformed_lines(tmp_path: Path) -> None:
         f"{path}: line 2: must have a tag for each of 2 words, got 1",
         f"{path}: line 3: {index} '2'",
         f"{path}: line 4: {index} '-1'",
-        f"{path}: line 5: must be `index words ||| tags`, got 1 parts",
+        f"{path}: line 5: must be `index words ||| tags`, got 0 |||",
         f"{path}: line 6: tag must be O, B-TYPE or I-TYPE, got 'V'",
         f"{path}: line 7: {index} 'x'",
-        f"{path}: line 8: must be `index words ||| tags`, got 3 parts",
+        f"{path}: line 8: must be `index words ||| tags`, got 2 |||",
+        f"{path}: line 9: must be `index words ||| tags`, got 1 |||",
     ]
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from llama_adapter.tasks.text_batches import batches, pad_id_of, padded
-from tests.llama_adapter.tasks.text_hosts import bert_tokenizer, roberta_tokenizer
+from llama_adapter.tasks.text_batches import batches, pad_id_of, padded, positions_of
+from tests.llama_adapter.tasks.text_hosts import bert_tokenizer, host, roberta_tokenizer
 
 
 def test_batches_are_runs_in_order() -> None:
@@ -60,3 +60,17 @@ def test_tokenizers_that_will_not_do() -> None:
 def test_a_batch_goes_where_the_host_is() -> None:
     found = padded([{"input_ids": [5]}], 3, nn.Linear(1, 1, device="meta"))
     assert {tensor.device.type for tensor in found.values()} == {"meta"}
+
+
+@pytest.mark.parametrize(("make", "most"), [(roberta_tokenizer, 158), (bert_tokenizer, 160)])
+def test_sequences_that_the_host_has_no_positions_for(make: object, most: int) -> None:
+    """What fits is looked at, and one token more is refused before torch does."""
+    assert callable(make)
+    model = host(make())
+    assert positions_of(model) == most
+    with torch.no_grad():
+        model(**padded([{"input_ids": [7] * most}], 0, model))
+    message = f"max_length must be at most {most}, the host's positions, got {most + 1} tokens"
+    with pytest.raises(ValueError, match=message):
+        padded([{"input_ids": [7] * (most + 1)}], 0, model)
+    assert positions_of(nn.Linear(1, 1)) is None

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from llama_adapter.data.checked_files import FileProblem
+from llama_adapter.hosts import adapt
 from llama_adapter.tasks.image_pixels import ImageCache, ImageReader, Preparation
 from llama_adapter.tasks.task import Task
 from llama_adapter.tasks.vtab import (
@@ -194,6 +195,34 @@ def test_a_loss_trains_the_host(tmp_path: Path) -> None:
         optimizer.step()
     assert task.loss(model, task.train).item() < 0.5 * (first or 0)
     assert task.score(task.train, task.predict(model, task.train))["accuracy"] > 80
+
+
+@pytest.mark.parametrize("host", [random_vit, random_clip_classifier])
+def test_an_adapter_is_trained_and_the_host_stays(host: Any, tmp_path: Path) -> None:
+    task, _ = VtabTask.load(write_task(tmp_path), 3, preparation=SMALL, cache=ImageCache())
+    model = host(3)
+    frozen = {name: value.clone() for name, value in model.state_dict().items()}
+    adapter = adapt(model, prompt_length=4, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        adapter.gates.normal_(std=1.5, generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(40):
+        loss = task.loss(model, task.train)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert adapter.prompts.grad is not None
+        assert all(bool(row.any()) for row in adapter.prompts.grad)
+    # noise with random labels before a random host: what there is to learn is little
+    assert losses[-1] < losses[0]
+    changed = [
+        name
+        for name, value in model.state_dict().items()
+        if name in frozen and not torch.equal(value, frozen[name])
+    ]
+    assert all(name.startswith("classifier") for name in changed)
 
 
 def test_more_images_than_are_looked_at_together(

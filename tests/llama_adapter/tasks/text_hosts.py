@@ -10,12 +10,12 @@ from transformers import (
     BertConfig,
     BertForQuestionAnswering,
     BertForTokenClassification,
-    BertTokenizerFast,
+    BertTokenizer,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForQuestionAnswering,
     RobertaForTokenClassification,
-    RobertaTokenizerFast,
+    RobertaTokenizer,
 )
 
 TEXTS = (
@@ -40,9 +40,7 @@ def roberta_tokenizer(*, add_prefix_space: bool = True, size: int = 330) -> Any:
     trained.train_from_iterator(TEXTS, trainer)
     model = json.loads(trained.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    return RobertaTokenizerFast(
-        vocab=model["vocab"], merges=merges, add_prefix_space=add_prefix_space
-    )
+    return RobertaTokenizer(vocab=model["vocab"], merges=merges, add_prefix_space=add_prefix_space)
 
 
 def bert_tokenizer() -> Any:
@@ -50,7 +48,7 @@ def bert_tokenizer() -> Any:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?;-"
     pieces = [*BERT_SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
     pieces += ["the", "tower", "paris", "in", "of", "##er", "designed"]
-    return BertTokenizerFast(vocab={piece: place for place, piece in enumerate(pieces)})
+    return BertTokenizer(vocab={piece: place for place, piece in enumerate(pieces)})
 
 
 def word_tokenizer(words: int = 60, **more: Any) -> Any:
@@ -87,7 +85,7 @@ def _config(kind: Any, tokenizer: Any, **more: Any) -> Any:
 def host(tokenizer: Any, *, labels: int | None = None, seed: int = 0) -> nn.Module:
     """A host for a tokenizer: for question answering, or with `labels` tags for each token."""
     torch.manual_seed(seed)
-    if isinstance(tokenizer, BertTokenizerFast):
+    if isinstance(tokenizer, BertTokenizer):
         config = _config(BertConfig, tokenizer)
         kinds: Any = BertForQuestionAnswering, BertForTokenClassification
     else:

@@ -1,0 +1,50 @@
+"""Items of a task as the runner keeps them, and the means below a list of data sets."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_adapter.evaluation.host_items import items_of, means, write_result
+from llama_adapter.tasks.conll_files import Sentence
+from llama_adapter.tasks.few_shot import NamedImage
+from llama_adapter.tasks.squad_files import Question
+from llama_adapter.tasks.vtab import LabelledImage
+
+
+def test_items_have_ids_of_their_own_and_no_paths() -> None:
+    words, tags = ("Ana", "saw"), ("B-PER", "O")
+    found = [
+        Sentence(words, tags, "/here/a/test.txt", 3, None),
+        Sentence(words, tags, "/here/a/test.txt", 3, 1),
+        Sentence(words, tags, "/here/b/test.txt", 3, 1),
+    ]
+    rows = items_of(found)
+    assert [row["id"] for row in rows] == ["test.txt:3", "test.txt:3:1", "test.txt:3:1 (2)"]
+    assert "/here" not in json.dumps(rows)
+    (row,) = items_of([NamedImage("x/1.png", "/here/x/1.png", 2, True)])
+    assert row == {"id": "x/1.png", "label": 2, "novel": True}
+    (row,) = items_of([Question("q7", "who?", "Ana.", ("Ana",), (0,))])
+    assert (row["id"], row["answers"]) == ("q7", ("Ana",))
+
+
+def test_vtab_means_are_of_groups_where_the_tasks_are_known() -> None:
+    scores = {"cifar100": {"accuracy": 40.0}, "dtd": {"accuracy": 60.0}, "eurosat": {"accuracy": 9}}
+    found = means("vtab", scores)
+    assert (found["natural"], found["specialized"]) == (50.0, 9.0)
+    assert found["mean of groups"] == 29.5
+    assert means("vtab", {"own": {"accuracy": 40.0}, "dtd": {"accuracy": 60.0}}) == {"accuracy": 50}
+
+
+def test_the_mean_of_harmonic_means_is_not_that_of_the_means() -> None:
+    scores = {"a": {"base": 80.0, "novel": 20.0}, "b": {"base": 50.0, "novel": 50.0}}
+    found = means("base_to_novel", scores)
+    assert found["base"] == 65.0
+    assert found["harmonic_mean"] == pytest.approx((32 + 50) / 2)
+
+
+def test_images_have_a_list_and_accuracies(tmp_path: Path) -> None:
+    images = [LabelledImage("a.png", "/x/a.png", 2), LabelledImage("b.png", "/x/b.png", 0)]
+    path = write_result(tmp_path, images, [2, 1], {"accuracy": 50.0})
+    assert json.loads(path.read_text()) == {"accuracy": 50.0}
+    assert (tmp_path / "predictions.txt").read_text() == "a.png 2 2\nb.png 0 1\n"

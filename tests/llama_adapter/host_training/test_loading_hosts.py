@@ -1,0 +1,145 @@
+"""Hosts get a head for their task; folders that are none are refused in one line."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llama_adapter.host_training.host_config import TASKS, HostRunConfig
+from llama_adapter.host_training.loading import digest_of, load_host, load_task, load_tokenizer
+from llama_adapter.options import build
+from tests.llama_adapter.host_runs import options_of, write_squad
+from tests.llama_adapter.tasks.text_hosts import roberta_tokenizer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("made")
+
+
+def config_of(task: str, made: Path, **more: Any) -> HostRunConfig:
+    return build(HostRunConfig, {**options_of(task, made), "output": Path("run"), **more})
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_weights_are_the_folders_and_the_head_the_seeds(task: str, made: Path) -> None:
+    config = config_of(task, made)
+    found, problems = load_task(config.task_options, config.model)
+    assert problems == []
+    model = load_host(config, found)
+    assert not model.training
+    held = load_file(config.model / "model.safetensors")
+    own = model.state_dict()
+    same = [
+        name for name, value in own.items() if any(torch.equal(value, x) for x in held.values())
+    ]
+    head = sorted(set(own) - set(same))
+    assert all(name.startswith(("classifier", "qa_outputs")) for name in head)
+    if head:
+        assert own[head[-1]].shape[0] == len(found.labels)
+        again = load_host(config, found).state_dict()
+        assert all(torch.equal(again[name], own[name]) for name in head)
+        other = replace(config, fit=replace(config.fit, seed=5))
+        assert not torch.equal(load_host(other, found).state_dict()[head[-1]], own[head[-1]])
+
+
+def test_dropout_is_the_runs(made: Path) -> None:
+    config = config_of("squad", made, hidden_dropout=0.35)
+    found, _ = load_task(config.task_options, config.model)
+    assert load_host(config, found).config.hidden_dropout_prob == 0.35
+
+
+def test_labels_of_a_run_come_before_those_of_the_data(made: Path) -> None:
+    config = config_of("conll03", made)
+    labels = ("O", "B-LOC", "B-PER", "B-ORG")
+    found, _ = load_task(config.task_options, config.model, labels=labels)
+    assert found.labels == labels
+    assert found.train == []
+    assert load_host(config, found).config.num_labels == 4
+
+
+def test_a_folder_that_is_no_such_host_is_refused(made: Path, tmp_path: Path) -> None:
+    config = config_of("vtab", made)
+    found, _ = load_task(config.task_options, config.model)
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with a config.json in it"):
+        load_host(replace(config, model=tmp_path), found)
+    roberta = options_of("squad", made)["model"]
+    with pytest.raises(ValueError, match=r"model must be a vit, got a roberta in"):
+        load_host(replace(config, model=roberta), found)
+    lacking = tmp_path / "lacking"
+    shutil.copytree(config.model, lacking)
+    weights = load_file(lacking / "model.safetensors")
+    gone = next(name for name in weights if "layer.1" in name)
+    save_file({n: x for n, x in weights.items() if n != gone}, lacking / "model.safetensors")
+    with pytest.raises(ValueError, match=r"must hold all weights of a vit, it lacks .*layers?.1"):
+        load_host(replace(config, model=lacking), found)
+    (lacking / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"model .*lacking cannot be read: "):
+        load_host(replace(config, model=lacking), found)
+    (lacking / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json does not tell a model_type"):
+        load_host(replace(config, model=lacking), found)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(made: Path, tmp_path: Path) -> None:
+    model = options_of("squad", made)["model"]
+    (tmp_path / "config.json").write_text((model / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"holds no tokenizer: none of tokenizer.json, "):
+        load_tokenizer(tmp_path, words=True)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds no tokenizer that can be read \("):
+        load_tokenizer(tmp_path, words=True)
+
+
+def test_words_one_by_one_are_those_of_a_text(tmp_path: Path) -> None:
+    """RoBERTa's folders say nothing of a space before the first word, which words need."""
+    tokenizer = roberta_tokenizer(add_prefix_space=False)
+    tokenizer.save_pretrained(tmp_path)
+    plain, split = (load_tokenizer(tmp_path, words=words) for words in (False, True))
+    text = "Paris in 1889"
+    assert plain(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert split(text.split(), is_split_into_words=True)["input_ids"] == split(text)["input_ids"]
+    assert split(text)["input_ids"] == plain(f" {text}")["input_ids"]
+
+
+@pytest.mark.parametrize("task", ["vtab", "base_to_novel", "squad", "conll05"])
+def test_the_digest_is_of_the_content(task: str, made: Path) -> None:
+    config = config_of(task, made)
+
+    def digest() -> str:
+        found, _ = load_task(config.task_options, config.model)
+        return digest_of(config.task_options, found)
+
+    first = digest()
+    assert digest() == first
+    data = config.task_options.data
+    if task == "squad":
+        before, path = data.read_bytes(), data
+        write_squad(data, 13)
+    else:
+        path = data
+        if task == "vtab":
+            path = data / "images" / "val200" / "3.png"
+        elif task == "base_to_novel":
+            path = data.parent / "val" / "0-0.png"
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"Ana", b"Eva") if task == "conll05" else before + b"\0")
+    try:
+        assert digest() != first
+    finally:
+        path.write_bytes(before)
+
+
+def test_version_2_is_seen_from_its_files(made: Path, tmp_path: Path) -> None:
+    config = config_of("squad", made)
+    dev = write_squad(tmp_path / "dev.json", 6, version_2=True)
+    options = replace(config.task_options, test_data=(dev,))
+    found, _ = load_task(options, config.model)
+    assert json.loads(dev.read_text())["version"] == "v2.0"
+    scores = found.score(found.test, [{"text": "", "null_odds": 1.0, "span": "x"}] * 6)
+    assert "NoAns_exact" in scores
