@@ -155,7 +155,10 @@ def _parser(words: list[str]) -> Parser:
         host_evaluation.add_arguments(test)
     else:
         command.add_arguments(test)
-        test.epilog = f"{test.epilog} {', '.join(TASKS)}: of runs of finetune --host, --run RUN."
+        test.epilog = (
+            f"{test.epilog} Also {', '.join(TASKS)}: what runs of finetune --host have learnt; see "
+            "evaluate vtab --run RUN --help."
+        )
 
     kept = _command(
         commands, "records", records_command.run, "Write a benchmark's files as data to train on."

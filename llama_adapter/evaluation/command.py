@@ -56,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         for name, one in BENCHMARKS.items()
         if one.bind is None
     )
-    parser.epilog = f"Without sampling options a benchmark has its own. {own}."
+    parser.epilog = (
+        f"Without sampling options a benchmark has its own. {own}. open_llm needs "
+        "pip install 'lm-eval[hf]' and asks ARC with 25 examples, HellaSwag with 10, MMLU with 5 "
+        "and TruthfulQA with none."
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -13,7 +13,8 @@ class SourceOptions:
     data: Path = field(
         metadata={
             "help": "the benchmark's file; of scienceqa the folder of problems.json and "
-            "pid_splits.json, of mme that of the subtasks, of open_llm that of the tasks' folders"
+            "pid_splits.json, of mme that of the subtasks, of open_llm that of the folders arc, "
+            "hellaswag, mmlu and truthfulqa"
         }
     )
     split: str | None = field(

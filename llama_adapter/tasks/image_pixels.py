@@ -71,7 +71,8 @@ class Preparation:
 
         Args:
             folder: of a model that transformers saved.
-            otherwise: where the folder has no such file; None raises.
+            otherwise: where the folder has no such file, in the size that the model's config.json
+                names; None raises.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -79,7 +80,7 @@ class Preparation:
         """
         path = Path(folder) / PREPARATION_FILE
         if otherwise is not None and not path.is_file():
-            return otherwise
+            return otherwise._sized(Path(folder) / "config.json")
         found = read_json(path)
         if not isinstance(found, dict):
             raise ValueError(f"{path}: must hold an object, got {found!r}")
@@ -113,6 +114,15 @@ class Preparation:
             tuple(found["image_mean"]) if normal else (0.0, 0.0, 0.0),
             tuple(found["image_std"]) if normal else (1.0, 1.0, 1.0),
         )
+
+    def _sized(self, config: Path) -> "Preparation":
+        """The same for images as large as a model's configuration says, if it does."""
+        content = read_json(config) if config.is_file() else {}
+        own = content.get("vision_config", content) if isinstance(content, dict) else {}
+        edge = own.get("image_size") if isinstance(own, dict) else None
+        if not isinstance(edge, int) or isinstance(edge, bool) or edge < 1:
+            return self
+        return replace(self, size=(edge, edge), edge=None if self.edge is None else edge)
 
     def squashed(self) -> "Preparation":
         """The same without cutting: both sides are resized, as VTAB's protocol has it."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def test_settings_without_a_file_are_the_published_ones(tmp_path: Path) -> None:
     ViTImageProcessorPil().save_pretrained(tmp_path / "vit")
     assert Preparation.of_host(tmp_path / "vit", VTAB) == Preparation(mean=HALF, std=HALF)
     assert CLIP.squashed().edge is None
+
+
+def test_without_a_preparation_of_its_own_a_model_says_how_large_images_are(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"image_size": 24}')
+    assert Preparation.of_host(tmp_path, VTAB) == replace(VTAB, size=(24, 24))
+    (tmp_path / "config.json").write_text('{"vision_config": {"image_size": 32}}')
+    assert Preparation.of_host(tmp_path, CLIP) == replace(CLIP, size=(32, 32), edge=32)
+    for content in ("[]", "{}", '{"image_size": true}', '{"image_size": 0}'):
+        (tmp_path / "config.json").write_text(content)
+        assert Preparation.of_host(tmp_path, CLIP) == CLIP
 
 
 @pytest.mark.parametrize(
