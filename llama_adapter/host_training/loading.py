@@ -18,6 +18,7 @@ from llama_adapter.quiet import quiet
 from llama_adapter.seeded import seeded
 from llama_adapter.tasks.base_to_novel import BaseToNovelTask, load_coop
 from llama_adapter.tasks.conll import TaggingTask
+from llama_adapter.tasks.host_tokenizer import import_transformers, load_tokenizer
 from llama_adapter.tasks.image_pixels import VTAB, ImageCache, Preparation
 from llama_adapter.tasks.squad import SquadTask
 from llama_adapter.tasks.task import Task
@@ -35,23 +36,12 @@ CLASSES = {
 }
 # what a task may add to a host
 _HEADS = ("classifier.", "qa_outputs.")
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
-_REMEDY = "hosts need transformers: pip install 'llama-adapter-kernels[hf]'"
-
-
-def _transformers() -> Any:
-    try:
-        with quiet():
-            import transformers
-    except ImportError as error:
-        raise ImportError(f"{_REMEDY} ({error})") from None
-    return transformers
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """No progress bar over the weights of a model that loads in a moment."""
-    logging = _transformers().utils.logging
+    logging = import_transformers().utils.logging
     before = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -72,35 +62,6 @@ def _check_folder(folder: Path, host: str) -> None:
         raise ValueError(f"{file} does not tell a model_type ({error!r})") from None
     if kind != host:
         raise ValueError(f"model must be a {host}, got a {kind} in {folder}")
-
-
-def load_tokenizer(folder: Path, words: bool) -> Any:
-    """The tokenizer of a text host.
-
-    Args:
-        folder: of the host.
-        words: whether it is given words one by one, which are what they are in a text; otherwise
-            texts are what the folder's own tokenizer makes of them.
-
-    Raises:
-        ImportError: transformers is missing.
-        ValueError: the folder holds none that can be read, or a slow one.
-    """
-    transformers = _transformers()
-    # without one of these transformers makes a tokenizer that knows no word
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}")
-    try:
-        with quiet():
-            found = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, **({"add_prefix_space": True} if words else {})
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise ValueError(f"{folder} holds no tokenizer that can be read ({said})") from error
-    if not found.is_fast:
-        raise ValueError(f"{folder} must hold a fast tokenizer (tokenizer.json), got a slow one")
-    return found
 
 
 def load_task(
@@ -196,7 +157,7 @@ def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None 
         ValueError: the folder holds a host of another kind, or not all of its weights.
     """
     _check_folder(config.model, config.host)
-    cls = getattr(_transformers(), CLASSES[config.host, task.kind])
+    cls = getattr(import_transformers(), CLASSES[config.host, task.kind])
     names = task.labels if labels is None else labels
     more: dict[str, Any] = {}
     if task.kind in ("image-classification", "token-classification"):

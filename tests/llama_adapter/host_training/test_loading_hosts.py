@@ -11,10 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_adapter.host_training.host_config import TASKS, HostRunConfig
-from llama_adapter.host_training.loading import digest_of, load_host, load_task, load_tokenizer
+from llama_adapter.host_training.loading import digest_of, load_host, load_task
 from llama_adapter.options import build
 from tests.llama_adapter.host_runs import options_of, write_squad
-from tests.llama_adapter.tasks.text_hosts import roberta_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -84,27 +83,6 @@ def test_a_folder_that_is_no_such_host_is_refused(made: Path, tmp_path: Path) ->
     (lacking / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json does not tell a model_type"):
         load_host(replace(config, model=lacking), found)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(made: Path, tmp_path: Path) -> None:
-    model = options_of("squad", made)["model"]
-    (tmp_path / "config.json").write_text((model / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"holds no tokenizer: none of tokenizer.json, "):
-        load_tokenizer(tmp_path, words=True)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds no tokenizer that can be read \("):
-        load_tokenizer(tmp_path, words=True)
-
-
-def test_words_one_by_one_are_those_of_a_text(tmp_path: Path) -> None:
-    """RoBERTa's folders say nothing of a space before the first word, which words need."""
-    tokenizer = roberta_tokenizer(add_prefix_space=False)
-    tokenizer.save_pretrained(tmp_path)
-    plain, split = (load_tokenizer(tmp_path, words=words) for words in (False, True))
-    text = "Paris in 1889"
-    assert plain(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert split(text.split(), is_split_into_words=True)["input_ids"] == split(text)["input_ids"]
-    assert split(text)["input_ids"] == plain(f" {text}")["input_ids"]
 
 
 @pytest.mark.parametrize("task", ["vtab", "base_to_novel", "squad", "conll05"])
