@@ -25,8 +25,8 @@ from llama_adapter.evaluation.host_items import (
 )
 from llama_adapter.evaluation.runner import Item, Scores, evaluate, mean_scores
 from llama_adapter.host_training.host_config import TASKS, TEXT_TASKS, HostRunConfig
-from llama_adapter.host_training.loading import load_host, load_task
-from llama_adapter.host_training.method_file import host_fingerprint, load_trained, result_name
+from llama_adapter.host_training.loading import load_host, load_task, reading_of
+from llama_adapter.host_training.method_file import host_fingerprint, load_trained, result_names
 from llama_adapter.host_training.run import TASK_FILE
 from llama_adapter.hosts.methods import attach
 from llama_adapter.options import UsageError, add_options, build, read_config, read_object
@@ -172,7 +172,8 @@ def _evaluate(
     def predict(batch: list[Item]) -> list[Any]:
         return task.predict(model, [by_id[item["id"]] for item in batch])
 
-    weights = (path / result_name(config.method, config.method_options)).read_bytes()
+    written = result_names(config.method, config.method_options)
+    weights = b"".join((path / name).read_bytes() for name in written)
     settings = {
         "benchmark": task_options.task,
         "dataset": task_options.dataset,
@@ -180,6 +181,7 @@ def _evaluate(
         "host": f"{config.host} {_digest(json.dumps([host.shape, host.samples]).encode())}",
         "method": config.method,
         "weights": _digest(weights),
+        "reading": reading_of(task, config.model)[:16],
         **_reading(task_options.task, config),
     }
     with seeded(config.fit.seed, torch.device("cpu"), given.threads):

@@ -18,6 +18,7 @@ from llama_adapter.quiet import quiet
 from llama_adapter.seeded import seeded
 from llama_adapter.tasks.base_to_novel import BaseToNovelTask, load_coop
 from llama_adapter.tasks.conll import TaggingTask
+from llama_adapter.tasks.host_tokenizer import FILES as TOKENIZER_FILES
 from llama_adapter.tasks.host_tokenizer import import_transformers, load_tokenizer
 from llama_adapter.tasks.image_pixels import VTAB, ImageCache, Preparation
 from llama_adapter.tasks.squad import SquadTask
@@ -125,9 +126,15 @@ def final_task(task: Task) -> Task:
     return task.final()
 
 
-def digest_of(options: TaskOptions, task: Task) -> str:
-    """A hash of what is trained on and chosen by: sentences, images with their labels, or files."""
-    digest = hashlib.sha256()
+def digest_of(options: TaskOptions, task: Task, model: Path) -> str:
+    """A hash of what is trained on and chosen by, and of how a host reads it.
+
+    Args:
+        options: of the task.
+        task: its sentences are taken, or its images with their labels, or its files.
+        model: folder of the host.
+    """
+    digest = hashlib.sha256(reading_of(task, model).encode())
     if isinstance(task, VtabTask | BaseToNovelTask):
         more = task.everything if isinstance(task, VtabTask) else ()
         for item in (*task.train, *task.validation, *more):
@@ -140,6 +147,21 @@ def digest_of(options: TaskOptions, task: Task) -> str:
     else:
         for path in (options.data, options.val_data or options.test_data[0]):
             digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def reading_of(task: Task, model: Path) -> str:
+    """A hash of how a host is given a task: its preparation of images, and its tokenizer's files.
+
+    Args:
+        task: that was loaded for the host.
+        model: folder of the host.
+    """
+    images = isinstance(task, VtabTask | BaseToNovelTask)
+    digest = hashlib.sha256(repr(task.images.preparation).encode() if images else b"")
+    for name in () if isinstance(task, VtabTask) else TOKENIZER_FILES:
+        if (model / name).is_file():
+            digest.update(f"{name}\n".encode() + (model / name).read_bytes())
     return digest.hexdigest()
 
 

@@ -35,6 +35,13 @@ def result_name(method: str, options: MethodOptions) -> str:
     return file_of("text") if options.encoders == ("text",) else FILE
 
 
+def result_names(method: str, options: MethodOptions) -> tuple[str, ...]:
+    """The names of all that a finished run has written: a CLIP's encoders have a file each."""
+    first = result_name(method, options)
+    both = method == ZERO_INIT and len(set(options.encoders)) > 1
+    return (first, file_of("text")) if both else (first,)
+
+
 def host_fingerprint(model: Any) -> Fingerprint:
     """The host's identity: of a CLIP that of its visual encoder."""
     return tower_of(model, None).fingerprint()
@@ -76,14 +83,16 @@ def load_trained(folder: Path, attached: Attached, host: Fingerprint) -> None:
         FileNotFoundError: there is no such file: the run has not come to its end.
         ValueError: the file is damaged, of another method, of other options or of another host.
     """
-    path = folder / result_name(attached.name, attached.options)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: the run has not come to its end (finetune --resume)"
-        )
+    for name in result_names(attached.name, attached.options):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} does not exist: the run has not come to its end (finetune "
+                "--resume)"
+            )
     if attached.name == ZERO_INIT:
         load_adapted(attached.model, folder)
         return
+    path = folder / BASELINE
     header, state = _read(path)
     wanted = {"method": attached.name, "options": json.loads(json.dumps(asdict(attached.options)))}
     for name, value in wanted.items():

@@ -96,7 +96,7 @@ def train_host(
 
     search = Search(make, task, config.fit, config.lr_grid, final)
     with seeded(config.fit.seed, device, config.threads):
-        run = _Run(config, search, folder, digest_of(options, task), known)
+        run = _Run(config, search, folder, digest_of(options, task, config.model), known)
         state = load_latest(folder.checkpoints) if resume else None
         if state is not None:
             run.restore(state)
@@ -174,7 +174,10 @@ class _Run:
         # config.json is for people; what the run began with is in its checkpoints
         self.folder.check_same_options(state.values["options"])
         if state.values["digest"] != self.digest:
-            raise ValueError(f"{where}: the content of the data has changed since the run began")
+            raise ValueError(
+                f"{where}: the content of the data, or how the host reads it, has "
+                "changed since the run began"
+            )
         before = state.values["host"]
         before = Fingerprint(before["name"], before["shape"], tuple(before["samples"]))
         difference = before.difference(self.host)

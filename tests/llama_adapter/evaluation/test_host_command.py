@@ -148,6 +148,42 @@ def test_another_run_does_not_mix_with_what_is_there(
     assert error.count("\n") == 1
 
 
+def test_other_images_of_the_same_names_do_not_mix(
+    runs: dict[str, HostResult], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other, out = runs["vtab"].folder.path, tmp_path / "other", tmp_path / "evaluation"
+    words = ("evaluate", "vtab", "--run", path, "--output", out, "--quiet")
+    assert run(*words) == 0
+    shutil.copytree(options_of("vtab", made)["data"], other)
+    assert run(*words, "--data", other) == 0
+    images = other / "images" / "test"
+    shutil.copy(images / "0.png", images / "1.png")
+    capsys.readouterr()
+    assert run(*words, "--data", other) == 2
+    assert "items changed: 1, the first is 'images/test/1.png'" in capsys.readouterr().err
+
+
+def test_both_encoders_of_a_clip_are_what_is_evaluated(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFolder, "draw_curve", lambda self: None)
+    folders = tmp_path / "one", tmp_path / "other"
+    for folder, rate in zip(folders, (0.02, 0.05), strict=True):
+        given = {"output": folder, "encoders": ("visual", "text"), "epochs": 1, "lr": rate}
+        options = {**options_of("base_to_novel", made), **given}
+        train_host(build(HostRunConfig, options), progress=False)
+    words = ("evaluate", "base_to_novel", "--run", folders[0], "--quiet")
+    assert run(*words) == 0
+    shutil.copy(folders[1] / "text_adapter.safetensors", folders[0])
+    capsys.readouterr()
+    assert run(*words) == 2
+    assert "holds another evaluation run: weights is " in capsys.readouterr().err
+    (folders[0] / "text_adapter.safetensors").unlink()
+    assert run(*words) == 2
+    said = "text_adapter.safetensors does not exist: the run has not come to its end"
+    assert said in capsys.readouterr().err
+
+
 def test_other_data_is_asked(
     runs: dict[str, HostResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

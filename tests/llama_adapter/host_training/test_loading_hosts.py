@@ -91,7 +91,7 @@ def test_the_digest_is_of_the_content(task: str, made: Path) -> None:
 
     def digest() -> str:
         found, _ = load_task(config.task_options, config.model)
-        return digest_of(config.task_options, found)
+        return digest_of(config.task_options, found, config.model)
 
     first = digest()
     assert digest() == first
@@ -111,6 +111,34 @@ def test_the_digest_is_of_the_content(task: str, made: Path) -> None:
         assert digest() != first
     finally:
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("vtab", "preprocessor_config.json"),
+        ("base_to_novel", "preprocessor_config.json"),
+        ("base_to_novel", "tokenizer_config.json"),
+        ("conll03", "tokenizer.json"),
+    ],
+)
+def test_the_digest_is_of_how_a_host_reads(
+    task: str, name: str, made: Path, tmp_path: Path
+) -> None:
+    config = config_of(task, made)
+    model = tmp_path / "model"
+    shutil.copytree(config.model, model)
+
+    def digest() -> str:
+        return digest_of(config.task_options, load_task(config.task_options, model)[0], model)
+
+    first = digest()
+    # the weights have a fingerprint of their own
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert digest() == first
+    before = (model / name).read_text()
+    (model / name).write_text(before.replace("0.5", "0.4").replace("0.48", "0.47") + " ")
+    assert digest() != first
 
 
 def test_version_2_is_seen_from_its_files(made: Path, tmp_path: Path) -> None:
