@@ -43,7 +43,11 @@ def is_wanted(arguments: list[str]) -> bool:
     for name in ("--config", "--output"):
         parser.add_argument(name, nargs="?", type=Path)
     parser.add_argument("--resume", action="store_true")
-    found = parser.parse_known_args(arguments)[0]
+    try:
+        found = parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:
+        # whichever parser takes the words says what is wrong with them
+        return any(word.split("=")[0] in ("--host", "--recipe") for word in arguments)
     if found.host is not None or found.recipe is not None:
         return True
     held = found.output / "config.json" if found.resume and found.output else None

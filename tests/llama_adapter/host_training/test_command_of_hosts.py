@@ -233,6 +233,8 @@ def test_what_is_about_a_host(tmp_path: Path) -> None:
     assert not is_wanted(["--output", str(tmp_path), "--data", "x.json"])
     held.write_text('{"data": "x.json"}')
     assert not is_wanted(["--output", str(tmp_path), "--resume"])
+    assert is_wanted(["--host", "vit", "--resume=yes"])
+    assert not is_wanted(["--resume=yes"])
     held.write_text("{")
     assert not is_wanted(["--output", str(tmp_path), "--resume"])
 
