@@ -138,6 +138,17 @@ def test_lines_that_name_no_image_are_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("label", ["100000", "99999999999", "9" * 5000])
+def test_a_label_that_no_head_has_room_for_is_named(label: str, tmp_path: Path) -> None:
+    noise(tmp_path / "a.png", 1)
+    noise(tmp_path / "b.png", 1)
+    path = tmp_path / "list.txt"
+    path.write_text(f"a.png 0007\nb.png {label}\n")
+    problems: list[FileProblem] = []
+    assert [one.label for one in read_list(path, tmp_path, None, problems)] == [7]
+    assert "label must be below the 100000 classes, got " in str(problems[0])
+
+
 def test_a_list_without_images_is_an_error(tmp_path: Path) -> None:
     write_task(tmp_path)
     (tmp_path / "val200.txt").write_text("\n")
