@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from llama_adapter.checkpoints import default_device
+from llama_adapter.checkpoints import checked_device, default_device
 from llama_adapter.data.checked_files import FileProblem
 from llama_adapter.host_training.host_config import HostRunConfig, TaskOptions
 from llama_adapter.quiet import quiet
@@ -39,6 +39,18 @@ CLASSES = {
 _HEADS = ("classifier.", "qa_outputs.")
 
 
+def _unreadable() -> tuple[type[BaseException], ...]:
+    """What transformers raises, anywhere in it, of weights or a configuration that cannot be."""
+    from huggingface_hub import errors
+
+    # of a field of another type, in versions that check them
+    of_fields = getattr(errors, "StrictDataclassError", ValueError)
+    return (
+        OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+        AssertionError, RuntimeError, SafetensorError, of_fields,
+    )  # fmt: skip
+
+
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """No progress bar over the weights of a model that loads in a moment."""
@@ -59,7 +71,7 @@ def _check_folder(folder: Path, host: str) -> None:
         raise FileNotFoundError(f"model {folder} must be a folder with a config.json in it")
     try:
         kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ValueError(f"{file} does not tell a model_type ({error!r})") from None
     if kind != host:
         raise ValueError(f"model must be a {host}, got a {kind} in {folder}")
@@ -176,7 +188,8 @@ def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None 
     Raises:
         FileNotFoundError: there is no such folder.
         ImportError: transformers is missing.
-        ValueError: the folder holds a host of another kind, or not all of its weights.
+        ValueError: the folder holds a host of another kind, a configuration that cannot be or not
+            all of the weights, or there is no such device.
     """
     _check_folder(config.model, config.host)
     cls = getattr(import_transformers(), CLASSES[config.host, task.kind])
@@ -187,14 +200,14 @@ def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None 
         more["label2id"] = {label: place for place, label in enumerate(names)}
     if config.hidden_dropout is not None:
         more["hidden_dropout_prob"] = config.hidden_dropout
-    device = torch.device(config.device or default_device())
+    device = checked_device(config.device or default_device())
     try:
         with seeded(config.fit.seed, torch.device("cpu")), quiet(), _without_bars():
             model, found = cls.from_pretrained(
                 config.model, local_files_only=True, ignore_mismatched_sizes=True,
                 output_loading_info=True, dtype=torch.float32, **more,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except _unreadable() as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"model {config.model} cannot be read: {said}") from error
     differing = [one[0] if isinstance(one, tuple) else one for one in found["mismatched_keys"]]

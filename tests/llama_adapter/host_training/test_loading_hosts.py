@@ -80,9 +80,24 @@ def test_a_folder_that_is_no_such_host_is_refused(made: Path, tmp_path: Path) ->
     (lacking / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"model .*lacking cannot be read: "):
         load_host(replace(config, model=lacking), found)
-    (lacking / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json does not tell a model_type"):
-        load_host(replace(config, model=lacking), found)
+    before = (lacking / "config.json").read_text()
+    for number in ("0", '"3"', "[]"):
+        wrong = before.replace('"num_attention_heads": 3', f'"num_attention_heads": {number}')
+        (lacking / "config.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"model .*lacking cannot be read: "):
+            load_host(replace(config, model=lacking), found)
+    for text in ("{", "[" * 100_000):
+        (lacking / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config.json does not tell a model_type"):
+            load_host(replace(config, model=lacking), found)
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "mps"])
+def test_a_device_that_is_none_is_named(device: str, made: Path) -> None:
+    config = replace(config_of("vtab", made), device=device)
+    found, _ = load_task(config.task_options, config.model)
+    with pytest.raises(ValueError, match=f"device must be cpu or cuda, got '{device}'"):
+        load_host(config, found)
 
 
 @pytest.mark.parametrize("task", ["vtab", "base_to_novel", "squad", "conll05"])
