@@ -39,6 +39,7 @@ class HostResult:
         attached: the method on the host, with the weights that remain.
         folder: the run folder.
         task: what was trained on.
+        items: of it, in the fit whose weights remain.
         rate: the learning rate that was chosen, or given.
         results: by learning rate that was tried, its validation score; None where it diverged.
     """
@@ -46,6 +47,7 @@ class HostResult:
     attached: Attached
     folder: RunFolder
     task: Task
+    items: int
     rate: float
     results: Mapping[float, float | None]
 
@@ -115,7 +117,8 @@ def train_host(
         finally:
             folder.close()
     assert search.rate is not None
-    return HostResult(attached[0], folder, task, search.rate, search.results)
+    items = len((final or task).train)
+    return HostResult(attached[0], folder, task, items, search.rate, search.results)
 
 
 def _kind(config: HostRunConfig) -> RunKind:
