@@ -75,7 +75,7 @@ FULL = Plan(
         "conll05": Sizes(160, 100, 300),
     },
     epochs={"squad": 8, "squad2": 5, "conll03": 60, "conll05": 20},
-    grid=(0.001, 0.005, 0.025),
+    grid=(0.001, 0.005, 0.025, 0.1),
     seeds=(0, 1, 2),
 )
 QUICK = Plan(

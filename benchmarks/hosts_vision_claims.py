@@ -54,7 +54,7 @@ def vit_claims(
     claims = [
         _against(
             labels["linear"],
-            "Zero-init attention adapts a ViT beyond its features (the paper has no such row).",
+            "Not in the papers: zero-init attention adapts a ViT beyond a head on its features.",
             ours,
             mean["linear"],
         ),
@@ -144,8 +144,8 @@ def clip_claims(
         ),
         _against(
             "VPT deep",
-            "Its HM is above VPT's, the nearest method with prompts in the visual encoder (not a "
-            "row of the paper's table).",
+            "Not in the papers: its HM is above VPT's, the nearest method with prompts in the "
+            "visual encoder.",
             ours,
             harmonic[VPT],
         ),

@@ -25,26 +25,22 @@ def examples_of_images(name: str, parts: Sequence[Shown]) -> tuple[list[str], di
     Returns:
         Lines of Markdown, and the figure as PNG by its name.
     """
-    figure = Figure(figsize=(1.75 * SHOWN, 2.15 * len(parts)), layout="constrained")
-    grid = figure.subplots(len(parts), SHOWN, squeeze=False)
-    for axes_of_row, (title, items, answers) in zip(grid, parts, strict=True):
-        for axes in axes_of_row:
-            axes.axis("off")
-        for index, (axes, (path, right)) in enumerate(zip(axes_of_row, items, strict=False)):
+    figure = Figure(figsize=(1.75 * SHOWN, 2.5 * len(parts)), layout="constrained")
+    heights = [1.0, 0.3] * len(parts)
+    grid = figure.subplots(len(heights), SHOWN, squeeze=False, height_ratios=heights)
+    for axes in grid.flatten():
+        axes.axis("off")
+    for row, (title, items, answers) in enumerate(parts):
+        for index, (path, right) in enumerate(items[:SHOWN]):
+            above, below = grid[2 * row][index], grid[2 * row + 1][index]
             with Image.open(path) as opened:
-                axes.imshow(opened.convert("RGB"), interpolation="nearest")
-            axes.set_title(f"{title}\n{right}" if index == 0 else f"\n{right}", fontsize=8)
+                above.imshow(opened.convert("RGB"), interpolation="nearest")
+            above.set_title(f"{title}\n{right}" if index == 0 else f"\n{right}", fontsize=8)
             for line, (who, given) in enumerate(answers.items()):
-                good = given[index] == right
-                axes.text(
-                    0.5,
-                    -0.06 - 0.13 * line,
-                    f"{who}: {given[index]}",
-                    transform=axes.transAxes,
-                    ha="center",
-                    va="top",
-                    fontsize=7,
-                    color=RIGHT if good else WRONG,
+                colour = RIGHT if given[index] == right else WRONG
+                said = f"{who}: {given[index]}"
+                below.text(
+                    0.5, 0.95 - 0.5 * line, said, ha="center", va="top", fontsize=7, color=colour
                 )
     lines = [
         f"The first {SHOWN} test pictures of each data set, with the right answer above and what "

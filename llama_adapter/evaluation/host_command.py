@@ -21,11 +21,12 @@ from llama_adapter.evaluation.host_items import (
     item_scores,
     items_of,
     means,
+    over_seeds,
     write_result,
 )
-from llama_adapter.evaluation.runner import Item, Scores, evaluate, mean_scores
+from llama_adapter.evaluation.runner import Item, Scores, evaluate
 from llama_adapter.host_training.host_config import MOST_THREADS, TASKS, TEXT_TASKS, HostRunConfig
-from llama_adapter.host_training.loading import load_host, load_task, reading_of
+from llama_adapter.host_training.loading import load_host, load_task, method_options, reading_of
 from llama_adapter.host_training.method_file import host_fingerprint, load_trained, result_names
 from llama_adapter.host_training.run import TASK_FILE
 from llama_adapter.hosts.methods import attach
@@ -176,8 +177,9 @@ def _evaluate(
         raise UsageError(f"--split {given.split}: the run has no such data (--val-data)")
     model = load_host(config, task, labels)
     host = host_fingerprint(model)
+    made_with = method_options(config, task)
     generator = torch.Generator().manual_seed(config.fit.seed)
-    attached = attach(model, config.method, config.method_options, generator=generator)
+    attached = attach(model, config.method, made_with, generator=generator)
     load_trained(path, attached, host)
     items = items_of(listed)
     by_id = {item["id"]: one for item, one in zip(items, listed, strict=True)}
@@ -236,7 +238,7 @@ def _tell_means(task: str, found: Mapping[str, list[Scores]], output: Path | Non
 
     Runs on one data set, of several seeds, are averaged first.
     """
-    scores = {name: mean_scores(rows) for name, rows in found.items()}
+    scores = {name: over_seeds(task, rows) for name, rows in found.items()}
     below = means(task, scores)
     print(f"{task}, {sum(map(len, found.values()))} runs")
     width = max(map(len, [*scores, *below]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_adapter.data.checked_files import write_json
 from llama_adapter.evaluation.runner import Item, Scores, mean_scores
-from llama_adapter.tasks.base_to_novel import averages
+from llama_adapter.tasks.base_to_novel import BASE, HARMONIC, NOVEL, averages, harmonic_mean
 from llama_adapter.tasks.conll_files import Sentence, write_conlleval
 from llama_adapter.tasks.few_shot import NamedImage
 from llama_adapter.tasks.squad_files import Question, write_answers
@@ -85,16 +85,24 @@ def write_result(
     return folder / ACCURACIES_FILE
 
 
+def over_seeds(task: str, rows: Sequence[Scores]) -> Scores:
+    """Means of one data set's runs; the harmonic mean is that of the two means, as Table 11's."""
+    found = mean_scores(rows)
+    if task == "base_to_novel" and {BASE, NOVEL} <= found.keys():
+        found[HARMONIC] = harmonic_mean(found[BASE], found[NOVEL])
+    return found
+
+
 def means(task: str, scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """What the papers' tables have below a list of data sets, by the task.
 
     Args:
         task: "vtab": means of groups and of all, of its own 19 tasks; "base_to_novel": means of
-            accuracies and of harmonic means; of others the mean of each score.
-        scores: of each data set, or run.
+            accuracies and of harmonic means, where all have both halves; else the mean of each.
+        scores: of each data set, as `over_seeds` has them.
     """
     if task == "vtab" and all(name in VTAB_TASKS for name in scores):
         return table_means({name: found["accuracy"] for name, found in scores.items()})
-    if task == "base_to_novel":
+    if task == "base_to_novel" and all({BASE, NOVEL} <= found.keys() for found in scores.values()):
         return averages([*scores.values()])
     return mean_scores([*scores.values()])

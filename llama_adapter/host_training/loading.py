@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from llama_adapter.checkpoints import checked_device, default_device
 from llama_adapter.data.checked_files import FileProblem
 from llama_adapter.host_training.host_config import HostRunConfig, TaskOptions
+from llama_adapter.hosts.method_options import MethodOptions
 from llama_adapter.quiet import quiet
 from llama_adapter.seeded import seeded
 from llama_adapter.tasks.base_to_novel import BaseToNovelTask, load_coop
@@ -136,6 +138,14 @@ def final_task(task: Task) -> Task:
     """The task to train on with nothing held out."""
     assert isinstance(task, VtabTask)
     return task.final()
+
+
+def method_options(config: HostRunConfig, task: Task) -> MethodOptions:
+    """What a run's method is made with: CoOp's context takes the place of the task's own words."""
+    options = config.method_options
+    if isinstance(task, BaseToNovelTask) and options.template_length is None:
+        options = replace(options, template_length=task.template_length)
+    return options
 
 
 def digest_of(options: TaskOptions, task: Task, model: Path) -> str:

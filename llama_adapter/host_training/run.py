@@ -15,7 +15,13 @@ from llama_adapter.checkpoints.train_state import TrainState, load_latest, save_
 from llama_adapter.data.checked_files import FileProblem
 from llama_adapter.host_training.fit import Row
 from llama_adapter.host_training.host_config import METRICS, HostRunConfig, defaults
-from llama_adapter.host_training.loading import digest_of, final_task, load_host, load_task
+from llama_adapter.host_training.loading import (
+    digest_of,
+    final_task,
+    load_host,
+    load_task,
+    method_options,
+)
 from llama_adapter.host_training.method_file import host_fingerprint, result_name, save_trained
 from llama_adapter.host_training.search import Search
 from llama_adapter.hosts.attention import device_of
@@ -84,6 +90,7 @@ def train_host(
     task, problems = load_task(options, config.model, seed=config.fit.seed)
     _report(problems, config.strict)
     model = load_host(config, task)
+    made_with = method_options(config, task)
     known, device = host_fingerprint(model), device_of(model)
     final = final_task(task) if config.final == "train+val" else None
     attached: list[Attached] = []
@@ -93,7 +100,7 @@ def train_host(
             before.detach()
         attached.clear()
         generator = torch.Generator().manual_seed(config.fit.seed)
-        attached.append(attach(model, config.method, config.method_options, generator=generator))
+        attached.append(attach(model, config.method, made_with, generator=generator))
         return attached[0]
 
     search = Search(make, task, config.fit, config.lr_grid, final)

@@ -50,8 +50,12 @@ class MethodOptions:
     rank: int = field(default=8, metadata={"help": "rank of LoRA"})
     lora_alpha: int = field(default=16, metadata={"help": "scale of LoRA times its rank"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout in front of LoRA"})
-    template_length: int = field(
-        default=4, metadata={"help": "tokens in front of a class's name, which CoOp replaces"}
+    template_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "tokens in front of a class's name, which CoOp replaces; default: those of the "
+            "task's template, or the 4 of `a photo of a`"
+        },
     )
     context_ids: tuple[int, ...] = field(
         default=(), metadata={"help": "tokens that CoOp's context starts from; default: random"}
@@ -65,7 +69,7 @@ class MethodOptions:
         for name in ("prefix_dropout", "lora_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.template_length < 0:
+        if self.template_length is not None and self.template_length < 0:
             raise ValueError(f"template_length must be at least 0, got {self.template_length}")
         for encoder in self.encoders:
             if encoder not in ENCODERS:

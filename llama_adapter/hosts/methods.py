@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llama_adapter.hosts import adapt, adapters_of, unadapt
 from llama_adapter.hosts.baselines.bottleneck import Bottlenecks
-from llama_adapter.hosts.baselines.context import Context
+from llama_adapter.hosts.baselines.context import TEMPLATE_LENGTH, Context
 from llama_adapter.hosts.baselines.gated import GatedLayers
 from llama_adapter.hosts.baselines.low_rank import lora
 from llama_adapter.hosts.baselines.own import (
@@ -114,9 +114,8 @@ def _side(part: Part, options: MethodOptions, generator: Generator) -> Installed
 
 
 def _coop(part: Part, options: MethodOptions, generator: Generator) -> Installed:
-    return Context(
-        part, options.prompt_length, options.template_length, options.context_ids, generator
-    )
+    template = TEMPLATE_LENGTH if options.template_length is None else options.template_length
+    return Context(part, options.prompt_length, template, options.context_ids, generator)
 
 
 def _flamingo(part: Part, options: MethodOptions, generator: Generator) -> Installed:

@@ -13,7 +13,7 @@ _LONGEST = 100
 
 
 def opened(image: str | Path | Image.Image) -> Image.Image:
-    """An image in RGB.
+    """An image in RGB; as in CoOp, a camera's note that a JPEG lies on its side is not heeded.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -21,38 +21,47 @@ def opened(image: str | Path | Image.Image) -> Image.Image:
             numbers have no range of their own.
     """
     if isinstance(image, Image.Image):
-        return _in_rgb(image, "image")
+        reason = _against(image)
+        if reason is not None:
+            raise ValueError(f"image: {reason}")
+        return _in_rgb(image)
     path = Path(image)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with Image.open(path) as image_file:
-            return _in_rgb(image_file, str(path))
+            reason = _against(image_file)
+            if reason is None:
+                return _in_rgb(image_file)
     except (
-        OSError, SyntaxError, RuntimeError, MemoryError, Image.DecompressionBombError
+        OSError, SyntaxError, RuntimeError, MemoryError, ValueError, Image.DecompressionBombError
     ) as error:  # fmt: skip
+        # Pillow's own, which name no file
         raise ValueError(f"{path}: no image that can be read ({error})") from error
+    raise ValueError(f"{path}: {reason}")
 
 
-def _in_rgb(image: Image.Image, name: str) -> Image.Image:
-    """An image with 8 bits a channel.
+def _against(image: Image.Image) -> str | None:
+    """Why an image is not taken, or None.
 
-    Raises:
-        ValueError: it is a thread, which a CLIP's preparation would make gigabytes of, or its
-            numbers have no range of their own.
+    It is a thread, which a CLIP's preparation would make gigabytes of, or its numbers have no range
+    of their own.
     """
     short, long = sorted(image.size)
-    if long > _LONGEST * short:
-        raise ValueError(
-            f"{name}: one side must be at most {_LONGEST} times the other, got "
+    if short < 1 or long > _LONGEST * short:
+        return (
+            f"one side must be at most {_LONGEST} times the other, got "
             f"{image.size[0]} x {image.size[1]}"
         )
+    if image.mode in ("I", "F"):
+        return f"must have 8 or 16 bits a channel, got Pillow's mode {image.mode}"
+    return None
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """An image with 8 bits a channel."""
     if image.mode.startswith("I;16"):
         # Pillow would cut off at 255
         grey = np.asarray(image).astype(np.float32) * (255 / 65535)
         image = Image.fromarray(grey.round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"{name}: must have 8 or 16 bits a channel, got Pillow's mode {image.mode}"
-        )
     return image.convert("RGB")

@@ -44,7 +44,8 @@ class ClassTexts:
 
     Features are kept by whoever made this, and never of a text side that is trained: before they
     are used again the first text is looked at anew, and where its features need a gradient or
-    differ in a bit from the time before, those of all texts are made anew.
+    differ in a bit from the time before, those of all texts are made anew; so they are where a
+    parameter of the text side was written to, which may be of words that the first text lacks.
     """
 
     def __init__(self, texts: Sequence[str], input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -58,6 +59,7 @@ class ClassTexts:
         self.texts = tuple(texts)
         self._inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         self._first: Tensor | None = None
+        self._state: tuple[tuple[int, int], ...] = ()
         self._kept: Tensor | None = None
 
     @classmethod
@@ -79,10 +81,11 @@ class ClassTexts:
         Raises:
             ValueError: a text has more tokens than the model has positions for.
         """
-        first = self._features(model, slice(1))
+        first, state = self._features(model, slice(1)), _written(model)
         known = self._first
         if (
             known is None
+            or state != self._state
             or self._kept is None
             or first.requires_grad
             or first.device != known.device
@@ -92,6 +95,7 @@ class ClassTexts:
             # without gradients nothing tells whether they are trained: kept, and looked at again
             trained = found.requires_grad
             self._first, self._kept = (None, None) if trained else (first, found)
+            self._state = state
             return found
         return self._kept
 
@@ -104,6 +108,14 @@ class ClassTexts:
                 f"text {self.texts[longest]!r} must have at most {room} tokens, got {length}"
             )
         return _unit(model.get_text_features(**given))
+
+
+def _written(model: Any) -> tuple[tuple[int, int], ...]:
+    """The parameters of a CLIP's text side, and how often each was written to."""
+    sides = (model.text_model, model.text_projection)
+    parameters = [parameter for side in sides for parameter in side.parameters()]
+    # memory of inference does not count
+    return tuple((id(x), -1 if x.is_inference() else x._version) for x in parameters)
 
 
 def _unit(found: Any) -> Tensor:
@@ -123,6 +135,7 @@ class BaseToNovelTask:
         test: the test images of base and novel classes.
         texts: of the base classes and of the novel ones.
         images: what reads them.
+        template_length: tokens in front of a name in its text, in whose place CoOp puts others.
         augment: training takes random pieces, mirrored at random, by torch's own generator.
     """
 
@@ -132,6 +145,7 @@ class BaseToNovelTask:
     names: Mapping[str, tuple[str, ...]]
     texts: Mapping[str, ClassTexts] = field(repr=False)
     images: ImageReader = field(repr=False)
+    template_length: int
     augment: bool = True
     kind: str = field(default="contrastive", init=False)
     # of the validation images, which are base alone
@@ -212,6 +226,7 @@ class BaseToNovelTask:
             names,
             {key: ClassTexts.of(one, template, tokenizer) for key, one in names.items()},
             ImageReader(prepared, cache),
+            _length(template.partition("{}")[0], tokenizer),
             augment,
         )
 
@@ -329,3 +344,8 @@ def _only(
     return tuple(
         replace(one, label=places[one.label], novel=novel) for one in images if one.label in places
     )
+
+
+def _length(text: str, tokenizer: Any) -> int:
+    """How many tokens a text is, without special ones."""
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])

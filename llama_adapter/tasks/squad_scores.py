@@ -2,6 +2,7 @@
 
 normalise: lower case, no punctuation, no articles, single blanks. F1 = 2PR / (P + R) over the bags
 of words of the two. Version 2.0 also asks for the odds of no answer, and at which of them to stop.
+Both are as SQuAD's own scorer of that version has them, which differ on texts without a word.
 """
 
 import re
@@ -36,11 +37,16 @@ def f1(answer: str, right: str) -> float:
     return 2 * common / (len(found) + len(wanted))
 
 
+def f1_of_version_1(answer: str, right: str) -> float:
+    """`f1`, but 0 where neither has a word: version 1.1's scorer counts the words in common."""
+    return f1(answer, right) if normalise(answer) else 0.0
+
+
 def best(measure: Measure, question: Question, answer: str, *, version_2: bool) -> float:
     """A measure of an answer to a question, the largest over those that are right.
 
     Args:
-        measure: `exact_match` or `f1`.
+        measure: `exact_match`, `f1` or `f1_of_version_1`.
         question: with the right answers; with none of them, the answer must be empty.
         answer: what was answered.
         version_2: right answers without a word after `normalise` do not count.
@@ -60,10 +66,11 @@ def squad_scores(
         exact and f1; for version 2.0 also those of the questions that have an answer, HasAns_exact
         and HasAns_f1, and of those that have none, NoAns_exact and NoAns_f1, where there are any.
     """
+    overlap = f1 if version_2 else f1_of_version_1
     rows = [
         {
             "exact": best(exact_match, question, text, version_2=version_2),
-            "f1": best(f1, question, text, version_2=version_2),
+            "f1": best(overlap, question, text, version_2=version_2),
         }
         for question, text in zip(questions, texts, strict=True)
     ]
@@ -89,7 +96,8 @@ def best_threshold(
     """The best that a threshold on the odds of no answer makes of answers, as version 2.0 scores.
 
     A question whose odds are at most t gets its text, any other the empty answer; t is one of the
-    odds, or 0 where giving no answer at all is best, as in SQuAD's own scorer.
+    odds, or 0 where giving no answer at all is best, as in SQuAD's own scorer. That one parts
+    questions of equal odds too, and takes an answer or a right one without a word for words.
 
     Args:
         questions: what was asked.

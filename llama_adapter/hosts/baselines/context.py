@@ -15,6 +15,9 @@ from llama_adapter.hosts.baselines.parts import (
     normal,
 )
 
+# tokens of "a photo of a", which a context takes the place of where nothing else is said
+TEMPLATE_LENGTH = 4
+
 
 class Context(Installed):
     """[BOS] c_1 ... c_K class . [EOS] in place of [BOS] a photo of a class . [EOS].

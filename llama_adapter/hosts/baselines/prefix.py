@@ -39,7 +39,7 @@ def attend(
         query: (B, H, T, D).
         key, value: (B, H, S, D).
         attention_mask: (B or 1, 1, T, S) bool or added, or None.
-        **kwargs: the prefix (2, K, H D) under KEYWORD, and what sdpa takes.
+        **kwargs: the prefix (2, K, H D) or (B, 2, K, H D) under KEYWORD, and what sdpa takes.
 
     Returns:
         (B, T, H, D) and None for the probabilities.
@@ -48,8 +48,8 @@ def attend(
 
     prefix = kwargs.pop(KEYWORD, None)
     if prefix is not None:
-        pair = prefix.to(query.dtype).unflatten(-1, (-1, query.shape[-1])).transpose(1, 2)
-        k, v = (x.expand(len(query), -1, -1, -1) for x in pair)
+        pair = prefix.to(query.dtype).unflatten(-1, (-1, query.shape[-1])).transpose(-3, -2)
+        k, v = (x.expand(len(query), -1, -1, -1) for x in pair.unbind(-4))
         given = kwargs.pop("is_causal", None)
         causal = getattr(module, "is_causal", False) if given is None else given
         if attention_mask is None and causal:
@@ -72,7 +72,8 @@ class Prefix(Installed):
     """Keys and values of K prefix rows in each of the topmost layers.
 
     prefix is (layers, 2, K, C), normally distributed; while training, a part of its numbers is
-    dropped. With `shift` the tokens' positions begin behind the prefix, as in P-tuning v2's code.
+    dropped, of every sequence of a batch another. With `shift` the tokens' positions begin behind
+    the prefix, as in P-tuning v2's code.
 
     Source: P-Tuning v2, section 3.2; PEFT's form takes the model's place and knows no ViT.
     """
@@ -105,4 +106,7 @@ class Prefix(Installed):
         return undo
 
     def _give(self, row: int, given: dict[str, Any]) -> dict[str, Any]:
-        return given | {KEYWORD: self.dropout(self.prefix[row])}
+        prefix = self.prefix[row]
+        if self.training:
+            prefix = prefix.expand(len(given["hidden_states"]), -1, -1, -1)
+        return given | {KEYWORD: self.dropout(prefix)}

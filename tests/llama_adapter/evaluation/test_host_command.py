@@ -262,6 +262,8 @@ def test_several_runs_have_means(
     content = json.loads((out / "accuracies.json").read_text())
     assert content["means"] == pytest.approx({k: alone[k] for k in content["means"]})
     assert [*content["scores"]] == ["seed-1", "seed-2"]
+    assert run("evaluate", "base_to_novel", *given, "--split", "validation") == 0
+    assert [*json.loads((out / "accuracies.json").read_text())["means"]] == ["base"]
 
 
 def test_a_clip_as_it_is_can_be_evaluated(made: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_adapter.evaluation.host_items import items_of, means, write_result
+from llama_adapter.evaluation.host_items import items_of, means, over_seeds, write_result
 from llama_adapter.tasks.conll_files import Sentence
 from llama_adapter.tasks.few_shot import NamedImage
 from llama_adapter.tasks.squad_files import Question
@@ -47,6 +47,24 @@ def test_the_mean_of_harmonic_means_is_not_that_of_the_means() -> None:
     found = means("base_to_novel", scores)
     assert found["base"] == 65.0
     assert found["harmonic_mean"] == pytest.approx((32 + 50) / 2)
+
+
+def test_one_data_sets_harmonic_mean_is_that_of_its_seeds_means() -> None:
+    """As CoCoOp's tables have it: 2 B N / (B + N) of the numbers beside it in the row."""
+    rows = [
+        {"base": 90.0, "novel": 10.0, "harmonic_mean": 18.0},
+        {"base": 10.0, "novel": 90.0, "harmonic_mean": 18.0},
+    ]
+    found = over_seeds("base_to_novel", rows)
+    assert found == {"base": 50.0, "novel": 50.0, "harmonic_mean": 50.0}
+    assert means("base_to_novel", {"own": found}) == found
+    assert over_seeds("squad", [{"f1": 1.0}, {"f1": 2.0}]) == {"f1": 1.5}
+
+
+def test_base_images_alone_have_no_harmonic_mean() -> None:
+    """As of a validation, whose images are all of base classes."""
+    rows = {"a": over_seeds("base_to_novel", [{"base": 80.0}]), "b": {"base": 60.0}}
+    assert means("base_to_novel", rows) == {"base": 70.0}
 
 
 def test_images_have_a_list_and_accuracies(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llama_adapter.host_training.host_config import TASKS, HostRunConfig
-from llama_adapter.host_training.loading import digest_of, load_host, load_task
+from llama_adapter.host_training.loading import digest_of, load_host, load_task, method_options
+from llama_adapter.hosts.methods import attach
 from llama_adapter.options import build
+from llama_adapter.tasks.base_to_novel import BaseToNovelTask
 from tests.llama_adapter.host_runs import options_of, write_squad
 
 
@@ -164,3 +167,37 @@ def test_version_2_is_seen_from_its_files(made: Path, tmp_path: Path) -> None:
     assert json.loads(dev.read_text())["version"] == "v2.0"
     scores = found.score(found.test, [{"text": "", "null_odds": 1.0, "span": "x"}] * 6)
     assert "NoAns_exact" in scores
+
+
+@pytest.mark.parametrize("template", ["{}", "{} rock.", "a photo of {}.", "a wide photo of a {}."])
+def test_coops_context_replaces_what_stands_before_the_name(template: str, made: Path) -> None:
+    """With the template's own words for a context, every text is what it was."""
+    config = config_of("base_to_novel", made, method="coop", template=template, prompt_length=1)
+    task, _ = load_task(config.task_options, config.model)
+    assert isinstance(task, BaseToNovelTask)
+    model, texts = load_host(config, task), task.texts["novel"]
+    ids = AutoTokenizer.from_pretrained(config.model)(texts.texts[0])["input_ids"]
+    options = method_options(config, task)
+    before = len(template.partition("{}")[0].replace(" ", ""))
+    # a letter is a token there
+    assert options.template_length == before
+    with torch.no_grad():
+        theirs = texts(model)
+        if before:
+            own = tuple(ids[1 : 1 + before])
+            options = replace(options, prompt_length=before, context_ids=own)
+        attach(model, "coop", options)
+        found = texts(model)
+    if before:
+        torch.testing.assert_close(found, theirs)
+    # the names are still there
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+
+
+def test_a_length_that_is_given_stays(made: Path) -> None:
+    config = config_of("base_to_novel", made, method="coop", template_length=2)
+    task, _ = load_task(config.task_options, config.model)
+    assert method_options(config, task) == config.method_options
+    other = config_of("squad", made)
+    squad, _ = load_task(other.task_options, other.model)
+    assert method_options(other, squad) == other.method_options

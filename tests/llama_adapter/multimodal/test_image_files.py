@@ -32,3 +32,33 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
         opened(tmp_path / "absent.png")
     with pytest.raises(ValueError, match="at most 100 times the other, got 1 x 101"):
         opened(Image.new("RGB", (1, 101)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        # Pillow's own ValueErrors: a number that is none, a header that is cut off, a bare header
+        b"P6 33R21 4 255\n" + bytes(300),
+        b"\x89PNG\r\n\x1a\n\x00\x00\x00\x04IHDR\x00\x00\x00\x01\x0a\x0b\x0c\x0d",
+        b"\x01\xda\x00\x07" + bytes(600),
+    ],
+)
+def test_a_damaged_header_is_named_too(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "damaged.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged\.png: no image that can be read") as caught:
+        opened(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "CMYK", "RGBA", "LA", "P"])
+def test_every_mode_is_rgb_and_lies_as_it_is_stored(mode: str, tmp_path: Path) -> None:
+    image = Image.new("RGB", (5, 3), (200, 10, 30)).convert(mode)
+    path = tmp_path / ("stored.jpg" if mode == "CMYK" else "stored.png")
+    exif = image.getexif()
+    # on its side, as cameras write it
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+    found = opened(path)
+    assert (found.mode, found.size) == ("RGB", (5, 3))
+    assert found.getpixel((0, 0)) == pytest.approx(image.convert("RGB").getpixel((0, 0)), abs=2)

@@ -258,6 +258,23 @@ def test_prompts_in_the_text_encoder_are_trained_and_seen(folder: Path) -> None:
     )
 
 
+def test_words_that_the_first_text_lacks_are_seen_when_they_change(folder: Path) -> None:
+    """The first text alone is looked at, and a state that is loaded needs no gradient."""
+    task, model = load(folder), random_clip()
+    made, texts = attach(model, "full", MethodOptions(encoders=("text",))), task.texts[BASE]
+    state, ids = made.state_dict(), texts._inputs["input_ids"]
+    (table,) = (value for name, value in state.items() if "token_embedding" in name)
+    others = [n for n in ids[1].tolist() if n not in ids[0].tolist()]
+    with torch.no_grad():
+        before = texts(model)
+        table[others] = torch.randn_like(table[others])
+        made.load_state_dict(state)
+        after = texts(model)
+    assert others
+    assert torch.equal(before[0], after[0])
+    assert (before[1] - after[1]).abs().max() > 1e-4
+
+
 def test_a_learnt_context_is_seen_as_it_is_learnt(folder: Path) -> None:
     task, model = load(folder, augment=False), random_clip()
     base = [one for one in task.test if not one.novel]

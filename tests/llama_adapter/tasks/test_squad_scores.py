@@ -39,6 +39,11 @@ def random_text(rng: random.Random, least: int = 0) -> str:
     return rng.choice([" ", "  ", "\t"]).join(rng.choices(WORDS, k=rng.randint(least, 5)))
 
 
+def with_words(rng: random.Random) -> str:
+    """A random text of which something is left after `normalise`."""
+    return f"{random_text(rng)} {rng.choice(['tower', 'U.S.', 'né'])}"
+
+
 @pytest.mark.parametrize(
     ("text", "normal"),
     [
@@ -54,12 +59,13 @@ def test_normalise(text: str, normal: str) -> None:
 
 
 def test_version_1_equals_torchmetrics() -> None:
+    """But for two texts without a word, whose F1 is 0 in SQuAD's own scorer and 1 in theirs."""
     metrics = pytest.importorskip("torchmetrics.functional.text")
     rng = random.Random(1)
     for _ in range(60):
         questions, texts = [], []
         for number in range(rng.randint(1, 5)):
-            answers = [random_text(rng, 1) for _ in range(rng.randint(1, 3))]
+            answers = [with_words(rng) for _ in range(rng.randint(1, 3))]
             questions.append(asked(*answers, name=str(number)))
             texts.append(rng.choice([random_text(rng), rng.choice(answers)]))
         wanted = metrics.squad(
@@ -75,6 +81,14 @@ def test_version_1_equals_torchmetrics() -> None:
         found = squad_scores(questions, texts, version_2=False)
         assert found["exact"] == pytest.approx(float(wanted["exact_match"]), abs=1e-4)
         assert found["f1"] == pytest.approx(float(wanted["f1"]), abs=1e-4)
+
+
+def test_texts_without_a_word_have_no_words_in_common_in_version_1() -> None:
+    """SQuAD's evaluate-v1.1.py: F1 0 where no word is in common, exact where both are the same."""
+    found = squad_scores([asked("the"), asked("a tower")], ["an", "tower"], version_2=False)
+    assert found == {"exact": 100.0, "f1": 50.0}
+    assert squad_scores([asked("the", "an hour")], ["hour a"], version_2=False)["f1"] == 100
+    assert squad_scores([asked("the")], ["an"], version_2=True)["f1"] == 100
 
 
 def test_f1_of_words() -> None:
@@ -144,6 +158,35 @@ def test_the_best_threshold_is_the_best_of_all() -> None:
             assert threshold in (0.0, *odds)
             if threshold in by_threshold and threshold in odds and threshold:
                 assert by_threshold[threshold] == pytest.approx(best)
+
+
+def their_threshold(
+    has: list[bool], texts: list[str], scores: list[float], odds: list[float]
+) -> tuple[float, float]:
+    """As SQuAD's evaluate-v2.0.py describes it: from no answer at all, answers by rising odds."""
+    total = top = float(has.count(False))
+    found = 0.0
+    for place in sorted(range(len(has)), key=lambda place: odds[place]):
+        total += scores[place] if has[place] else (-1.0 if texts[place] else 0.0)
+        if total > top:
+            top, found = total, odds[place]
+    return 100 * top / len(has), found
+
+
+def test_the_best_threshold_is_squads_own() -> None:
+    rng = random.Random(3)
+    for _ in range(200):
+        answers = [[with_words(rng)] * (rng.random() < 0.6) for _ in range(rng.randint(1, 8))]
+        questions = [asked(*one) for one in answers]
+        texts = [one[0] if one and rng.random() < 0.5 else with_words(rng) for one in answers]
+        odds = [rng.uniform(-3, 3) for _ in answers]
+        for measure in (exact_match, f1):
+            scores = [
+                measure(text, one[0]) if one else 0.0
+                for text, one in zip(texts, answers, strict=True)
+            ]
+            theirs = their_threshold([bool(one) for one in answers], texts, scores, odds)
+            assert best_threshold(questions, texts, odds, measure) == pytest.approx(theirs)
 
 
 def test_a_threshold_by_hand() -> None:

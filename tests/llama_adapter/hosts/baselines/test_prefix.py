@@ -119,6 +119,18 @@ def test_dropout_is_of_training_alone() -> None:
     assert not torch.allclose(*wild, atol=1e-3)
 
 
+def test_every_sequence_has_a_dropout_of_its_own() -> None:
+    """As in P-tuning v2's code, which drops from a prefix that is repeated for the batch."""
+    model = vit()
+    attach(model, "p_tuning_v2", MethodOptions(prefix_dropout=0.5))
+    twice = pixels()[:1].expand(2, -1, -1, -1)
+    with torch.no_grad():
+        calm = model(pixel_values=twice).logits
+        wild = model.train()(pixel_values=twice).logits
+    torch.testing.assert_close(calm[0], calm[1])
+    assert not torch.allclose(wild[0], wild[1], atol=1e-3)
+
+
 def test_the_host_keeps_its_configuration() -> None:
     model = vit()
     shared = model.config
