@@ -143,7 +143,9 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         if header.pop("sha256") != content_hash(json.dumps(header), state):
             raise ValueError("its content does not match the hash inside")
         _check(header, state)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path} is no file of a trained method: it has no {error}") from None
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no file of a trained method, or damaged ({error})") from None
     return header, state
 
