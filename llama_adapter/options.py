@@ -7,6 +7,7 @@ flattened. The same reading serves a JSON or YAML file of fields given as `--con
 import argparse
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+_POWER_OF_TEN = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 
 
 class UsageError(ValueError):
@@ -181,13 +183,27 @@ def read_object(path: Path, flag: str = "--config") -> dict[str, Any]:
 
 
 def _yaml(text: str, where: str) -> Any:
+    """What a YAML text holds: no name twice, and 1e-3 is a number, as in YAML 1.2."""
     try:
         import yaml
     except ImportError as error:
         remedy = "pip install 'llama-adapter-kernels[hf]'"
         raise UsageError(f"{where}: needs PyYAML: {remedy} ({error})") from None
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            names = [(key.tag, key.value) for key, _ in node.value if isinstance(key.value, str)]
+            twice = [
+                value for place, (tag, value) in enumerate(names) if (tag, value) in names[:place]
+            ]
+            if twice:
+                raise UsageError(f"{where}: {twice[0]} is there twice")
+            return node
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _POWER_OF_TEN, list("-+.0123456789"))
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: no YAML ({' '.join(str(error).split())})") from None
 
@@ -211,7 +227,7 @@ def read_config(path: Path, cls: type, flag: str = "--config") -> dict[str, Any]
         flat.update(value if isinstance(value, dict) and name not in known else {name: value})
     for name in flat:
         if name not in known:
-            near = difflib.get_close_matches(name, list(known), n=1)
+            near = difflib.get_close_matches(str(name), list(known), n=1)
             hint = f", did you mean {near[0]}?" if near else ""
             raise UsageError(f"{flag} {path}: unknown name {name}{hint}")
     return {name: _decode(name, value, known[name]) for name, value in flat.items()}

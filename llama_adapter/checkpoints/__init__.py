@@ -54,6 +54,23 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def checked_device(device: str | torch.device) -> torch.device:
+    """A device by its name.
+
+    Raises:
+        ValueError: it is neither the CPU nor a GPU of CUDA, or is not there.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} is not available: torch {torch.__version__} sees no GPU")
+    return found
+
+
 def load_base(
     folder: str | Path,
     *,
@@ -98,14 +115,7 @@ def load_base(
             "params.json, tokenizer.model), Hugging Face's (config.json, model.safetensors or "
             "its index) or litgpt's (lit_model.pth, model_config.yaml)"
         )
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = None
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} is not available: torch {torch.__version__} sees no GPU")
+    checked_device(device)
     if shard is not None:
         check_launched()
         if quantize is not None:

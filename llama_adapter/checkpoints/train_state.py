@@ -74,7 +74,7 @@ def save_train_state(folder: str | Path, state: TrainState, keep: int) -> Path:
         raise ValueError(f"keep must be at least 1, got {keep}")
     values = json.dumps({"step": state.step, "values": dict(state.values)})
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.tensors.items()}
-    metadata = {"format": FORMAT, "state": values, "content_sha256": _content_hash(values, tensors)}
+    metadata = {"format": FORMAT, "state": values, "content_sha256": content_hash(values, tensors)}
     path = checkpoint_path(folder, state.step)
     write_atomically(path, safetensors.save(tensors, metadata))
     checkpoints = list_checkpoints(folder)
@@ -108,7 +108,7 @@ def read_train_state(path: str | Path) -> TrainState:
         got = metadata.get("format")
         raise ValueError(f"checkpoint {path} must have the format {FORMAT!r}, got {got!r}")
     values = metadata.get("state", "")
-    if metadata.get("content_sha256") != _content_hash(values, tensors):
+    if metadata.get("content_sha256") != content_hash(values, tensors):
         raise ValueError(f"checkpoint {path} is damaged (its content does not match its hash)")
     content = json.loads(values)
     return TrainState(content["step"], tensors, content["values"])
@@ -156,7 +156,8 @@ def _metadata(data: bytes) -> dict[str, str]:
     return header.get("__metadata__") or {}
 
 
-def _content_hash(values: str, tensors: Mapping[str, Tensor]) -> str:
+def content_hash(values: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a text and of tensors on the CPU: their names, types, shapes and bytes."""
     digest = hashlib.sha256(values.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -25,9 +25,9 @@ from llama_adapter.evaluation.host_items import (
     write_result,
 )
 from llama_adapter.evaluation.runner import Item, Scores, evaluate
-from llama_adapter.host_training.host_config import TASKS, TEXT_TASKS, HostRunConfig
-from llama_adapter.host_training.loading import load_host, load_task, method_options
-from llama_adapter.host_training.method_file import host_fingerprint, load_trained, result_name
+from llama_adapter.host_training.host_config import MOST_THREADS, TASKS, TEXT_TASKS, HostRunConfig
+from llama_adapter.host_training.loading import load_host, load_task, method_options, reading_of
+from llama_adapter.host_training.method_file import host_fingerprint, load_trained, result_names
 from llama_adapter.host_training.run import TASK_FILE
 from llama_adapter.hosts.methods import attach
 from llama_adapter.options import UsageError, add_options, build, read_config, read_object
@@ -51,6 +51,9 @@ class HostEvaluation:
         default=None,
         metadata={"help": "file or folder in place of the one that the run was trained with"},
     )
+    model: Path | None = field(
+        default=None, metadata={"help": "folder of the host, if it has moved since the run"}
+    )
     split: str = field(default="test", metadata={"help": "which part of it", "choices": SPLITS})
     device: str | None = field(
         default=None, metadata={"help": "where to compute; default: the run's"}
@@ -64,6 +67,8 @@ class HostEvaluation:
             raise ValueError("--run must name a run folder")
         if len(self.run) > 1 and self.data is not None:
             raise ValueError(f"--data must be left out with {len(self.run)} runs")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"--threads must be from 1 to {MOST_THREADS}, got {self.threads}")
 
 
 def is_wanted(arguments: list[str]) -> bool:
@@ -100,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
     configs = {path: _config(path, options.benchmark) for path in given.run}
     found: dict[str, list[Scores]] = {}
     for path, config in configs.items():
-        name = config.task_options.dataset or path.name
+        name = config.task_options.dataset or path.resolve().name
         inside = path / f"evaluate-{given.split}"
         folder = inside if several or given.output is None else given.output
         try:
@@ -132,10 +137,13 @@ def _labels(folder: Path) -> tuple[str, ...]:
     """Names of the head's outputs, as the run has written them."""
     path = folder / TASK_FILE
     try:
-        return tuple(json.loads(path.read_text(encoding="utf-8"))["labels"])
+        labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        if not isinstance(labels, list) or not all(isinstance(one, str) for one in labels):
+            raise ValueError(f"labels must be a list of texts, got {str(labels)[:40]}")
+        return tuple(labels)
     except FileNotFoundError:
         raise UsageError(f"--run {folder} has not begun ({TASK_FILE} is missing)") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} names no labels ({error!r})") from None
 
 
@@ -155,7 +163,12 @@ def _evaluate(
         else:
             replaced = {"data": given.data}
         task_options = replace(task_options, **replaced)
-    config = replace(config, device=given.device or config.device, task_options=task_options)
+    config = replace(
+        config,
+        model=given.model or config.model,
+        device=given.device or config.device,
+        task_options=task_options,
+    )
     task, problems = load_task(task_options, config.model, seed=config.fit.seed, labels=labels)
     if options.strict and problems:
         raise UsageError(told(problems))
@@ -174,7 +187,8 @@ def _evaluate(
     def predict(batch: list[Item]) -> list[Any]:
         return task.predict(model, [by_id[item["id"]] for item in batch])
 
-    weights = (path / result_name(config.method, config.method_options)).read_bytes()
+    written = result_names(config.method, config.method_options)
+    weights = b"".join((path / name).read_bytes() for name in written)
     settings = {
         "benchmark": task_options.task,
         "dataset": task_options.dataset,
@@ -182,6 +196,7 @@ def _evaluate(
         "host": f"{config.host} {_digest(json.dumps([host.shape, host.samples]).encode())}",
         "method": config.method,
         "weights": _digest(weights),
+        "reading": reading_of(task, config.model)[:16],
         **_reading(task_options.task, config),
     }
     with seeded(config.fit.seed, torch.device("cpu"), given.threads):

@@ -1,5 +1,6 @@
 """What an evaluation of a host's task keeps: items, their scores, the task's own result file."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,9 +11,10 @@ from llama_adapter.data.checked_files import write_json
 from llama_adapter.evaluation.runner import Item, Scores, mean_scores
 from llama_adapter.tasks.base_to_novel import BASE, HARMONIC, NOVEL, averages, harmonic_mean
 from llama_adapter.tasks.conll_files import Sentence, write_conlleval
+from llama_adapter.tasks.few_shot import NamedImage
 from llama_adapter.tasks.squad_files import Question, write_answers
 from llama_adapter.tasks.task import Task
-from llama_adapter.tasks.vtab import VTAB_TASKS, table_means
+from llama_adapter.tasks.vtab import VTAB_TASKS, LabelledImage, table_means
 
 TAGS_FILE = "conlleval.txt"
 LABELS_FILE = "predictions.txt"
@@ -22,12 +24,21 @@ _OF_AN_ITEM = ("accuracy", "exact", "f1", "base", "novel")
 
 
 def items_of(found: Sequence[Any]) -> list[Item]:
-    """A task's items as the runner keeps them; what names a place on this machine is left out."""
+    """A task's items as the runner keeps them.
+
+    What names a place on this machine is left out; of an image there is a hash of its file instead,
+    so that other images of the same names are other items.
+
+    Raises:
+        OSError: an image cannot be read.
+    """
     rows: list[dict[str, Any]] = []
     for one in found:
         row = asdict(one)
         path = row.pop("path", None)
-        if isinstance(one, Sentence):
+        if isinstance(one, LabelledImage | NamedImage):
+            row["sha256"] = hashlib.sha256(Path(one.path).read_bytes()).hexdigest()
+        elif isinstance(one, Sentence):
             predicate = "" if one.predicate is None else f":{one.predicate}"
             row["id"] = f"{Path(str(path)).name}:{one.at}{predicate}"
         rows.append(row)

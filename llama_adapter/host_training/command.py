@@ -43,7 +43,11 @@ def is_wanted(arguments: list[str]) -> bool:
     for name in ("--config", "--output"):
         parser.add_argument(name, nargs="?", type=Path)
     parser.add_argument("--resume", action="store_true")
-    found = parser.parse_known_args(arguments)[0]
+    try:
+        found = parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:
+        # whichever parser takes the words says what is wrong with them
+        return any(word.split("=")[0] in ("--host", "--recipe") for word in arguments)
     if found.host is not None or found.recipe is not None:
         return True
     held = found.output / "config.json" if found.resume and found.output else None
@@ -122,15 +126,17 @@ def _tell(result: HostResult) -> None:
     rows = [row for row in folder.rows if "loss" in row]
     count = sum(parameter.numel() for parameter in result.attached.parameters().values())
     print(
-        f"trained     {count:,} parameters of {result.attached.name} on {len(result.task.train)} "
+        f"trained     {count:,} parameters of {result.attached.name} on {result.items} "
         f"items, {len(rows)} steps"
     )
-    for rate, found in result.results.items() if len(result.results) > 1 else ():
+    for rate, found in result.results.items() if len(result.results) > 1 and rows else ():
         said = "not finite" if found is None else f"{found:.2f}"
         chosen = ", chosen" if rate == result.rate else ""
         print(f"lr          {rate:g}: {score.removeprefix('val_')} {said}{chosen}")
     scores = [row[score] for row in rows if score in row and row["peak_lr"] == result.rate]
     if scores:
-        print(f"validation  {score.removeprefix('val_')} {max(scores):.2f} in the best epoch")
+        best = folder.options["fit.keep"] == "best"
+        found, which = (max(scores), "best") if best else (scores[-1], "last")
+        print(f"validation  {score.removeprefix('val_')} {found:.2f} in the {which} epoch")
     print(f"{'adapter' if result.attached.name == 'zero_init' else 'weights':11} {folder.adapter}")
     print(f"loss curve  {folder.curve}")

@@ -23,7 +23,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 # the score that chooses, known before a file of the task is read
 METRICS = {"vtab": "accuracy", **dict.fromkeys(TEXT_TASKS, "f1"), "base_to_novel": "base"}
 FINAL = ("train", "train+val")
-_MOST_THREADS = 1024
+MOST_THREADS = 1024
 
 
 def _about(help: str, *tasks: str, choices: tuple[str, ...] | None = None) -> dict[str, Any]:
@@ -191,8 +191,8 @@ class HostRunConfig:
         for name in ("save_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.threads is not None and not 1 <= self.threads <= _MOST_THREADS:
-            raise ValueError(f"threads must be from 1 to {_MOST_THREADS}, got {self.threads}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_THREADS:
+            raise ValueError(f"threads must be from 1 to {MOST_THREADS}, got {self.threads}")
 
     def absolute(self) -> "HostRunConfig":
         """The same from any working directory, but for the run folder."""

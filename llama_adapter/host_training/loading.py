@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from llama_adapter.checkpoints import default_device
+from llama_adapter.checkpoints import checked_device, default_device
 from llama_adapter.data.checked_files import FileProblem
 from llama_adapter.host_training.host_config import HostRunConfig, TaskOptions
 from llama_adapter.hosts.method_options import MethodOptions
@@ -20,6 +20,8 @@ from llama_adapter.quiet import quiet
 from llama_adapter.seeded import seeded
 from llama_adapter.tasks.base_to_novel import BaseToNovelTask, load_coop
 from llama_adapter.tasks.conll import TaggingTask
+from llama_adapter.tasks.host_tokenizer import FILES as TOKENIZER_FILES
+from llama_adapter.tasks.host_tokenizer import import_transformers, load_tokenizer
 from llama_adapter.tasks.image_pixels import VTAB, ImageCache, Preparation
 from llama_adapter.tasks.squad import SquadTask
 from llama_adapter.tasks.task import Task
@@ -37,23 +39,24 @@ CLASSES = {
 }
 # what a task may add to a host
 _HEADS = ("classifier.", "qa_outputs.")
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
-_REMEDY = "hosts need transformers: pip install 'llama-adapter-kernels[hf]'"
 
 
-def _transformers() -> Any:
-    try:
-        with quiet():
-            import transformers
-    except ImportError as error:
-        raise ImportError(f"{_REMEDY} ({error})") from None
-    return transformers
+def _unreadable() -> tuple[type[BaseException], ...]:
+    """What transformers raises, anywhere in it, of weights or a configuration that cannot be."""
+    from huggingface_hub import errors
+
+    # of a field of another type, in versions that check them
+    of_fields = getattr(errors, "StrictDataclassError", ValueError)
+    return (
+        OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+        AssertionError, RuntimeError, SafetensorError, of_fields,
+    )  # fmt: skip
 
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """No progress bar over the weights of a model that loads in a moment."""
-    logging = _transformers().utils.logging
+    logging = import_transformers().utils.logging
     before = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -70,39 +73,10 @@ def _check_folder(folder: Path, host: str) -> None:
         raise FileNotFoundError(f"model {folder} must be a folder with a config.json in it")
     try:
         kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ValueError(f"{file} does not tell a model_type ({error!r})") from None
     if kind != host:
         raise ValueError(f"model must be a {host}, got a {kind} in {folder}")
-
-
-def load_tokenizer(folder: Path, words: bool) -> Any:
-    """The tokenizer of a text host.
-
-    Args:
-        folder: of the host.
-        words: whether it is given words one by one, which are what they are in a text; otherwise
-            texts are what the folder's own tokenizer makes of them.
-
-    Raises:
-        ImportError: transformers is missing.
-        ValueError: the folder holds none that can be read, or a slow one.
-    """
-    transformers = _transformers()
-    # without one of these transformers makes a tokenizer that knows no word
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
-        raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}")
-    try:
-        with quiet():
-            found = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, **({"add_prefix_space": True} if words else {})
-            )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise ValueError(f"{folder} holds no tokenizer that can be read ({said})") from error
-    if not found.is_fast:
-        raise ValueError(f"{folder} must hold a fast tokenizer (tokenizer.json), got a slow one")
-    return found
 
 
 def load_task(
@@ -174,9 +148,15 @@ def method_options(config: HostRunConfig, task: Task) -> MethodOptions:
     return options
 
 
-def digest_of(options: TaskOptions, task: Task) -> str:
-    """A hash of what is trained on and chosen by: sentences, images with their labels, or files."""
-    digest = hashlib.sha256()
+def digest_of(options: TaskOptions, task: Task, model: Path) -> str:
+    """A hash of what is trained on and chosen by, and of how a host reads it.
+
+    Args:
+        options: of the task.
+        task: its sentences are taken, or its images with their labels, or its files.
+        model: folder of the host.
+    """
+    digest = hashlib.sha256(reading_of(task, model).encode())
     if isinstance(task, VtabTask | BaseToNovelTask):
         more = task.everything if isinstance(task, VtabTask) else ()
         for item in (*task.train, *task.validation, *more):
@@ -192,6 +172,21 @@ def digest_of(options: TaskOptions, task: Task) -> str:
     return digest.hexdigest()
 
 
+def reading_of(task: Task, model: Path) -> str:
+    """A hash of how a host is given a task: its preparation of images, and its tokenizer's files.
+
+    Args:
+        task: that was loaded for the host.
+        model: folder of the host.
+    """
+    images = isinstance(task, VtabTask | BaseToNovelTask)
+    digest = hashlib.sha256(repr(task.images.preparation).encode() if images else b"")
+    for name in () if isinstance(task, VtabTask) else TOKENIZER_FILES:
+        if (model / name).is_file():
+            digest.update(f"{name}\n".encode() + (model / name).read_bytes())
+    return digest.hexdigest()
+
+
 def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None = None) -> Any:
     """The host with a head for the task, in float32 and in eval mode; a new head is `seed`'s.
 
@@ -203,10 +198,11 @@ def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None 
     Raises:
         FileNotFoundError: there is no such folder.
         ImportError: transformers is missing.
-        ValueError: the folder holds a host of another kind, or not all of its weights.
+        ValueError: the folder holds a host of another kind, a configuration that cannot be or not
+            all of the weights, or there is no such device.
     """
     _check_folder(config.model, config.host)
-    cls = getattr(_transformers(), CLASSES[config.host, task.kind])
+    cls = getattr(import_transformers(), CLASSES[config.host, task.kind])
     names = task.labels if labels is None else labels
     more: dict[str, Any] = {}
     if task.kind in ("image-classification", "token-classification"):
@@ -214,14 +210,14 @@ def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None 
         more["label2id"] = {label: place for place, label in enumerate(names)}
     if config.hidden_dropout is not None:
         more["hidden_dropout_prob"] = config.hidden_dropout
-    device = torch.device(config.device or default_device())
+    device = checked_device(config.device or default_device())
     try:
         with seeded(config.fit.seed, torch.device("cpu")), quiet(), _without_bars():
             model, found = cls.from_pretrained(
                 config.model, local_files_only=True, ignore_mismatched_sizes=True,
                 output_loading_info=True, dtype=torch.float32, **more,
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except _unreadable() as error:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"model {config.model} cannot be read: {said}") from error
     differing = [one[0] if isinstance(one, tuple) else one for one in found["mismatched_keys"]]

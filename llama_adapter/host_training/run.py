@@ -45,6 +45,7 @@ class HostResult:
         attached: the method on the host, with the weights that remain.
         folder: the run folder.
         task: what was trained on.
+        items: of it, in the fit whose weights remain.
         rate: the learning rate that was chosen, or given.
         results: by learning rate that was tried, its validation score; None where it diverged.
     """
@@ -52,6 +53,7 @@ class HostResult:
     attached: Attached
     folder: RunFolder
     task: Task
+    items: int
     rate: float
     results: Mapping[float, float | None]
 
@@ -103,7 +105,7 @@ def train_host(
 
     search = Search(make, task, config.fit, config.lr_grid, final)
     with seeded(config.fit.seed, device, config.threads):
-        run = _Run(config, search, folder, digest_of(options, task), known)
+        run = _Run(config, search, folder, digest_of(options, task, config.model), known)
         state = load_latest(folder.checkpoints) if resume else None
         if state is not None:
             run.restore(state)
@@ -122,7 +124,8 @@ def train_host(
         finally:
             folder.close()
     assert search.rate is not None
-    return HostResult(attached[0], folder, task, search.rate, search.results)
+    items = len((final or task).train)
+    return HostResult(attached[0], folder, task, items, search.rate, search.results)
 
 
 def _kind(config: HostRunConfig) -> RunKind:
@@ -181,7 +184,10 @@ class _Run:
         # config.json is for people; what the run began with is in its checkpoints
         self.folder.check_same_options(state.values["options"])
         if state.values["digest"] != self.digest:
-            raise ValueError(f"{where}: the content of the data has changed since the run began")
+            raise ValueError(
+                f"{where}: the content of the data, or how the host reads it, has "
+                "changed since the run began"
+            )
         before = state.values["host"]
         before = Fingerprint(before["name"], before["shape"], tuple(before["samples"]))
         difference = before.difference(self.host)

@@ -29,6 +29,7 @@ from llama_adapter.tasks.few_shot import (
     read_imagenet,
     read_split,
 )
+from llama_adapter.tasks.host_tokenizer import load_tokenizer
 from llama_adapter.tasks.image_pixels import CLIP, ImageCache, ImageReader, Preparation
 from llama_adapter.tasks.running import beside, evaluating
 from llama_adapter.tasks.text_batches import batches
@@ -217,7 +218,7 @@ class BaseToNovelTask:
         validation = draw(splits.validation, min(shots, VALIDATION_SHOTS), chance)
         halves = {BASE: base, NOVEL: novel}
         names = {key: tuple(splits.names[n] for n in half) for key, half in halves.items()}
-        tokenizer = _tokenizer(clip)
+        tokenizer = load_tokenizer(clip)
         prepared = Preparation.of_host(clip, CLIP) if preparation is None else preparation
         return cls(
             _only(train, base),
@@ -349,19 +350,3 @@ def _only(
 def _length(text: str, tokenizer: Any) -> int:
     """How many tokens a text is, without special ones."""
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _tokenizer(folder: str | Path) -> Any:
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder, of a CLIP that transformers saved")
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ImportError(
-            f"a CLIP's texts need transformers: pip install 'llama-adapter-kernels[hf]' ({error})"
-        ) from None
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise ValueError(f"{folder} holds no tokenizer that can be read ({said})") from error

@@ -117,3 +117,30 @@ def test_bad_config_files(tmp_path: Path, content: str, message: str) -> None:
         read_config(path, Outer)
     with pytest.raises(UsageError, match="No such file"):
         read_config(tmp_path / "absent.json", Outer)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1: 2", "c.yaml: unknown name 1"),
+        ("on: 2", "c.yaml: unknown name True"),
+        ("~: 2", "c.yaml: unknown name None"),
+        ("inner: {1: 2}", "c.yaml: unknown name 1"),
+        ("base_lr: 1\nbase_lr: 2", "c.yaml: base_lr is there twice"),
+        ("inner: {depth: 1, depth: 2}", "c.yaml: depth is there twice"),
+        ("? [1, 2]\n: 3", r"c.yaml: no YAML \("),
+    ],
+)
+def test_bad_yaml_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_config(path, Outer)
+
+
+def test_yaml_has_powers_of_ten_and_merges(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("inner: &a {depth: 3}\nbase_lr: 2e-3\nbetas: [5E-1, .25e+0]\n")
+    assert read_config(path, Outer) == {"depth": 3, "base_lr": 0.002, "betas": (0.5, 0.25)}
+    path.write_text("<<: {base_lr: 1e-2, depth: 1}\ndepth: 2\n")
+    assert read_config(path, Outer) == {"base_lr": 0.01, "depth": 2}

@@ -148,6 +148,80 @@ def test_another_run_does_not_mix_with_what_is_there(
     assert error.count("\n") == 1
 
 
+def test_a_host_that_has_moved_is_named(
+    runs: dict[str, HostResult],
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, copy = tmp_path / "run", tmp_path / "host"
+    shutil.copytree(runs["vtab"].folder.path, path)
+    model = options_of("vtab", made)["model"]
+    shutil.copytree(model, copy)
+    config = path / "config.json"
+    config.write_text(config.read_text().replace(str(model), str(tmp_path / "gone")))
+    assert run("evaluate", "vtab", "--run", path, "--quiet") == 2
+    # runs by their folders' names, wherever they are named from
+    monkeypatch.chdir(path)
+    capsys.readouterr()
+    assert run("evaluate", "vtab", "--run", ".", path, "--model", "../host", "--quiet") == 0
+    assert "\n  run       accuracy " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("labels", ["[0, 1, 2]", '"abc"', "null", "[" * 100_000])
+def test_labels_that_are_none_are_one_line(
+    labels: str,
+    runs: dict[str, HostResult],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(runs["vtab"].folder.path, path)
+    (path / "task.json").write_text(f'{{"labels": {labels}}}')
+    capsys.readouterr()
+    assert run("evaluate", "vtab", "--run", path, "--quiet") == 2
+    error = capsys.readouterr().err
+    assert "task.json names no labels (" in error
+    assert error.count("\n") == 1
+
+
+def test_other_images_of_the_same_names_do_not_mix(
+    runs: dict[str, HostResult], made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, other, out = runs["vtab"].folder.path, tmp_path / "other", tmp_path / "evaluation"
+    words = ("evaluate", "vtab", "--run", path, "--output", out, "--quiet")
+    assert run(*words) == 0
+    shutil.copytree(options_of("vtab", made)["data"], other)
+    assert run(*words, "--data", other) == 0
+    images = other / "images" / "test"
+    shutil.copy(images / "0.png", images / "1.png")
+    capsys.readouterr()
+    assert run(*words, "--data", other) == 2
+    assert "items changed: 1, the first is 'images/test/1.png'" in capsys.readouterr().err
+
+
+def test_both_encoders_of_a_clip_are_what_is_evaluated(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunFolder, "draw_curve", lambda self: None)
+    folders = tmp_path / "one", tmp_path / "other"
+    for folder, rate in zip(folders, (0.02, 0.05), strict=True):
+        given = {"output": folder, "encoders": ("visual", "text"), "epochs": 1, "lr": rate}
+        options = {**options_of("base_to_novel", made), **given}
+        train_host(build(HostRunConfig, options), progress=False)
+    words = ("evaluate", "base_to_novel", "--run", folders[0], "--quiet")
+    assert run(*words) == 0
+    shutil.copy(folders[1] / "text_adapter.safetensors", folders[0])
+    capsys.readouterr()
+    assert run(*words) == 2
+    assert "holds another evaluation run: weights is " in capsys.readouterr().err
+    (folders[0] / "text_adapter.safetensors").unlink()
+    assert run(*words) == 2
+    said = "text_adapter.safetensors does not exist: the run has not come to its end"
+    assert said in capsys.readouterr().err
+
+
 def test_other_data_is_asked(
     runs: dict[str, HostResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +287,9 @@ def test_a_clip_as_it_is_can_be_evaluated(made: Path, tmp_path: Path) -> None:
         (("vtab", "--run", "RUN", "--batch-size", 0), "--batch-size must be at least 1, got 0"),
         (("vtab", "--run", "RUN", "RUN", "--data", "x"), "--data must be left out with 2 runs"),
         (("vtab", "--run", "RUN", "--data", "nowhere"), "nowhere"),
+        (("vtab", "--run", "RUN", "--threads", 0), "--threads must be from 1 to 1024, got 0"),
+        (("vtab", "--run", "RUN", "--device", "foo"), "device must be cpu or cuda, got 'foo'"),
+        (("vtab", "--run", "RUN", "--model", "nowhere"), "nowhere must be a folder with a config"),
     ],
 )
 def test_a_bad_request_is_one_line_and_2(

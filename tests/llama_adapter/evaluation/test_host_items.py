@@ -1,5 +1,6 @@
 """Items of a task as the runner keeps them, and the means below a list of data sets."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from llama_adapter.tasks.squad_files import Question
 from llama_adapter.tasks.vtab import LabelledImage
 
 
-def test_items_have_ids_of_their_own_and_no_paths() -> None:
+def test_items_have_ids_of_their_own_and_no_paths(tmp_path: Path) -> None:
     words, tags = ("Ana", "saw"), ("B-PER", "O")
     found = [
         Sentence(words, tags, "/here/a/test.txt", 3, None),
@@ -22,8 +23,13 @@ def test_items_have_ids_of_their_own_and_no_paths() -> None:
     rows = items_of(found)
     assert [row["id"] for row in rows] == ["test.txt:3", "test.txt:3:1", "test.txt:3:1 (2)"]
     assert "/here" not in json.dumps(rows)
-    (row,) = items_of([NamedImage("x/1.png", "/here/x/1.png", 2, True)])
-    assert row == {"id": "x/1.png", "label": 2, "novel": True}
+    image = tmp_path / "1.png"
+    image.write_bytes(b"pixels")
+    (row,) = items_of([NamedImage("x/1.png", str(image), 2, True)])
+    content = hashlib.sha256(b"pixels").hexdigest()
+    assert row == {"id": "x/1.png", "label": 2, "novel": True, "sha256": content}
+    image.write_bytes(b"others")
+    assert items_of([LabelledImage("x/1.png", str(image), 2)])[0]["sha256"] != content
     (row,) = items_of([Question("q7", "who?", "Ana.", ("Ana",), (0,))])
     assert (row["id"], row["answers"]) == ("q7", ("Ana",))
 

@@ -60,7 +60,7 @@ def test_a_run_tells_its_choice_and_where_it_is(
     assert run(*words("vtab", made), "--output", out, *grid) == 0
     shown = capsys.readouterr().out
     assert re.search(
-        r"^trained     225 parameters of zero_init on 14 items, 30 steps$", shown, re.M
+        r"^trained     225 parameters of zero_init on 22 items, 30 steps$", shown, re.M
     )
     assert re.search(r"^lr          0.01: accuracy [\d.]+", shown, re.M)
     assert shown.count(", chosen") == 1
@@ -68,6 +68,25 @@ def test_a_run_tells_its_choice_and_where_it_is(
     assert f"loss curve  {out / 'loss.png'}" in shown
     assert (out / "checkpoints").is_dir()
     assert list(out.glob("events.out.tfevents.*"))
+
+
+def test_what_is_told_is_of_the_weights_that_remain(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    keep = ("--keep", "last", "--lr", 0.3, "--epochs", 5)
+    assert run(*words("vtab", made, "lr", "epochs"), "--output", out, *keep) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    scores = [row["val_accuracy"] for row in rows if "val_accuracy" in row]
+    said = f"validation  accuracy {scores[-1]:.2f} in the last epoch"
+    assert said in capsys.readouterr().out
+    # nothing is chosen where nothing is trained
+    frozen = ("--method", "frozen", "--lr-grid", 0.1, 0.2)
+    plain = words("base_to_novel", made, "prompt_length")
+    assert run(*plain, "--output", tmp_path / "frozen", *frozen) == 0
+    shown = capsys.readouterr().out
+    assert "trained     0 parameters of frozen" in shown
+    assert "chosen" not in shown
 
 
 def test_the_loss_curve_is_drawn(
@@ -233,6 +252,8 @@ def test_what_is_about_a_host(tmp_path: Path) -> None:
     assert not is_wanted(["--output", str(tmp_path), "--data", "x.json"])
     held.write_text('{"data": "x.json"}')
     assert not is_wanted(["--output", str(tmp_path), "--resume"])
+    assert is_wanted(["--host", "vit", "--resume=yes"])
+    assert not is_wanted(["--resume=yes"])
     held.write_text("{")
     assert not is_wanted(["--output", str(tmp_path), "--resume"])
 

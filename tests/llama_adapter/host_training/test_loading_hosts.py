@@ -12,18 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from llama_adapter.host_training.host_config import TASKS, HostRunConfig
-from llama_adapter.host_training.loading import (
-    digest_of,
-    load_host,
-    load_task,
-    load_tokenizer,
-    method_options,
-)
+from llama_adapter.host_training.loading import digest_of, load_host, load_task, method_options
 from llama_adapter.hosts.methods import attach
 from llama_adapter.options import build
 from llama_adapter.tasks.base_to_novel import BaseToNovelTask
 from tests.llama_adapter.host_runs import options_of, write_squad
-from tests.llama_adapter.tasks.text_hosts import roberta_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -90,30 +83,24 @@ def test_a_folder_that_is_no_such_host_is_refused(made: Path, tmp_path: Path) ->
     (lacking / "model.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"model .*lacking cannot be read: "):
         load_host(replace(config, model=lacking), found)
-    (lacking / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json does not tell a model_type"):
-        load_host(replace(config, model=lacking), found)
+    before = (lacking / "config.json").read_text()
+    for number in ("0", '"3"', "[]"):
+        wrong = before.replace('"num_attention_heads": 3', f'"num_attention_heads": {number}')
+        (lacking / "config.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"model .*lacking cannot be read: "):
+            load_host(replace(config, model=lacking), found)
+    for text in ("{", "[" * 100_000):
+        (lacking / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config.json does not tell a model_type"):
+            load_host(replace(config, model=lacking), found)
 
 
-def test_a_folder_without_a_tokenizer_is_refused(made: Path, tmp_path: Path) -> None:
-    model = options_of("squad", made)["model"]
-    (tmp_path / "config.json").write_text((model / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"holds no tokenizer: none of tokenizer.json, "):
-        load_tokenizer(tmp_path, words=True)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds no tokenizer that can be read \("):
-        load_tokenizer(tmp_path, words=True)
-
-
-def test_words_one_by_one_are_those_of_a_text(tmp_path: Path) -> None:
-    """RoBERTa's folders say nothing of a space before the first word, which words need."""
-    tokenizer = roberta_tokenizer(add_prefix_space=False)
-    tokenizer.save_pretrained(tmp_path)
-    plain, split = (load_tokenizer(tmp_path, words=words) for words in (False, True))
-    text = "Paris in 1889"
-    assert plain(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert split(text.split(), is_split_into_words=True)["input_ids"] == split(text)["input_ids"]
-    assert split(text)["input_ids"] == plain(f" {text}")["input_ids"]
+@pytest.mark.parametrize("device", ["foo", "meta", "mps"])
+def test_a_device_that_is_none_is_named(device: str, made: Path) -> None:
+    config = replace(config_of("vtab", made), device=device)
+    found, _ = load_task(config.task_options, config.model)
+    with pytest.raises(ValueError, match=f"device must be cpu or cuda, got '{device}'"):
+        load_host(config, found)
 
 
 @pytest.mark.parametrize("task", ["vtab", "base_to_novel", "squad", "conll05"])
@@ -122,7 +109,7 @@ def test_the_digest_is_of_the_content(task: str, made: Path) -> None:
 
     def digest() -> str:
         found, _ = load_task(config.task_options, config.model)
-        return digest_of(config.task_options, found)
+        return digest_of(config.task_options, found, config.model)
 
     first = digest()
     assert digest() == first
@@ -142,6 +129,34 @@ def test_the_digest_is_of_the_content(task: str, made: Path) -> None:
         assert digest() != first
     finally:
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        ("vtab", "preprocessor_config.json"),
+        ("base_to_novel", "preprocessor_config.json"),
+        ("base_to_novel", "tokenizer_config.json"),
+        ("conll03", "tokenizer.json"),
+    ],
+)
+def test_the_digest_is_of_how_a_host_reads(
+    task: str, name: str, made: Path, tmp_path: Path
+) -> None:
+    config = config_of(task, made)
+    model = tmp_path / "model"
+    shutil.copytree(config.model, model)
+
+    def digest() -> str:
+        return digest_of(config.task_options, load_task(config.task_options, model)[0], model)
+
+    first = digest()
+    # the weights have a fingerprint of their own
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert digest() == first
+    before = (model / name).read_text()
+    (model / name).write_text(before.replace("0.5", "0.4").replace("0.48", "0.47") + " ")
+    assert digest() != first
 
 
 def test_version_2_is_seen_from_its_files(made: Path, tmp_path: Path) -> None:

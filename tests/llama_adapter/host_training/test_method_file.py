@@ -1,12 +1,15 @@
 """What was trained comes back bit by bit, onto its host and with its options, or not at all."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load, save
 
+from llama_adapter.checkpoints.train_state import content_hash
 from llama_adapter.cli import main
 from llama_adapter.host_training.method_file import (
     host_fingerprint,
@@ -116,4 +119,74 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path) -> None:
         load_trained(tmp_path, attached, host_fingerprint(other))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"is no file of a trained method, or damaged"):
+        load_trained(tmp_path, attached, known)
+
+
+def test_a_flipped_bit_is_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_host("vit")
+    known = host_fingerprint(model)
+    attached = trained(model, "bias")
+    save_trained(tmp_path, attached, known)
+    path = tmp_path / "method.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 0x40
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"damaged \(its content does not match the hash inside\)"):
+        load_trained(tmp_path, attached, known)
+    assert main(["info", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "none"},
+        {"method": []},
+        {"options": None},
+        {"options": {}},
+        {"host": None},
+        {"host": []},
+        {"host": {"name": "x", "shape": 3, "samples": []}},
+        {"host": {"name": "x", "shape": {"dim": "a"}, "samples": []}},
+        {"host": {"name": "x", "shape": {}, "samples": None}},
+        {"host": {"name": "x", "shape": {}, "samples": ["a"]}},
+    ],
+)
+def test_a_header_that_says_what_it_must_not_is_one_line(
+    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_host("vit")
+    known = host_fingerprint(model)
+    attached = trained(model, "bias")
+    save_trained(tmp_path, attached, known)
+    path = tmp_path / "method.safetensors"
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["llama-adapter"])
+    state = load(path.read_bytes())
+    del header["sha256"]
+    header |= change
+    header["sha256"] = content_hash(json.dumps(header), state)
+    path.write_bytes(save(state, {"llama-adapter": json.dumps(header)}))
+    with pytest.raises(ValueError, match=r"method.safetensors is no file of a trained method"):
+        load_trained(tmp_path, attached, known)
+    assert main(["info", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_numbers_of_another_type_and_endless_headers_are_refused(tmp_path: Path) -> None:
+    model = make_host("vit")
+    known = host_fingerprint(model)
+    attached = trained(model, "linear")
+    save_trained(tmp_path, attached, known)
+    path = tmp_path / "method.safetensors"
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["llama-adapter"])
+    del header["sha256"]
+    state = {name: value.to(torch.int8) for name, value in load(path.read_bytes()).items()}
+    header["sha256"] = content_hash(json.dumps(header), state)
+    path.write_bytes(save(state, {"llama-adapter": json.dumps(header)}))
+    with pytest.raises(ValueError, match=r"must be float32, got torch.int8"):
+        load_trained(tmp_path, attached, known)
+    path.write_bytes(save(state, {"llama-adapter": "[" * 100_000}))
+    with pytest.raises(ValueError, match=r"is no file of a trained method"):
         load_trained(tmp_path, attached, known)

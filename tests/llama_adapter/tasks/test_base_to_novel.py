@@ -378,10 +378,15 @@ def test_one_class_has_no_other_half(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="absent: no such folder, of a CLIP"):
+    with pytest.raises(FileNotFoundError, match="absent: no such folder, of a host"):
         load_with(folder, tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty holds no tokenizer that can be read"):
+    with pytest.raises(ValueError, match=r"empty holds no tokenizer: none of tokenizer.json"):
+        load_with(folder, tmp_path / "empty")
+    # from a configuration alone transformers would make one that knows no word
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / "empty" / name).write_bytes((folder / "clip" / name).read_bytes())
+    with pytest.raises(ValueError, match=r"empty holds no tokenizer: none of tokenizer.json"):
         load_with(folder, tmp_path / "empty")
 
 
