@@ -76,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_options(parser, HostRunConfig)
     parser.epilog = "Methods: " + "; ".join(
-        f"{name} ({one.source}), for {', '.join(one.hosts)}" for name, one in METHODS.items()
+        f"{name} ({one.source}), for {', '.join(one.hosts)}, reads "
+        + (", ".join(f"--{x.replace('_', '-')}" for x in one.options) or "none of these")
+        for name, one in METHODS.items()
     )
 
 

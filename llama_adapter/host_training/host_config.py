@@ -38,9 +38,10 @@ class TaskOptions:
     task: str = field(metadata=_about("what is learnt", choices=tuple(TASKS)))
     data: Path = field(
         metadata=_about(
-            "training file of squad and conll; of vtab the folder of the four lists, or with "
-            "--dataset that of all tasks; of base_to_novel a split file, or with --dataset the "
-            "folder of all data sets"
+            "training file of squad and conll, in the data set's own form; of vtab the folder of "
+            "train800.txt, val200.txt, train800val200.txt and test.txt with lines 'image label', "
+            "or with --dataset that of all tasks; of base_to_novel a split_zhou JSON file, or "
+            "with --dataset the folder of all data sets"
         )
     )
     dataset: str | None = field(
@@ -54,8 +55,8 @@ class TaskOptions:
     val_data: Path | None = field(
         default=None,
         metadata=_about(
-            "file to choose epochs and learning rates by; default: of squad its test file, of "
-            "conll none",
+            "file to choose epochs and learning rates by; default: of squad its test file, which "
+            "is then reported too, as P-tuning v2 does; of conll none, which keeps the last epoch",
             *TEXT_TASKS,
         ),
     )

@@ -7,7 +7,7 @@ ENCODERS = ("visual", "text")
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What the methods are made with; `METHODS` says which of these each one reads."""
+    """What the methods are made with; which of these a method reads stands at the end."""
 
     prompt_length: int = field(default=10, metadata={"help": "prompts, per layer or for the input"})
     layers: int | None = field(
