@@ -202,7 +202,9 @@ def load_host(config: HostRunConfig, task: Task, labels: tuple[str, ...] | None 
             all of the weights, or there is no such device.
     """
     _check_folder(config.model, config.host)
-    cls = getattr(import_transformers(), CLASSES[config.host, task.kind])
+    with quiet():
+        # found only now: transformers imports a model's module when it is asked for
+        cls = getattr(import_transformers(), CLASSES[config.host, task.kind])
     names = task.labels if labels is None else labels
     more: dict[str, Any] = {}
     if task.kind in ("image-classification", "token-classification"):
