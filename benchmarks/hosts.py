@@ -226,7 +226,8 @@ def run_plan(quick: bool, fresh: bool, jobs: int, folder: Path, work: Path) -> N
     head = [*heading(quick, results.environments[-1]), *verdict_lines(verdicts)]
     text = "\n".join([*head, *lines, end])
     write_atomically(folder / "hosts.md", text.encode())
-    print("", *lines, *verdict_lines(verdicts), end, f"written to {folder}", sep="\n")
+    told = [*verdict_lines(verdicts), *(TRIAL if quick else ())]
+    print("", *lines, *told, end, f"written to {folder}", sep="\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -260,11 +260,17 @@ class HostConfig:
         kind: "llama", or a row of hosts/facts.py.
         head: what is trained of its head; None leaves it alone.
         shift_positions: whether the tokens' positions begin behind the prompt, as in P-tuning v2.
+        beside: numbers of what else of the model is frozen and not sampled with its layers, by the
+            parameter's name: a pooler, a head that is left alone, CLIP's projections.
     """
 
     kind: str = "llama"
     head: HeadConfig | None = None
     shift_positions: bool = False
+    beside: dict[str, tuple[float, ...]] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beside", {n: tuple(x) for n, x in self.beside.items()})
 
 
 PROJECTOR_ACTIVATIONS = ("silu", "gelu")

@@ -5,7 +5,7 @@ order of wq and wk, of which whole columns count. It tells bases of one shape ap
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,13 +68,23 @@ class Fingerprint:
             return ", ".join(f"{name} {self.shape[name]} and {other.shape[name]}" for name in names)
         if not self.samples or not other.samples:
             return None
-        differing = sum(
-            not math.isclose(a, b, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
-            for a, b in zip(self.samples, other.samples, strict=True)
-        )
+        differing = count_differing(self.samples, other.samples)
         if differing:
             return f"one shape, but {differing} of {len(self.samples)} sampled weights differ"
         return None
+
+
+def count_differing(some: Sequence[float], others: Sequence[float]) -> int:
+    """How many of equally many sampled weights are not the same in any dtype."""
+    return sum(
+        not math.isclose(a, b, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+def rounded(values: Sequence[float]) -> tuple[float, ...]:
+    """Weights as files keep them, to five digits."""
+    return tuple(float(f"{value:.5g}") for value in values)
 
 
 def sampled_tensors(n_layers: int) -> dict[str, int]:
@@ -130,10 +140,10 @@ def fingerprint_of(
     samples: list[float] = []
     for tensor_name, count in sampled_tensors(shape["n_layers"]).items():
         tensor = parameters[tensor_name].detach()
-        values = (_columns if tensor_name.endswith(REORDERED) else _weights)(tensor, count)
+        values = (_columns if tensor_name.endswith(REORDERED) else weights_at)(tensor, count)
         if not all(map(math.isfinite, values)):
             raise ValueError(f"base {name!r} has weights that are not finite in {tensor_name}")
-        samples.extend(float(f"{value:.5g}") for value in values)
+        samples.extend(rounded(values))
     return Fingerprint(name, shape, tuple(samples))
 
 
@@ -143,7 +153,8 @@ def _positions(size: int, count: int) -> list[int]:
     return [((i * ratio % 2**64) * size) >> 64 for i in range(1, count + 1)]
 
 
-def _weights(tensor: Tensor, count: int) -> list[float]:
+def weights_at(tensor: Tensor, count: int) -> list[float]:
+    """`count` numbers of a tensor, at positions that its size alone decides."""
     index = torch.tensor(_positions(tensor.numel(), count), device=tensor.device)
     return elements(tensor, index).float().tolist()
 

@@ -245,7 +245,8 @@ def _tell_means(task: str, found: Mapping[str, list[Scores]], output: Path | Non
     for name, row in scores.items():
         print(f"  {name:{width}}  " + "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
     for name, value in below.items():
-        print(f"  {name:{width}}  {value:.2f}")
+        said = name if name.startswith("mean") else f"mean {name}"
+        print(f"  {said:{width}}  {value:.2f}")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / ACCURACIES_FILE, {"scores": scores, "means": below})

@@ -77,6 +77,12 @@ def write_result(
         return folder / "predictions.json"
     if isinstance(first, Sentence):
         write_conlleval(folder / TAGS_FILE, items, predictions)
+        paths = [*dict.fromkeys(item.path for item in items)]
+        # the papers' tables have a column for each file, of which two may have one name
+        for number, path in enumerate(paths if len(paths) > 1 else (), 1):
+            own = [place for place, item in enumerate(items) if item.path == path]
+            some = [[of[place] for place in own] for of in (items, predictions)]
+            write_conlleval(folder / f"conlleval-{number}-{Path(path).name}.txt", *some)
         return folder / TAGS_FILE
     pairs = zip(items, predictions, strict=True)
     lines = [f"{item.id} {item.label} {found}\n" for item, found in pairs]

@@ -97,7 +97,12 @@ def finetune(options: argparse.Namespace) -> int:
             options.config = held
         elif "model" not in given:
             raise UsageError(f"--resume: {output} holds no run (config.json is missing)")
-    config = build(HostRunConfig, _chosen(options))
+    try:
+        config = build(HostRunConfig, _chosen(options))
+    except UsageError as error:
+        if options.recipe is None:
+            raise
+        raise UsageError(f"{error} (with what --recipe {options.recipe} says)") from error
     for spec in fields(MethodOptions):
         if spec.name in given and spec.name not in METHODS[config.method].options:
             flag = f"--{spec.name.replace('_', '-')}"

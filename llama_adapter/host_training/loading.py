@@ -70,7 +70,10 @@ def _check_folder(folder: Path, host: str) -> None:
     """Raise unless a folder says that it is a host of this kind."""
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"model {folder} must be a folder with a config.json in it")
+        raise FileNotFoundError(
+            f"model {folder} must be a folder with a config.json in it: "
+            "names of a hub are not downloaded"
+        )
     try:
         kind = json.loads(file.read_text(encoding="utf-8"))["model_type"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:

@@ -111,9 +111,7 @@ def train_host(
             run.restore(state)
         try:
             folder.open(search.step, describe_environment(device, PACKAGES))
-            folder.write_skipped(
-                [{"file": one.path, one.unit: one.index, "reason": one.reason} for one in problems]
-            )
+            folder.write_skipped([_skipped(one) for one in problems])
             described = {"kind": task.kind, "labels": list(task.labels), "metric": task.metric}
             text = json.dumps(described, ensure_ascii=False, indent=2)
             write_atomically(folder.path / TASK_FILE, f"{text}\n".encode())
@@ -126,6 +124,14 @@ def train_host(
     assert search.rate is not None
     items = len((final or task).train)
     return HostResult(attached[0], folder, task, items, search.rate, search.results)
+
+
+def _skipped(problem: FileProblem) -> dict[str, Any]:
+    """A problem as skipped.jsonl has it: its line, or where in a JSON file it is."""
+    where = {"line": problem.index}
+    if problem.unit != "line":
+        where = {"place": f"{problem.unit} {problem.index}"}
+    return {"file": problem.path, **where, "reason": problem.reason}
 
 
 def _kind(config: HostRunConfig) -> RunKind:

@@ -46,6 +46,8 @@ from llama_adapter.hosts.task_head import shift_positions as shift
 __all__ = ["SUBMODULE", "adapt", "adapter_of", "adapters_of", "unadapt"]
 
 _BEFORE = "_llama_adapter_before"
+# where a model keeps what `attach` put on it
+METHOD = "_llama_adapter_method"
 
 
 def _trained(adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -116,13 +118,8 @@ def adapt(
     """
     _check_types(locals())
     tower = tower_of(model, encoder)
-    if tower.slot in adapters_of(model) or (_BEFORE in model.__dict__ and not adapters_of(model)):
-        raise ValueError("model has an adapter already: unadapt(model) takes it off")
+    _check_free(model, tower)
     shape = tower.shape()
-    if shape.head_dim % 8 or not 8 <= shape.head_dim <= 256:
-        raise ValueError(
-            f"model must have heads of 8 to 256 channels in steps of 8, got {shape.head_dim}"
-        )
     if adapter is None:
         if isinstance(layers, int) and not 1 <= layers <= shape.n_layers:
             raise ValueError(f"layers must be from 1 to {shape.n_layers}, got {layers}")
@@ -131,7 +128,9 @@ def adapt(
         config = AdapterConfig(prompt_length, count, prompt_std, activation, gate_scope)
         if layers is None or isinstance(layers, int):
             layers = config.layers_of(shape.n_layers, tower.host.lowest)
-        own = HostConfig(tower.host.kind, head_config(tower) if head else None, shift_positions)
+        trained = head_config(tower) if head else None
+        beside = tower.beside(None if trained is None else trained.name)
+        own = HostConfig(tower.host.kind, trained, shift_positions, beside)
         adapter = Adapter(
             config,
             shape,
@@ -175,6 +174,17 @@ def adapt(
     model.add_module(submodule_of(tower.slot), adapter)
     model.__dict__[_BEFORE]["towers"][tower.slot] = before
     return adapter
+
+
+def _check_free(model: Any, tower: Tower) -> None:
+    """Raise ValueError if something is on the model already, or its heads are of other widths."""
+    if (attached := model.__dict__.get(METHOD)) is not None:
+        raise ValueError(f"model has {attached.name} on it already: take that off first")
+    if tower.slot in adapters_of(model) or (_BEFORE in model.__dict__ and not adapters_of(model)):
+        raise ValueError("model has an adapter already: unadapt(model) takes it off")
+    width = tower.shape().head_dim
+    if width % 8 or not 8 <= width <= 256:
+        raise ValueError(f"model must have heads of 8 to 256 channels in steps of 8, got {width}")
 
 
 def _check_types(given: dict[str, Any]) -> None:
@@ -256,8 +266,10 @@ def unadapt(model: Any, encoder: str | None = None) -> Adapter:
         The adapter that was on it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or `attach` put it there, whose `detach` takes it off.
     """
+    if (attached := getattr(model, "__dict__", {}).get(METHOD)) is not None:
+        raise ValueError(f"model must be freed of {attached.name} by its detach(), not by unadapt")
     adapter, before = adapter_of(model, encoder), getattr(model, "__dict__", {}).get(_BEFORE)
     if adapter is None or before is None:
         held = " or ".join(repr(slot) for slot in adapters_of(model))

@@ -11,12 +11,16 @@ from llama_adapter.checkpoints.fingerprint import (
     SHAPE_FIELDS,
     Fingerprint,
     fingerprint_of,
+    rounded,
     sampled_tensors,
+    weights_at,
 )
 from llama_adapter.checkpoints.quantize import is_quantized
 from llama_adapter.config import LlamaConfig
 
 ENCODERS = ("visual", "text")
+# numbers that are kept of each parameter outside of the layers
+_BESIDE = 4
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,28 @@ class Tower:
             if module is not None and any(True for _ in module.parameters()):
                 return name, module
         return None
+
+    def beside(self, trained: str | None) -> dict[str, tuple[float, ...]]:
+        """Numbers of what lies outside of an encoder's layers, as `HostConfig` keeps them.
+
+        Args:
+            trained: name of the head that is the adapter's.
+        """
+        if self.host is _DECODER:
+            return {}
+        parts = (self.prefix, *(f"{name}." for name in _TOWERS["clip"].values()))
+        out = ("llama_adapter", *(part for part in parts if part), f"{trained}.")
+        found: dict[str, tuple[float, ...]] = {}
+        for name, parameter in self.model.named_parameters():
+            own = name.removeprefix(self.prefix)
+            inside = name.startswith(self.prefix) and own.startswith("pooler.")
+            outside = bool(self.prefix) and not name.startswith(out)
+            numbers = type(parameter.data) is Tensor and parameter.is_floating_point()
+            numbers = numbers and parameter.numel() > 0 and parameter.device.type != "meta"
+            if numbers and (inside or outside):
+                kept = own if inside else name
+                found[kept] = rounded(weights_at(parameter.detach(), _BESIDE))
+        return found
 
     def _sizes(self) -> dict[str, int]:
         config = self.body.config

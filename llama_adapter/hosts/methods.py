@@ -1,7 +1,9 @@
 """Every way of the papers' tables to train a frozen host, by name: zero-init and its baselines.
 
-`attach` puts one on a transformers model, which is called as before; `detach` takes it off, and the
-host is bitwise what it was.
+`attach` puts one on a transformers model, which is called as before, and returns an `Attached`,
+whose `detach` takes it off: the host is bitwise what it was. What is trained is saved by its
+`state_dict`; the model's own `save_pretrained` writes the whole host. `METHODS[name].options` names
+the fields of `MethodOptions` that a method reads.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama_adapter.hosts import adapt, adapters_of, unadapt
+from llama_adapter.hosts import METHOD, adapt, adapters_of, unadapt
 from llama_adapter.hosts.baselines.bottleneck import Bottlenecks
 from llama_adapter.hosts.baselines.context import TEMPLATE_LENGTH, Context
 from llama_adapter.hosts.baselines.gated import GatedLayers
@@ -40,7 +42,6 @@ from llama_adapter.hosts.method_options import ENCODERS, MethodOptions
 
 __all__ = ["METHODS", "Attached", "Method", "MethodOptions", "attach"]
 
-_MARK = "_llama_adapter_method"
 _VISUAL, _TEXT = ("vit", "clip"), ("roberta", "bert")
 _ALL = ("vit", "roberta", "bert", "clip")
 
@@ -274,10 +275,10 @@ class Attached:
         Raises:
             ValueError: it is off already.
         """
-        if self.model.__dict__.get(_MARK) is not self:
+        if self.model.__dict__.get(METHOD) is not self:
             raise ValueError(f"{self.name} is off this model already")
+        del self.model.__dict__[METHOD]
         _undo(self._undo)
-        del self.model.__dict__[_MARK]
 
 
 def _undo(steps: list[Undo]) -> None:
@@ -337,8 +338,10 @@ def attach(
     if name not in METHODS:
         raise ValueError(f"name must be one of {', '.join(METHODS)}, got {name!r}")
     options = MethodOptions() if options is None else options
+    if not isinstance(options, MethodOptions):
+        raise ValueError(f"options must be MethodOptions, got {options!r}")
     parts = chosen_parts(model, name, options)
-    other = model.__dict__.get(_MARK)
+    other = model.__dict__.get(METHOD)
     if other is not None or adapters_of(model):
         has = "an adapter" if other is None else other.name
         raise ValueError(f"model has {has} on it already: take that off first")
@@ -363,7 +366,7 @@ def attach(
         for parameter in group.values():
             parameter.requires_grad_(True)
     attached = Attached(name, model, options, groups, undo)
-    model.__dict__[_MARK] = attached
+    model.__dict__[METHOD] = attached
     return attached
 
 

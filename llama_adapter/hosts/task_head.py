@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from llama_adapter.adapter import Adapter
+from llama_adapter.checkpoints.fingerprint import count_differing
 from llama_adapter.checkpoints.quantize import is_quantized
-from llama_adapter.config import HeadConfig
+from llama_adapter.config import HeadConfig, HostConfig
 from llama_adapter.hosts.facts import Tower
 
 
@@ -69,9 +70,12 @@ def head_config(tower: Tower) -> HeadConfig | None:
 def check_head(tower: Tower, adapter: Adapter) -> None:
     """Raise ValueError unless the model has the head that an adapter brings numbers for.
 
-    Outputs that the model calls by other names than the adapter's are warned of.
+    Outputs that the model calls by other names than the adapter's are warned of, and frozen parts
+    outside of the layers that are not those it was trained with: of a pooler or a head that a base
+    does not hold, transformers makes random ones.
     """
     wanted = adapter.host.head
+    _check_beside(tower, adapter.host)
     if wanted is None:
         return
     has = head_config(tower)
@@ -86,6 +90,22 @@ def check_head(tower: Tower, adapter: Adapter) -> None:
             f"model should name its outputs as the adapter was trained with them, "
             f"{', '.join(wanted.labels)}, got {', '.join(has.labels)}: set config.id2label",
             stacklevel=4,
+        )
+
+
+def _check_beside(tower: Tower, host: HostConfig) -> None:
+    has = tower.beside(None if host.head is None else host.head.name)
+    others = [
+        name
+        for name, numbers in host.beside.items()
+        if len(has.get(name, ())) == len(numbers) and count_differing(has[name], numbers)
+    ]
+    if others:
+        warnings.warn(
+            f"model should have the {others[0]} that the adapter was trained with, got another: "
+            "what goes through it differs. Where the base does not hold it, save the whole model "
+            "once before adapting, and load that",
+            stacklevel=5,
         )
 
 

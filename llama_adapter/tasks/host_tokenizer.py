@@ -41,7 +41,10 @@ def load_tokenizer(folder: str | Path, words: bool = False) -> Any:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder, of a host that transformers saved")
+        raise FileNotFoundError(
+            f"model {folder} must be a folder that transformers saved, there is none: names of a "
+            "hub are not downloaded"
+        )
     transformers = import_transformers()
     if not any((folder / name).is_file() for name in VOCABULARIES):
         raise ValueError(f"{folder} holds no tokenizer: none of {', '.join(VOCABULARIES)}")

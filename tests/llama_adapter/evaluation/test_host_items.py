@@ -72,3 +72,21 @@ def test_images_have_a_list_and_accuracies(tmp_path: Path) -> None:
     path = write_result(tmp_path, images, [2, 1], {"accuracy": 50.0})
     assert json.loads(path.read_text()) == {"accuracy": 50.0}
     assert (tmp_path / "predictions.txt").read_text() == "a.png 2 2\nb.png 0 1\n"
+
+
+def test_conlleval_has_all_sentences_and_each_of_several_files(tmp_path: Path) -> None:
+    words, tags = ("Ana", "saw"), ("B-PER", "O")
+    found = [Sentence(words, tags, f"/here/{name}/test.txt", 1, None) for name in "aba"]
+    told = [["O", "O"], ["B-PER", "O"], ["B-PER", "O"]]
+    path = write_result(tmp_path, found, told, {"f1": 80.0})
+    assert path == tmp_path / "conlleval.txt"
+    assert path.read_text().count("Ana B-PER ") == 3
+    first, second = (tmp_path / f"conlleval-{number}-test.txt.txt" for number in (1, 2))
+    assert [line.split()[-1] for line in first.read_text().splitlines() if "Ana" in line] == [
+        "O", "B-PER"
+    ]  # fmt: skip
+    assert second.read_text().count("Ana B-PER B-PER") == 1
+    for one in (*tmp_path.iterdir(),):
+        one.unlink()
+    write_result(tmp_path, found[:1], told[:1], {"f1": 0.0})
+    assert [one.name for one in tmp_path.iterdir()] == ["conlleval.txt"]

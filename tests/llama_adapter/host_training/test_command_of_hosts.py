@@ -171,6 +171,10 @@ def test_recipes_are_the_published_ones(name: str) -> None:
     ("more", "said"),
     [
         (("--recipe", "vtba"), "--recipe must be one of base_to_novel, conll03, "),
+        (
+            ("--recipe", "vtab", "--epochs", 2),
+            "warmup_epochs must be from 0 to epochs = 2, got 10.0 (with what --recipe vtab says)",
+        ),
         (("--recipe", "none.yaml"), "--recipe none.yaml: No such file"),
         (("--method", "lora", "--prompt-length", 4), "--prompt-length is no option of the method"),
         (("--method", "coop"), "method coop is for clip, got the host vit"),

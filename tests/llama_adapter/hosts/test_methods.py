@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from llama_adapter.hosts import adapt, adapter_of
+from llama_adapter.hosts import adapt, adapter_of, unadapt
 from llama_adapter.hosts.methods import METHODS, MethodOptions, attach
 from tests.llama_adapter.encoder_models import bert, clip, roberta, vit, words
 from tests.llama_adapter.hf_models import host
@@ -374,3 +374,26 @@ def test_what_does_not_fit_is_refused(make: Any, name: str, options: Any, text: 
     assert all(x.requires_grad for x in model.parameters())
     assert set(model.__dict__) == changed
     assert not any(hooks(model))
+
+
+@pytest.mark.parametrize("name", ["lora", "bias", "p_tuning_v2", "zero_init"])
+def test_adapt_and_unadapt_leave_an_attached_method_alone(name: str) -> None:
+    model = roberta()
+    flags = [x.requires_grad for x in model.parameters()]
+    method = attach(model, name)
+    trained = [x.requires_grad for x in model.parameters()]
+    with pytest.raises(ValueError, match=f"model has {name} on it already: take that off first"):
+        adapt(model)
+    with pytest.raises(ValueError, match=rf"freed of {name} by its detach\(\), not by unadapt"):
+        unadapt(model)
+    assert [x.requires_grad for x in model.parameters()] == trained
+    method.detach()
+    assert [x.requires_grad for x in model.parameters()] == flags
+    adapt(model)
+    unadapt(model)
+
+
+def test_options_that_are_none_are_refused() -> None:
+    options: Any = {"rank": 4}
+    with pytest.raises(ValueError, match=r"options must be MethodOptions, got \{'rank': 4\}"):
+        attach(vit(), "lora", options)

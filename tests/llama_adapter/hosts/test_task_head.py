@@ -1,5 +1,6 @@
 """Is a task's head trained as a part of the adapter, and do positions begin where they should?"""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,34 @@ def test_labels_are_in_the_order_of_the_outputs_and_others_are_warned_of() -> No
     model.config.id2label = {0: "dog", 1: "cat", 2: "cow"}
     with pytest.warns(UserWarning, match="cat, dog, cow, got dog, cat, cow"):
         adapt(model, adapter=adapter)
+
+
+def test_a_pooler_that_is_not_the_one_trained_beside_is_warned_of(tmp_path: Path) -> None:
+    """A base without a pooler gets a random one, anew each time that it is loaded."""
+    model = bert("SequenceClassification", 3)
+    with_gates(model, None)
+    model.save_pretrained(tmp_path)
+    same = bert("SequenceClassification", 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(same, adapter=tmp_path)
+    other = bert("SequenceClassification", 3)
+    torch.nn.init.normal_(other.bert.pooler.dense.weight)
+    with pytest.warns(UserWarning, match=r"should have the pooler\.dense\.weight that the adapter"):
+        adapt(other, adapter=tmp_path)
+    # a model that has none does not use it
+    words_alone = bert("TokenClassification", 3)
+    words_alone.bert.load_state_dict(model.bert.state_dict(), strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(words_alone, adapter=tmp_path)
+
+
+def test_a_head_left_alone_that_is_another_is_warned_of(tmp_path: Path) -> None:
+    model = vit()
+    with_gates(model, None, head=False)
+    model.save_pretrained(tmp_path)
+    other = vit()
+    torch.nn.init.normal_(other.classifier.weight)
+    with pytest.warns(UserWarning, match=r"should have the classifier\.weight that the adap"):
+        adapt(other, adapter=tmp_path)
