@@ -1,6 +1,7 @@
 """Does the table find what prompts need in each host, and one identity for one base?"""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,15 @@ def test_other_models_are_refused_by_name() -> None:
         tower_of(host().model)
 
 
-def test_a_part_of_a_model_and_one_in_peft_are_refused_by_name() -> None:
-    peft = pytest.importorskip("peft")
+@pytest.fixture
+def peft(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """PEFT without its look for weights of torchao, of which it may know other versions."""
+    module = pytest.importorskip("peft")
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+    return module
+
+
+def test_a_part_of_a_model_and_one_in_peft_are_refused_by_name(peft: Any) -> None:
     model = bert("SequenceClassification")
     with pytest.raises(ValueError, match=r"must have encoder.layer, .* got BertEncoder: pass the"):
         tower_of(model.bert.encoder)
@@ -61,8 +69,7 @@ def test_a_part_of_a_model_and_one_in_peft_are_refused_by_name() -> None:
         unadapt(None)
 
 
-def test_a_host_with_lora_has_the_fingerprint_of_its_base(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+def test_a_host_with_lora_has_the_fingerprint_of_its_base(tmp_path: Path, peft: Any) -> None:
     before = tower_of(bert()).fingerprint()
     model = bert()
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "key", "value", "dense"]))
