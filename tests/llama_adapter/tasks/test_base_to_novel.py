@@ -378,7 +378,7 @@ def test_one_class_has_no_other_half(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="absent: no such folder, of a host"):
+    with pytest.raises(FileNotFoundError, match="absent must be a folder that transformers"):
         load_with(folder, tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no tokenizer: none of tokenizer.json"):
