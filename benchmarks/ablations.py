@@ -33,7 +33,8 @@ from benchmarks.ablation_runs import (
     measure_in_process,
     score,
 )
-from benchmarks.run_table import Cell, Results, command, execute, exit_with, section_of
+from benchmarks.run_table import Cell, Results, execute, exit_with, section_of
+from benchmarks.workers import command
 from llama_adapter import assets
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser

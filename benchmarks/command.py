@@ -23,7 +23,7 @@ import torch
 from adapter_kernels import load_native
 from benchmarks import harness
 from benchmarks.harness import Candidate, DeviceLost, Protocol, ResultFile, Row
-from benchmarks.workers import WorkerLost, side_by_side
+from benchmarks.workers import WorkerLost, command, side_by_side
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
 from llama_adapter.utilisation import gpu_of
@@ -226,21 +226,13 @@ def carry_out(
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"{name}: error: --device cuda: torch sees no GPU here", file=sys.stderr)
         return 2
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     if options.device == "cpu":
         load_native()
-    try:
-        run(options)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    except DeviceLost as error:
-        print(f"{name}: error: {error}; the same command continues", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-    return 0
+
+    def measured() -> None:
+        try:
+            run(options)
+        except DeviceLost as error:
+            raise ValueError(f"{error}; the same command continues") from error
+
+    return command(name, measured)

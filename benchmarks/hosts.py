@@ -23,8 +23,8 @@ from benchmarks import hosts_text, hosts_vision_clip, hosts_vision_vit
 from benchmarks.ablation_claims import NOT, PARTLY, REPRODUCED
 from benchmarks.ablation_report import picture
 from benchmarks.hosts_plan import Row, Run, World
-from benchmarks.run_table import Cell, Results, command, execute, exit_with
-from benchmarks.workers import positive, side_by_side
+from benchmarks.run_table import Cell, Results, execute, exit_with
+from benchmarks.workers import command, positive, side_by_side
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.options import Parser
 from llama_adapter.quiet import quiet

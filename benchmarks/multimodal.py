@@ -43,7 +43,8 @@ from benchmarks.multimodal_report import (
 from benchmarks.multimodal_runs import Run, measure, measure_in_process
 from benchmarks.multimodal_task import PICTURED, QUOTA
 from benchmarks.multimodal_workplace import Workplace
-from benchmarks.run_table import Cell, Results, Row, command, execute, exit_with, section_of
+from benchmarks.run_table import Cell, Results, Row, execute, exit_with, section_of
+from benchmarks.workers import command
 from llama_adapter.checkpoints.atomic import write_atomically
 from llama_adapter.evaluation.scienceqa import LETTERS, classes_of, prompt_of
 from llama_adapter.options import Parser

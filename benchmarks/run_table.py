@@ -146,27 +146,6 @@ def start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def command(name: str, run: Callable[[], None]) -> int:
-    """Run a benchmark with one thread in this process, as its command does.
-
-    Returns:
-        0, or 2 with a line for a request that cannot be carried out, or 130 after Ctrl-C.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run()
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    finally:
-        torch.set_num_threads(threads)
-    return 0
-
-
 def exit_with(main: Callable[[], int]) -> None:
     """End the process with what a command returns; a kill ends its workers too, as Ctrl-C does."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,11 +1,14 @@
-"""Work in processes beside this one: what compiles takes longer than what is measured."""
+"""What commands of benchmarks share: one thread here, and work in processes beside this one."""
 
 import argparse
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+import torch
 
 
 class WorkerLost(RuntimeError):
@@ -29,6 +32,27 @@ def side_by_side(
         finally:
             # after Ctrl-C nobody waits for what has not begun
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def command(name: str, run: Callable[[], None]) -> int:
+    """Run a benchmark with one thread in this process, as its command does.
+
+    Returns:
+        0, or 2 with a line for a request that cannot be carried out, or 130 after Ctrl-C.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    finally:
+        torch.set_num_threads(threads)
+    return 0
 
 
 def positive(text: str) -> int:

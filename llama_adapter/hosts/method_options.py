@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-ENCODERS = ("visual", "text")
+from llama_adapter.hosts.facts import ENCODERS
 
 
 @dataclass(frozen=True)

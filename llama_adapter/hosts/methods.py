@@ -38,7 +38,8 @@ from llama_adapter.hosts.baselines.parts import (
 from llama_adapter.hosts.baselines.prefix import Prefix
 from llama_adapter.hosts.baselines.prompts import VisualPrompts, WordPrompts
 from llama_adapter.hosts.baselines.side import SideNetwork
-from llama_adapter.hosts.method_options import ENCODERS, MethodOptions
+from llama_adapter.hosts.facts import ENCODERS
+from llama_adapter.hosts.method_options import MethodOptions
 
 __all__ = ["METHODS", "Attached", "Method", "MethodOptions", "attach"]
 

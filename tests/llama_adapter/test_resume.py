@@ -260,15 +260,15 @@ def kill_in_write(folder: Path, number: int, where: str, only_checkpoints: bool)
     os.fsync, os.replace = counting_sync, counting_rename
 
 
-def start(run: FinetuneConfig, base: Base, prepare: Callable[[], None] | None = None) -> int:
-    """Fork a process that carries out `run`, resuming what is there; returns its id."""
+def start(carry_out: Callable[[], Any], prepare: Callable[[], None] | None = None) -> int:
+    """Fork a process that carries out something; returns its id."""
     process = os.fork()
     if process:
         return process
     try:
         if prepare is not None:
             prepare()
-        finetune(run, base=base, resume=True)
+        carry_out()
         os._exit(0)
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
@@ -289,8 +289,12 @@ def kill_once(
     moment: str, rng: random.Random, run: FinetuneConfig, base: Base, seconds: float
 ) -> dict[str, Any]:
     """Start a run, kill it at `moment`, look at what is left, and resume it to its end."""
+
+    def resumed() -> object:
+        return finetune(run, base=base, resume=True)
+
     if moment == "time":
-        process = start(run, base)
+        process = start(resumed)
         time.sleep(rng.uniform(0.02, 0.9) * seconds)
         os.kill(process, signal.SIGKILL)
     else:
@@ -298,12 +302,12 @@ def kill_once(
         checkpoints = place == "checkpoint"
         # a run writes 8 checkpoints, 4 files of its own, the final adapter and at least one best
         number = rng.randint(1, 8 if checkpoints else 14)
-        process = start(run, base, lambda: kill_in_write(run.output, number, where, checkpoints))
+        process = start(resumed, lambda: kill_in_write(run.output, number, where, checkpoints))
     _, ended_by = wait(process)
     metrics = run.output / "metrics.jsonl"
     logged = len(metrics.read_bytes().split(b"\n")) if metrics.exists() else 0
     torn = bool(list(run.output.rglob("*.tmp"))) if run.output.exists() else False
-    code, _ = wait(start(run, base))
+    code, _ = wait(start(resumed))
     return {
         "run": run.output.name,
         "moment": moment,
@@ -330,7 +334,7 @@ def main(folder: Path) -> None:
         for where in ("half", "synced", "renamed", "half")
     ]
     begun = time.monotonic()
-    wait(start(make_config(folder, "whole"), base))
+    wait(start(lambda: finetune(make_config(folder, "whole"), base=base, resume=True)))
     seconds = time.monotonic() - begun
     kills = []
     for number, moment in enumerate(moments):

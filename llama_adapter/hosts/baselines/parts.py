@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -116,12 +117,12 @@ def parts_of(model: Any) -> dict[str, Part]:
     return {part.sites.encoder: part for part in map(Part, towers)}
 
 
-class Installed(nn.Module):
+class Installed(nn.Module, ABC):
     """A module of trained parameters that hooks work for in one encoder."""
 
+    @abstractmethod
     def install(self, part: Part) -> list[Undo]:
         """Put the hooks into an encoder; what is given back takes them out."""
-        raise NotImplementedError
 
 
 @lru_cache

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from llama_adapter.host_training.run import train_host
 from llama_adapter.options import build
 from llama_adapter.run_folder import RunFolder
 from tests.llama_adapter.host_runs import options_of
-from tests.llama_adapter.test_resume import kill_in_write, wait
+from tests.llama_adapter.test_resume import kill_in_write, start, wait
 
 ROOT = Path(__file__).resolve().parents[3]
 VARYING = ("time", "items_per_second")
@@ -264,21 +265,9 @@ def test_killed_runs_resume_bitwise(tmp_path: Path) -> None:
 # from here on: the program that kills
 
 
-def start(config: HostRunConfig, prepare: Callable[[], None] | None = None) -> int:
-    """Fork a process that carries out a run, resuming what is there; returns its id."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        if prepare is not None:
-            prepare()
-        train_host(config, resume=True, progress=False)
-        os._exit(0)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
-        raise
-    finally:
-        os._exit(1)
+def resumed(config: HostRunConfig) -> Callable[[], object]:
+    """A run to carry out, from what is there."""
+    return partial(train_host, config, resume=True, progress=False)
 
 
 def main(folder: Path) -> None:
@@ -292,7 +281,7 @@ def main(folder: Path) -> None:
     config = config_of("vtab", folder / "made", folder / "warm", **GRID)
     train_host(config, progress=False)
     begun = time.monotonic()
-    wait(start(replace(config, output=folder / "whole")))
+    wait(start(resumed(replace(config, output=folder / "whole"))))
     seconds = time.monotonic() - begun
     kills = []
     for number, moment in enumerate(KILLS):
@@ -301,18 +290,18 @@ def main(folder: Path) -> None:
         while found["signal"] == 0 and attempt < 5:
             run = replace(config, output=folder / f"run-{number}-{attempt}")
             if moment == "time":
-                process = start(run)
+                process = start(resumed(run))
                 time.sleep(rng.uniform(0.3, 0.95) * seconds)
                 os.kill(process, signal.SIGKILL)
             else:
                 place, output = rng.randint(1, 8), run.output
                 process = start(
-                    run, lambda o=output, n=place, m=moment: kill_in_write(o, n, m, True)
+                    resumed(run), lambda o=output, n=place, m=moment: kill_in_write(o, n, m, True)
                 )
             ended = wait(process)[1]
             metrics = run.output / "metrics.jsonl"
             logged = len(metrics.read_bytes().split(b"\n")) if metrics.exists() else 0
-            code = wait(start(run))[0]
+            code = wait(start(resumed(run)))[0]
             found = {"signal": ended, "logged": logged, "resumed": code, "run": run.output.name}
             attempt += 1
         kills.append(found)
